@@ -1,0 +1,26 @@
+"""Every exception that lit_fast raises on purpose, in one tree.
+
+A message says what was given, what is allowed, and what to change.
+"""
+
+from __future__ import annotations
+
+
+class LitFastError(Exception):
+    """Base of every error that lit_fast raises on purpose."""
+
+
+class MisconfigurationException(LitFastError, ValueError):
+    """The caller asked for something contradictory, unknown, or not there yet. Named as in Lightning."""
+
+
+class CheckpointError(LitFastError, RuntimeError):
+    """A checkpoint could not be written, read, or applied; the message names the file and the way out."""
+
+
+class DataError(LitFastError, ValueError):
+    """The data cannot be trained on: no text, an empty loader, a loader that changed under a resume."""
+
+
+class KernelError(LitFastError, RuntimeError):
+    """A compiled kernel refused its input (dtype, device, layout, aliasing); the message names the tensor."""
