@@ -1,0 +1,44 @@
+"""Shared by all tests: the same random numbers in each, process state put back, GPU tests only on a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Recorder, oracle and other helpers lie beside the tests and are imported by their file names.
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state() -> Iterator[None]:
+    """Seeds torch, and puts back what a test changed for the whole process."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    environment = dict(os.environ)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the source tree."""
+    return Path(__file__).parents[1]
