@@ -1,0 +1,69 @@
+# The two commands:   make train     make test
+# The developer's:    make test-all  make bench  make lint  make format  make gpu  make clean
+# A fresh machine needs Python >= 3.10 with pip and headers, a C++ compiler and make; the rest comes from pip.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help train test test-all bench lint format gpu clean setup
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+setup: $(VENV)/.built
+
+# Two stamps: the packages follow constraints.txt, the compiled extension follows the C++ side.
+$(VENV)/.installed: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, this is %s; try make PYTHON=python3.12" % sys.version.split()[0])'
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) \
+	  || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	$(PIP) install -r constraints.txt
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed pyproject.toml CMakeLists.txt $(CPP_SOURCES)
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+train: setup
+	$(BIN)/lit-fast pretrain $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_SOURCES)
+
+# For a GPU machine, which may have no network: the active python and its own torch, the extension built in place.
+gpu:
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())'
+	cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DLIT_FAST_CUDA=on \
+	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))" -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)"
+	cmake --build build/gpu
+	cmake --install build/gpu --prefix .
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+clean:
+	rm -rf build dist $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache
