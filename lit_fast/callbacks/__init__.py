@@ -1,0 +1,46 @@
+"""Callbacks, under Lightning's names. Each is imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Callback": "callback",
+    "Checkpoint": "checkpoint",
+    "EarlyStopping": "early_stopping",
+    "LambdaCallback": "lambda_function",
+    "LearningRateMonitor": "lr_monitor",
+    "ModelCheckpoint": "model_checkpoint",
+    "ModelSummary": "model_summary",
+    "ProgressBar": "progress.progress_bar",
+    "RichModelSummary": "rich_model_summary",
+    "RichProgressBar": "progress.rich_progress",
+    "Timer": "timer",
+}
+
+__all__ = [
+    "Callback",
+    "Checkpoint",
+    "EarlyStopping",
+    "LambdaCallback",
+    "LearningRateMonitor",
+    "ModelCheckpoint",
+    "ModelSummary",
+    "ProgressBar",
+    "RichModelSummary",
+    "RichProgressBar",
+    "Timer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

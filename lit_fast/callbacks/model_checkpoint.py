@@ -1,0 +1,516 @@
+"""Save checkpoints while training: when, under which name, and which ones to keep."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+import warnings
+import weakref
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_fast.callbacks._files import link, remove
+from lit_fast.callbacks.checkpoint import Checkpoint
+from lit_fast.errors import MisconfigurationException
+
+log = logging.getLogger(__name__)
+
+_FIELD = re.compile(r"\{([^{}:]+)(:[^{}]*)?\}")
+
+
+class ModelCheckpoint(Checkpoint):
+    """Save the newest, the best k, or all checkpoints, every so many epochs, steps or seconds.
+
+    By default one checkpoint, the newest, is kept: written at the end of every epoch, the previous one removed once
+    the new one is safely on disk. Files are written by `trainer.save_checkpoint` alone.
+
+    Args:
+        dirpath: directory for the files; left out, `<save_dir>/<name>/version_<N>/checkpoints` of the first logger,
+            or `<default_root_dir>/checkpoints` without one.
+        filename: template without extension. `{name}` and `{name:format}` stand for metrics, `{epoch}` and `{step}`;
+            "{epoch}-{step}" when left out. A metric that is not logged becomes 0.
+        monitor: name of the logged metric that decides which checkpoints are best; None keeps the newest.
+        verbose: log a line for every decision.
+        save_last: also keep a copy of the newest checkpoint as `last.ckpt`; "link" makes it a symbolic link.
+        save_top_k: how many to keep: k best, -1 all, 0 none. Without `monitor` only -1, 0 and 1 make sense.
+        save_on_exception: save when the run ends by an exception (KeyboardInterrupt too).
+        save_weights_only: leave out optimizer, schedulers, callbacks and loops.
+        mode: "min" where a smaller metric is better, "max" where a larger is.
+        auto_insert_metric_name: write "name=" before each value in the file name.
+        every_n_train_steps: save whenever this many optimizer steps were made.
+        train_time_interval: save when this much time has passed, at the end of the next batch.
+        every_n_epochs: save at the end of every so many epochs; 1 when none of the three is given.
+        save_on_train_epoch_end: save at the end of the training epoch (True) or of validation (False); left out,
+            decided by how often validation runs.
+        enable_version_counter: append "-v1", "-v2" ... instead of overwriting a file that is not this callback's.
+
+    Raises:
+        MisconfigurationException: options that contradict each other; a monitored metric that nobody logs (the
+            message lists what is logged).
+
+    Example::
+
+        best = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3, save_last=True)
+        Trainer(callbacks=[best]).fit(model)
+        print(best.best_model_path, best.best_model_score)
+    """
+
+    reads_gradients = False
+
+    CHECKPOINT_JOIN_CHAR = "-"
+    CHECKPOINT_EQUALS_CHAR = "="
+    CHECKPOINT_NAME_LAST = "last"
+    FILE_EXTENSION = ".ckpt"
+    STARTING_VERSION = 1
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        filename: str | None = None,
+        monitor: str | None = None,
+        verbose: bool = False,
+        save_last: bool | Literal["link"] | None = None,
+        save_top_k: int = 1,
+        save_on_exception: bool = False,
+        save_weights_only: bool = False,
+        mode: str = "min",
+        auto_insert_metric_name: bool = True,
+        every_n_train_steps: int | None = None,
+        train_time_interval: timedelta | None = None,
+        every_n_epochs: int | None = None,
+        save_on_train_epoch_end: bool | None = None,
+        enable_version_counter: bool = True,
+    ) -> None:
+        super().__init__()
+        self.monitor = monitor
+        self.verbose = verbose
+        self.save_last = save_last
+        self.save_top_k = save_top_k
+        self.save_on_exception = save_on_exception
+        self.save_weights_only = save_weights_only
+        self.mode = mode
+        self.auto_insert_metric_name = auto_insert_metric_name
+        if every_n_train_steps is None and every_n_epochs is None and train_time_interval is None:
+            every_n_epochs = 1
+        self._every_n_train_steps = every_n_train_steps or 0
+        self._every_n_epochs = every_n_epochs or 0
+        self._train_time_interval = train_time_interval
+        self._save_on_train_epoch_end = save_on_train_epoch_end
+        self._enable_version_counter = enable_version_counter
+        self._check_options()
+        self.dirpath = None if dirpath is None else _local(dirpath)
+        self.filename = filename
+
+        self.current_score: Tensor | None = None
+        self.best_k_models: dict[str, Tensor] = {}
+        self.kth_best_model_path = ""
+        self.kth_value = torch.tensor(torch.inf if mode == "min" else -torch.inf)
+        self.best_model_score: Tensor | None = None
+        self.best_model_path = ""
+        self.last_model_path = ""
+        self._last_checkpoint_saved = ""
+        self._last_global_step_saved = 0  # before the first step there is nothing to save
+        self._last_time_checked: float | None = None
+        self._defer_save_until_validation = False
+        self._validated = False
+        self._obsolete: list[str] = []
+
+    def _check_options(self) -> None:
+        def refuse(what: str, allowed: str) -> None:
+            raise MisconfigurationException(f"ModelCheckpoint({what}): {allowed}")
+
+        if self.mode not in ("min", "max"):
+            refuse(f"mode={self.mode!r}", "allowed are 'min' and 'max'.")
+        if self.save_last not in (None, True, False, "link"):
+            refuse(f"save_last={self.save_last!r}", "allowed are None, True, False and 'link'.")
+        if self.save_top_k < -1:
+            refuse(f"save_top_k={self.save_top_k}", "allowed are -1 (all), 0 (none) and positive numbers.")
+        if self.monitor is None and self.save_top_k not in (-1, 0, 1):
+            refuse(f"save_top_k={self.save_top_k}, monitor=None", "to keep the k best, name the metric in `monitor`.")
+        for name in ("every_n_train_steps", "every_n_epochs"):
+            if getattr(self, "_" + name) < 0:
+                refuse(f"{name}={getattr(self, '_' + name)}", "allowed are numbers from 0 (never) upwards.")
+        triggers = (self._every_n_train_steps >= 1, self._every_n_epochs >= 1, self._train_time_interval is not None)
+        if sum(triggers) > 1:
+            refuse(
+                f"every_n_train_steps={self._every_n_train_steps}, every_n_epochs={self._every_n_epochs}, "
+                f"train_time_interval={self._train_time_interval}",
+                "give only one of them, or use several ModelCheckpoint callbacks.",
+            )
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            monitor=self.monitor,
+            mode=self.mode,
+            every_n_train_steps=self._every_n_train_steps,
+            every_n_epochs=self._every_n_epochs,
+            train_time_interval=self._train_time_interval,
+        )
+
+    @property
+    def every_n_epochs(self) -> int:
+        """Epochs between two saves; 0 when steps or time decide."""
+        return self._every_n_epochs
+
+    def live_hooks(self, trainer: Any = None) -> set[str]:
+        unused = []
+        if self._train_time_interval is None:
+            unused.append("on_train_start")
+            if self._every_n_train_steps < 1:
+                unused.append("on_train_batch_end")
+        if not self.save_last:
+            unused.append("on_train_end")
+        if not self.save_on_exception:
+            unused.append("on_exception")
+        return self._without(super().live_hooks(trainer), ModelCheckpoint, *unused)
+
+    # -- when to save
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        self.dirpath = self._resolve_ckpt_dir(trainer)
+        if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and os.path.isdir(self.dirpath):
+            resumed = getattr(trainer, "ckpt_path", None)
+            inside = resumed is not None and Path(self.dirpath).absolute() in Path(resumed).absolute().parents
+            if not inside and os.listdir(self.dirpath):
+                warnings.warn(f"Checkpoint directory {self.dirpath} exists and is not empty.", stacklevel=2)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._last_time_checked = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
+        if self._train_time_interval is not None:
+            now = time.monotonic()
+            since = now if self._last_time_checked is None else self._last_time_checked
+            if now - since >= self._train_time_interval.total_seconds():
+                self._last_time_checked = now
+                due = True
+        if not due or self._should_skip_saving_checkpoint(trainer):
+            return
+        metrics = self._monitor_candidates(trainer)
+        if self.monitor is not None and (self.monitor not in metrics or self._validation_is_next(trainer)):
+            self._defer_save_until_validation = True  # so that the score belongs to these weights
+            return
+        self._save_all(trainer, metrics)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self._should_save_on_train_epoch_end(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_at_epoch_end(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._validated = self._validated or not trainer.sanity_checking
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        if self._defer_save_until_validation:
+            # also where epochs save at their own end: Lightning 2.6 drops a deferred save there, and a run of one
+            # epoch with a validation metric and `every_n_train_steps` ends without a checkpoint
+            self._defer_save_until_validation = False
+            self._save_all(trainer, self._monitor_candidates(trainer))
+        elif not self._should_save_on_train_epoch_end(trainer):
+            self._save_at_epoch_end(trainer)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if not self.save_on_exception or self._should_skip_saving_checkpoint(trainer):
+            return
+        metrics = self._monitor_candidates(trainer)
+        filepath = self.format_checkpoint_name(metrics)
+        self._save_checkpoint(trainer, filepath)
+        self._save_last_checkpoint(trainer, metrics)
+        self._remove_obsolete(trainer)
+        log.info("%s: saved a checkpoint to %s", type(exception).__name__, filepath)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.save_last and not self._last_checkpoint_saved and not trainer.fast_dev_run:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._remove_obsolete(trainer)
+
+    def _should_skip_saving_checkpoint(self, trainer: Any) -> bool:
+        return (
+            bool(trainer.fast_dev_run)
+            or trainer.state.fn != "fit"
+            or bool(trainer.sanity_checking)
+            or self._last_global_step_saved == trainer.global_step
+        )
+
+    def _should_save_on_train_epoch_end(self, trainer: Any) -> bool:
+        if self._save_on_train_epoch_end is not None:
+            return self._save_on_train_epoch_end
+        if getattr(trainer, "_val_check_time_interval", None) is not None or trainer.check_val_every_n_epoch != 1:
+            return False
+        # with several validations per epoch, a checkpoint belongs to the validation that scored it
+        return _total(trainer.num_val_batches) == 0 or trainer.val_check_interval == 1.0
+
+    def _validation_is_next(self, trainer: Any) -> bool:
+        """Whether the validation after this epoch's last batch will run, and saving waits for it."""
+        if self._should_save_on_train_epoch_end(trainer) or not trainer.is_last_batch:
+            return False
+        if not getattr(trainer, "enable_validation", True) or _total(trainer.num_val_batches) == 0:
+            return False
+        every = trainer.check_val_every_n_epoch
+        return every is None or (trainer.current_epoch + 1) % every == 0
+
+    # -- what to save
+
+    def _save_all(self, trainer: Any, metrics: dict[str, Tensor]) -> None:
+        self._save_topk_checkpoint(trainer, metrics)
+        self._save_last_checkpoint(trainer, metrics)
+        self._remove_obsolete(trainer)
+
+    def _save_at_epoch_end(self, trainer: Any) -> None:
+        metrics = self._monitor_candidates(trainer)
+        if self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
+            self._save_topk_checkpoint(trainer, metrics)
+        saved_now = self._last_global_step_saved == trainer.global_step
+        if saved_now or (self.save_last == "link" and self._last_checkpoint_saved):
+            self._save_last_checkpoint(trainer, metrics)
+        self._remove_obsolete(trainer)
+
+    def _monitor_candidates(self, trainer: Any) -> dict[str, Tensor]:
+        metrics = {name: _snapshot(value) for name, value in trainer.callback_metrics.items()}
+        for name, value in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
+            metrics[name] = metrics[name].int() if name in metrics else torch.tensor(value)
+        return metrics
+
+    def check_monitor_top_k(self, trainer: Any, current: Tensor | None = None) -> bool:
+        """Whether a checkpoint with score `current` would be kept among the best `save_top_k`."""
+        if current is None:
+            return False
+        if self.save_top_k == -1 or len(self.best_k_models) < self.save_top_k:
+            return True
+        if self.save_top_k == 0:
+            return False
+        better = torch.lt if self.mode == "min" else torch.gt
+        return bool(better(current, self.best_k_models[self.kth_best_model_path].to(current.device)))
+
+    def _save_topk_checkpoint(self, trainer: Any, metrics: dict[str, Tensor]) -> None:
+        if self.save_top_k == 0:
+            return
+        if self.monitor is None:
+            previous = self.best_model_path
+            self.best_model_path = self._versioned_name(metrics, previous)
+            self._save_checkpoint(trainer, self.best_model_path)
+            if self.save_top_k == 1 and previous:
+                self._retire(trainer, previous, self.best_model_path)
+            return
+        current = metrics.get(self.monitor)
+        if current is None:
+            self._refuse_missing_metric(trainer, metrics)
+        elif self.check_monitor_top_k(trainer, current):
+            self._update_best_and_save(current, trainer, metrics)
+        elif self.verbose:
+            log.info("%s: %s was not in the top %d", _when(metrics), self.monitor, self.save_top_k)
+
+    def _refuse_missing_metric(self, trainer: Any, metrics: Mapping[str, Tensor]) -> None:
+        message = (
+            f"ModelCheckpoint(monitor={self.monitor!r}) found no such metric; logged are: "
+            f"{', '.join(map(repr, metrics))}. Log it with self.log({self.monitor!r}, value) in the module, or "
+            f"monitor one of the logged ones."
+        )
+        # a validation that is still to come may log it
+        if self._validated or _total(trainer.num_val_batches) == 0:
+            raise MisconfigurationException(message)
+        warnings.warn(message, stacklevel=2)
+
+    def _update_best_and_save(self, current: Tensor, trainer: Any, metrics: dict[str, Tensor]) -> None:
+        k = len(self.best_k_models) + 1 if self.save_top_k == -1 else self.save_top_k
+        worst, best = (max, min) if self.mode == "min" else (min, max)
+        replaced = ""
+        if len(self.best_k_models) == k:
+            replaced = self.kth_best_model_path
+            self.best_k_models.pop(replaced)
+        if torch.isnan(current):  # never the best
+            current = torch.full_like(current, torch.inf if self.mode == "min" else -torch.inf)
+
+        filepath = self._versioned_name(metrics, replaced)
+        self.current_score = current
+        self.best_k_models[filepath] = current
+        if len(self.best_k_models) == k:
+            self.kth_best_model_path = worst(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+        self.best_model_path = best(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
+        self.best_model_score = self.best_k_models[self.best_model_path]
+        if self.verbose:
+            log.info(
+                "%s: %s reached %.5f (best %.5f), saving to %s",
+                _when(metrics), self.monitor, current, self.best_model_score, filepath,
+            )  # fmt: skip
+        self._save_checkpoint(trainer, filepath)
+        if replaced:
+            self._retire(trainer, replaced, filepath)
+
+    def _save_last_checkpoint(self, trainer: Any, metrics: dict[str, Tensor]) -> None:
+        if not self.save_last:
+            return
+        previous = self.last_model_path
+        self.last_model_path = filepath = self._versioned_name(metrics, previous, self.CHECKPOINT_NAME_LAST)
+        if self.save_last == "link" and self._last_checkpoint_saved and self.save_top_k != 0:
+            if trainer.is_global_zero:
+                link(self._last_checkpoint_saved, filepath)
+        else:
+            self._save_checkpoint(trainer, filepath)
+        if previous:
+            self._retire(trainer, previous, filepath)
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        trainer.save_checkpoint(filepath, self.save_weights_only)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(weakref.proxy(self))
+
+    def _retire(self, trainer: Any, previous: str, current: str) -> None:
+        """Mark `previous` for removal, unless it was overwritten, is not ours, or is what this run resumed from."""
+        old = Path(previous).absolute()
+        resumed = getattr(trainer, "ckpt_path", None)
+        assert self.dirpath is not None
+        ours = Path(self.dirpath).absolute() in old.parents
+        if previous != current and ours and (resumed is None or Path(resumed).absolute() != old):
+            self._obsolete.append(previous)
+        if self.save_last != "link":  # a link must point to the new file before the old one goes
+            self._remove_obsolete(trainer)
+
+    def _remove_obsolete(self, trainer: Any) -> None:
+        while self._obsolete:
+            self._remove_checkpoint(trainer, self._obsolete.pop(0))
+
+    def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
+        if trainer.is_global_zero:
+            remove(filepath)
+
+    # -- names
+
+    def format_checkpoint_name(
+        self,
+        metrics: Mapping[str, Any],
+        filename: str | None = None,
+        ver: int | None = None,
+        prefix: str | None = None,
+    ) -> str:
+        """The path that a template gives for these metrics.
+
+        Args:
+            metrics: values by name; a name that is missing becomes 0.
+            filename: template to use instead of the callback's own.
+            ver: version counter, appended as "-v<ver>".
+            prefix: put before the name, joined by "-".
+
+        Example::
+
+            >>> ModelCheckpoint(filename="{epoch}-{val_loss:.2f}").format_checkpoint_name({"epoch": 2, "val_loss": 0.123})
+            'epoch=2-val_loss=0.12.ckpt'
+        """
+        template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
+
+        def value(match: re.Match[str]) -> str:
+            name, spec = match[1], (match[2] or ":")[1:]
+            label = name + self.CHECKPOINT_EQUALS_CHAR if self.auto_insert_metric_name else ""
+            return label + format(metrics.get(name, torch.tensor(0)), spec)
+
+        parts = [_FIELD.sub(value, template)]
+        if prefix is not None:
+            parts.insert(0, prefix)
+        if ver is not None:
+            parts.append(f"v{ver}")
+        name = self.CHECKPOINT_JOIN_CHAR.join(parts) + self.FILE_EXTENSION
+        return os.path.join(self.dirpath, name) if self.dirpath else name
+
+    def _versioned_name(self, metrics: dict[str, Tensor], own: str, filename: str | None = None) -> str:
+        """A name that is free, or that of the file `own`, which may be overwritten."""
+        filepath = self.format_checkpoint_name(metrics, filename)
+        version = self.STARTING_VERSION
+        while self._enable_version_counter and filepath != own and os.path.lexists(filepath):
+            filepath = self.format_checkpoint_name(metrics, filename, ver=version)
+            version += 1
+        return filepath
+
+    def _resolve_ckpt_dir(self, trainer: Any) -> str:
+        if self.dirpath is not None:
+            return self.dirpath
+        if not trainer.loggers:
+            return os.path.join(trainer.default_root_dir, "checkpoints")
+        logger = trainer.loggers[0]
+        root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return os.path.join(root, str(logger.name), version, "checkpoints")
+
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        """Paths of every `last.ckpt`, `last-v1.ckpt` ... in this callback's directory."""
+        directory = self._resolve_ckpt_dir(trainer)
+        pattern = re.compile(rf"{re.escape(self.CHECKPOINT_NAME_LAST)}(-.*)?{re.escape(self.FILE_EXTENSION)}")
+        names = os.listdir(directory) if os.path.isdir(directory) else []
+        return {os.path.normpath(os.path.join(directory, name)) for name in names if pattern.fullmatch(name)}
+
+    def file_exists(self, filepath: str | os.PathLike[str], trainer: Any) -> bool:
+        """Whether a checkpoint of that name is there already."""
+        return os.path.exists(filepath)
+
+    def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
+        """Write `best_k_models` (path: score) to a YAML file, `<dirpath>/best_k_models.yaml` when left out."""
+        if filepath is None:
+            if self.dirpath is None:
+                raise MisconfigurationException("ModelCheckpoint.to_yaml() has no directory yet; pass `filepath`.")
+            filepath = os.path.join(self.dirpath, "best_k_models.yaml")
+        from lit_fast.loggers.utilities import write_yaml
+
+        write_yaml(filepath, {path: score.item() for path, score in self.best_k_models.items()})
+
+    # -- state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "monitor": self.monitor,
+            "best_model_score": self.best_model_score,
+            "best_model_path": self.best_model_path,
+            "current_score": self.current_score,
+            "dirpath": self.dirpath,
+            "best_k_models": self.best_k_models,
+            "kth_best_model_path": self.kth_best_model_path,
+            "kth_value": self.kth_value,
+            "last_model_path": self.last_model_path,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        previous = state_dict.get("dirpath", self.dirpath)
+        if previous == self.dirpath:
+            self.best_model_score = state_dict["best_model_score"]
+            self.kth_best_model_path = state_dict.get("kth_best_model_path", self.kth_best_model_path)
+            self.kth_value = state_dict.get("kth_value", self.kth_value)
+            self.best_k_models = dict(state_dict.get("best_k_models", self.best_k_models))
+            self.last_model_path = state_dict.get("last_model_path", self.last_model_path)
+        else:
+            warnings.warn(
+                f"ModelCheckpoint wrote to {previous!r} before and now writes to {self.dirpath!r}: of its state only "
+                f"best_model_path is taken over, and the files there are left alone.",
+                stacklevel=2,
+            )
+        self.best_model_path = state_dict["best_model_path"]
+
+
+def _local(dirpath: str | os.PathLike[str]) -> str:
+    path = os.fspath(dirpath)
+    if "://" in path and not path.startswith("file://"):
+        raise MisconfigurationException(
+            f"ModelCheckpoint(dirpath={path!r}): only local directories can be written so far; give a local path."
+        )
+    return os.path.realpath(os.path.expanduser(path.removeprefix("file://")))
+
+
+def _total(batches: Any) -> float:
+    return sum(batches) if isinstance(batches, list | tuple) else batches
+
+
+def _snapshot(value: Any) -> Tensor:
+    return value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def _when(metrics: Mapping[str, Tensor]) -> str:
+    return f"Epoch {int(metrics['epoch'])}, global step {int(metrics['step'])}"

@@ -1,0 +1,28 @@
+"""Loggers, under Lightning's names. Each is imported when it is first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "CSVLogger": "csv_logs",
+    "DummyLogger": "logger",
+    "Logger": "logger",
+    "TensorBoardLogger": "tensorboard",
+    "default_logger": "default",
+}
+
+__all__ = ["CSVLogger", "DummyLogger", "Logger", "TensorBoardLogger", "default_logger"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

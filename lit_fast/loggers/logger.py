@@ -1,0 +1,138 @@
+"""The base of every logger, and a logger that does nothing."""
+
+from __future__ import annotations
+
+import functools
+import os
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+class Logger(ABC):
+    """Where metrics and hyperparameters of a run go. A subclass gives `name`, `version` and the two `log_` methods.
+
+    `log_metrics` is called by the thread that trains: it must return quickly and leave slow work to others.
+    """
+
+    @property
+    @abstractmethod
+    def name(self) -> str | None:
+        """Name of the experiment."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int | str | None:
+        """Version of the experiment."""
+
+    @property
+    def root_dir(self) -> str | None:
+        """Directory of all versions of the experiment; None where nothing is kept locally."""
+        return None
+
+    @property
+    def log_dir(self) -> str | None:
+        """Directory of this version of the experiment; None where nothing is kept locally."""
+        return None
+
+    @property
+    def save_dir(self) -> str | None:
+        """Directory of all experiments, as given by the user; None where nothing is kept locally."""
+        return None
+
+    @property
+    def group_separator(self) -> str:
+        """What separates a group from a name in a metric's name."""
+        return "/"
+
+    @abstractmethod
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Record metrics: Python numbers or 0-dim tensors, by name."""
+
+    @abstractmethod
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Record hyperparameters."""
+
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
+        """Record the model's graph, where the logger can."""
+
+    def save(self) -> None:
+        """Bring what was logged to disk."""
+
+    def finalize(self, status: str) -> None:
+        """The run ended ("success", "failed", ...): save everything and close files."""
+        self.save()
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """A checkpoint callback has saved a checkpoint."""
+
+
+class DummyExperiment:
+    """Takes every call and does nothing."""
+
+    def _nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._nothing
+
+    def __getitem__(self, index: Any) -> DummyExperiment:
+        return self
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        pass
+
+
+class DummyLogger(Logger):
+    """Stands in for the user's loggers where nothing shall be logged (`fast_dev_run`): it takes every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._experiment = DummyExperiment()
+
+    @property
+    def experiment(self) -> DummyExperiment:
+        """An object that takes every call."""
+        return self._experiment
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getitem__(self, index: Any) -> DummyLogger:
+        return self
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._experiment._nothing
+
+
+def rank_zero_experiment(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Make an `experiment` getter give a `DummyExperiment` in every process but the first."""
+
+    @functools.wraps(function)
+    def experiment(self: Any) -> Any:
+        return function(self) if global_rank() == 0 else DummyExperiment()
+
+    return experiment
+
+
+def global_rank() -> int:
+    """This process's rank, as its launcher says in the environment; 0 without one."""
+    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)
