@@ -1,0 +1,1 @@
+"""The command `lit-fast`. Each subcommand is a file with `main(argv) -> int`."""

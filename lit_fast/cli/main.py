@@ -1,0 +1,49 @@
+"""`lit-fast COMMAND ...`: hands the rest of the command line to the subcommand's own file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import lit_fast
+from lit_fast.errors import LitFastError
+
+# Name, and what --help says. lit_fast/cli/<name>.py is imported when it is called.
+COMMANDS = {
+    "info": "what was built, what was chosen on this machine, and why",
+    "pretrain": "train a GPT on text, by default on the source of Python's standard library",
+    "run": "run a Python program written for Lightning, unedited",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="lit-fast",
+        description="A compiled trainer core for PyTorch behind PyTorch Lightning's API.",
+        epilog="\n".join(["commands:", *(f"  {name:<10} {text}" for name, text in COMMANDS.items())]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"lit-fast {lit_fast.__version__}")
+    top.add_argument("command", choices=list(COMMANDS), metavar="command", help="one of those below")
+    top.add_argument("arguments", nargs=argparse.REMAINDER, help="lit-fast COMMAND --help lists them")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 2 for a wrong command line, 1 for an error of lit_fast's own, printed."""
+    options = parser().parse_args(argv)
+    command = importlib.import_module(f"lit_fast.cli.{options.command}")
+    try:
+        code: int = command.main(options.arguments)
+    except LitFastError as error:
+        if options.command == "run":
+            raise  # the program's own traceback is worth more than our summary
+        print(f"lit-fast {options.command}: {error}", file=sys.stderr)
+        return 1
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

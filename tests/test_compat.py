@@ -1,0 +1,150 @@
+"""Lightning's module names lead to lit_fast: the same objects, clear errors, and back again."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import lit_fast
+from lit_fast import compat
+from lit_fast.errors import MisconfigurationException
+from lit_fast.pytorch import names
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    compat.install()
+    yield
+    compat.uninstall()
+
+
+# The recorder's comparison may have imported Lightning itself into this process.
+pytestmark = pytest.mark.skipif(
+    "lightning" in sys.modules, reason="Lightning itself is imported in this process"
+)
+
+
+def test_alias_package_without_install() -> None:
+    from lit_fast.pytorch.callbacks import ModelCheckpoint as package
+    from lit_fast.pytorch.callbacks.model_checkpoint import ModelCheckpoint as module
+
+    from lit_fast.callbacks import ModelCheckpoint as ours
+
+    assert package is ours and module is ours
+    assert importlib.import_module("lit_fast.pytorch.callbacks") is lit_fast.callbacks
+
+
+def spellings(key: str) -> list[str]:
+    """The names under which a program may import what stands at `key` of the table."""
+    first, _, rest = key.partition(".")
+    twin = {"pytorch": "pytorch_lightning", "fabric": "lightning_fabric"}[first]
+    ours = [f"lit_fast.{key}"] if first == "pytorch" else []
+    return [f"lightning.{key}", f"{twin}.{rest}".rstrip("."), *ours]
+
+
+@pytest.mark.parametrize("key", [k for k in names.TABLE if k])
+def test_every_name_of_the_table(installed: None, key: str) -> None:
+    for spelled in spellings(key):
+        assert importlib.import_module(spelled) is names.load(key), spelled
+    module = names.load(key)
+    entry = names.TABLE[key]
+    if isinstance(entry, str):
+        assert module is importlib.import_module(entry)
+        assert module.__spec__ is not None and module.__spec__.name == entry
+    else:
+        for name, place in entry.items():
+            home, _, attribute = place.partition(":")
+            assert getattr(module, name) is getattr(importlib.import_module(home), attribute)
+
+
+def test_the_three_packages_are_one(installed: None) -> None:
+    import lightning
+    import lightning.pytorch
+    import pytorch_lightning
+
+    assert lightning.Trainer is lit_fast.Trainer
+    assert lightning.pytorch is pytorch_lightning
+    assert pytorch_lightning.LightningModule is lit_fast.LightningModule
+    assert importlib.util.find_spec("lightning") is not None
+    assert lightning.__version__ == names.LIGHTNING_VERSION
+
+
+def test_a_plain_module_stays_plain(installed: None) -> None:
+    module = importlib.import_module("lightning.pytorch.callbacks.model_checkpoint")
+    assert not hasattr(module, "__path__")
+    assert module.__name__ == "lit_fast.callbacks.model_checkpoint"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lightning.app",
+        "lightning.pytorch.tuner",
+        "pytorch_lightning.callbacks.nothing",
+        "lightning_fabric.x.y",
+    ],
+)
+def test_what_is_not_there_is_named(installed: None, name: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"lit_fast stands in for \w+ here and has no"):
+        importlib.import_module(name)
+
+
+def test_a_single_name_that_is_not_there(installed: None) -> None:
+    with pytest.raises(ImportError, match="Fabrik"):
+        exec("from lightning import Fabrik")
+    with pytest.raises(AttributeError, match=r"no lightning\.Fabrik yet; it has .*Trainer"):
+        _ = importlib.import_module("lightning").Fabrik
+
+
+def test_install_twice_and_take_back() -> None:
+    finders = len(sys.meta_path)
+    compat.install()
+    compat.install()
+    assert compat.installed() and len(sys.meta_path) == finders
+    importlib.import_module("lightning.pytorch.loggers")
+    compat.uninstall()
+    assert not compat.installed()
+    assert not [name for name in sys.modules if name.partition(".")[0] in compat.ROOTS]
+    assert importlib.import_module("lit_fast.pytorch.loggers") is lit_fast.loggers
+
+
+def test_real_lightning_already_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning", type(sys)("lightning"))
+    with pytest.raises(MisconfigurationException, match=r"lightning had been imported before.*lit-fast run"):
+        compat.install()
+    assert not compat.installed()
+
+
+def test_uninstall_without_install_leaves_lightning_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = type(sys)("lightning")
+    monkeypatch.setitem(sys.modules, "lightning", stranger)
+    compat.uninstall()
+    assert sys.modules["lightning"] is stranger
+
+
+def test_rank_zero_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_fast.pytorch.rank_zero import rank_zero_only, rank_zero_warn
+
+    said = rank_zero_only(lambda: "said")
+    assert said() == "said"
+    with pytest.warns(UserWarning, match="careful"):
+        rank_zero_warn("careful")
+    monkeypatch.setenv("RANK", "1")
+    assert said() is None
+
+
+def test_alias_imports_do_not_load_a_second_copy() -> None:
+    program = """
+import lit_fast.pytorch.loggers.csv_logs, lit_fast.loggers.csv_logs, sys
+assert sys.modules["lit_fast.pytorch.loggers.csv_logs"] is sys.modules["lit_fast.loggers.csv_logs"]
+modules = set(sys.modules.values())
+copies = [m for m in modules if (getattr(m, "__file__", None) or "").endswith("csv_logs.py")]
+assert len(copies) == 1, copies
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
