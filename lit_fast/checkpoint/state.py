@@ -1,0 +1,349 @@
+"""What a checkpoint holds, under Lightning's keys plus one of ours, and how a run goes on from it.
+
+Our key, "lit_fast", adds what Lightning leaves out: every random generator, the position in the data, and how far
+the loop had got. A file written by Lightning resumes too, at the start of the epoch that it was in.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_fast.checkpoint import io, rng
+from lit_fast.errors import CheckpointError, MisconfigurationException
+from lit_fast.module import LightningModule
+
+if TYPE_CHECKING:
+    from lit_fast.trainer import Trainer
+
+OURS = "lit_fast"
+FORMAT = 1
+LIGHTNING_FORMAT = "2.6.6"  # the version of Lightning whose layout the file has; Lightning migrates by it
+
+
+# -- writing
+
+
+def save(trainer: Trainer, path: Path, weights_only: bool) -> None:
+    """Write the whole state of `trainer` to `path`, atomically."""
+    io.save(dump(trainer, weights_only), path)
+
+
+def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
+    """The state of a run as a dictionary that loads with `weights_only=True`; hooks may add to it."""
+    module, progress = trainer.lightning_module, trainer._progress
+    checkpoint: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "global_step": progress.global_step,
+        "pytorch-lightning_version": LIGHTNING_FORMAT,
+        "state_dict": module.state_dict(),
+        "loops": _loops(trainer),
+    }
+    if not weights_only:
+        states = {}
+        for callback in trainer.callbacks:
+            state = callback.state_dict()
+            if state:
+                states[callback.state_key] = state
+        checkpoint["callbacks"] = states
+        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        checkpoint[OURS] = _ours(trainer)
+    for owner in (module, trainer.datamodule):
+        if owner is not None and owner.__dict__.get("_hparams"):
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = _loadable(dict(owner.hparams))
+    if trainer.datamodule is not None:
+        data_state = trainer.datamodule.state_dict()
+        if data_state:
+            checkpoint[type(trainer.datamodule).__qualname__] = data_state
+    if not weights_only:
+        for callback in trainer.callbacks:
+            callback.on_save_checkpoint(trainer, module, checkpoint)
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _ours(trainer: Trainer) -> dict[str, Any]:
+    progress, loop = trainer._progress, trainer.fit_loop
+    epoch, stage, batches = progress.epoch, progress.stage, progress.batch_idx + 1
+    ended = stage == "start" and batches > 0  # the epoch's end is behind us, `epoch` counts it already
+    whole = progress.is_last_batch
+    state: dict[str, Any] = {"format": FORMAT, "plateau": None}
+    if stage == "epoch_end" or ended:
+        if whole:  # go on with the next epoch
+            watched = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+            if stage == "epoch_end" and watched:  # they step after the hooks that save
+                metrics = trainer.callback_metrics
+                state["plateau"] = {name: float(metrics[name]) for name in watched if name in metrics}
+            epoch, stage = epoch + (not ended), "start"
+        else:  # a limit stopped the epoch inside; more steps go on from there
+            epoch, stage = epoch - ended, "validated"
+    starts_epoch = stage == "start"
+    steps = loop.windows_completed()
+    state |= {
+        "epoch": epoch,
+        "stage": stage,
+        "batch_idx": -1 if starts_epoch else batches - 1,
+        "is_last_batch": not starts_epoch and whole,
+        "stepped_before": steps if starts_epoch else progress.stepped_before,
+        "total_before": progress.total_before + (batches if starts_epoch else 0),
+        "data": None if starts_epoch or loop.position is None else loop.position.state_dict(batches),
+        "rng": trainer._evaluation.rng_before if trainer.validating and stage == "batch" else rng.capture(),
+    }
+    return state
+
+
+def _loops(trainer: Trainer) -> dict[str, Any]:
+    """The counters of every loop as Lightning writes them, derived from the few that we keep."""
+    progress = trainer._progress
+    done = progress.batch_idx + 1
+    total = progress.total_before + done
+    steps = progress.global_step
+    in_epoch = max(0, trainer.fit_loop.windows_completed() - progress.stepped_before)
+    ended = progress.stage == "start" and done > 0
+    started = progress.epoch + (0 if ended or done == 0 else 1)
+    processed = progress.epoch + (progress.stage == "epoch_end")
+
+    def counts(value: int, *names: str) -> dict[str, int]:
+        return dict.fromkeys(names or ("ready", "completed", "started", "processed"), value)
+
+    def batch_counts(overall: int, current: int) -> dict[str, Any]:
+        return {"total": counts(overall), "current": counts(current), "is_last_batch": progress.is_last_batch}
+
+    def pair(overall: int, current: int, *names: str) -> dict[str, Any]:
+        return {"total": counts(overall, *names), "current": counts(current, *names)}
+
+    automatic = trainer.lightning_module.automatic_optimization
+    epochs = {"ready": started, "completed": progress.epoch, "started": started, "processed": processed}
+    fit_loop = {
+        "state_dict": {},
+        "epoch_loop.state_dict": {"_batches_that_stepped": trainer.fit_loop.windows_completed()},
+        "epoch_loop.batch_progress": batch_counts(total, done),
+        "epoch_loop.scheduler_progress": pair(0, 0, "ready", "completed"),
+        "epoch_loop.automatic_optimization.state_dict": {},
+        "epoch_loop.automatic_optimization.optim_progress": {
+            "optimizer": {
+                "step": pair(steps if automatic else 0, in_epoch if automatic else 0, "ready", "completed"),
+                "zero_grad": pair(
+                    steps if automatic else 0, in_epoch if automatic else 0, "ready", "completed", "started"
+                ),
+            }
+        },
+        "epoch_loop.manual_optimization.state_dict": {},
+        "epoch_loop.manual_optimization.optim_step_progress": pair(
+            0 if automatic else steps, 0 if automatic else steps, "ready", "completed"
+        ),
+        "epoch_loop.val_loop.state_dict": {},
+        "epoch_loop.val_loop.batch_progress": {"total": counts(0), "current": counts(0), "is_last_batch": False},
+        "epoch_progress": {"total": dict(epochs), "current": epochs},
+    }
+    idle = {"state_dict": {}, "batch_progress": {"total": counts(0), "current": counts(0), "is_last_batch": False}}
+    predict = {"state_dict": {}, "batch_progress": {"total": counts(0), "current": counts(0)}}
+    return {"fit_loop": fit_loop, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device, torch.Size)
+
+
+def _loadable(hparams: dict[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that load without executing code; the others are left out, and named."""
+
+    def plain(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return type(value) is dict and all(plain(k) and plain(v) for k, v in value.items())
+        if type(value) in (list, tuple, set):
+            return all(map(plain, value))
+        return isinstance(value, _PLAIN)
+
+    left_out = sorted(name for name, value in hparams.items() if not plain(value))
+    if left_out:
+        warnings.warn(
+            f"Not saved with the checkpoint, because loading them would execute pickled code: {', '.join(left_out)}. "
+            f"Leave them out with save_hyperparameters(ignore={left_out}).",
+            stacklevel=2,
+        )
+    return {name: value for name, value in hparams.items() if name not in left_out}
+
+
+# -- finding and reading
+
+
+def find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
+    """The file that `ckpt_path` names: a path, "last", "best", or None.
+
+    Raises:
+        CheckpointError: there is no such file.
+        MisconfigurationException: "best" without a checkpoint that is best, or a name that is not built yet.
+    """
+    if ckpt_path is None:
+        return None
+    if ckpt_path == "last":
+        newest = max(_candidates(trainer), default=None)
+        if newest is None:
+            warnings.warn("ckpt_path='last': no checkpoint was found, the run starts anew.", stacklevel=3)
+            return None
+        return newest[-1]
+    if ckpt_path == "best":
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best:
+            raise MisconfigurationException(
+                "ckpt_path='best': no checkpoint was saved so far; fit with a ModelCheckpoint first, or pass a path."
+            )
+        return Path(best)
+    if ckpt_path == "hpc" or str(ckpt_path).startswith("registry"):
+        raise MisconfigurationException(f"ckpt_path={ckpt_path!r} is not built yet; pass a path, 'last' or 'best'.")
+    path = Path(ckpt_path).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"There is no checkpoint {str(path)!r}; pass the path of one, 'last', or None to start.")
+    return path
+
+
+def _candidates(trainer: Trainer) -> Iterator[tuple[int, int, int, Path]]:
+    """Checkpoints of this run and of earlier versions of it, as (version, step, time of writing, path)."""
+    for callback in trainer.checkpoint_callbacks:
+        if not getattr(callback, "dirpath", None):
+            continue
+        directory = Path(callback.dirpath)
+        directories = [directory]
+        if re.fullmatch(r"version_\d+", directory.parent.name):  # each run of a logger gets a version of its own
+            directories = sorted(directory.parent.parent.glob(f"version_*/{directory.name}"))
+        for folder in directories:
+            number = re.fullmatch(r"version_(\d+)", folder.parent.name)
+            for path in folder.glob("*.ckpt"):
+                try:
+                    step = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+                except Exception as error:
+                    warnings.warn(f"ckpt_path='last' passes over {path}: it cannot be read ({error}).", stacklevel=4)
+                    continue
+                yield int(number[1]) if number else 0, step, path.stat().st_mtime_ns, path
+
+
+def read(path: Path, weights_only: bool | None) -> dict[str, Any]:
+    """Load a checkpoint; pickled code is refused unless the caller asked for it with `weights_only=False`."""
+    return io.load(path, weights_only=weights_only is not False)
+
+
+def interrupt_path(trainer: Trainer) -> Path | None:
+    """Where an interrupted run is saved: "last.ckpt" beside the run's other checkpoints."""
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "dirpath", None):
+            return Path(callback.dirpath) / "last.ckpt"
+    return None
+
+
+# -- restoring
+
+
+def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+    """Weights, data module and callbacks, with their hooks, in Lightning's order.
+
+    Raises:
+        CheckpointError: it is no training checkpoint, or its weights do not fit this model.
+    """
+    module = trainer.lightning_module
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(
+            f"{path} holds no model: it has the keys {', '.join(map(str, list(checkpoint)[:8]))}, and 'state_dict' is "
+            f"missing. Pass a checkpoint written by a Trainer."
+        )
+    module.on_load_checkpoint(checkpoint)
+    load_weights(module, checkpoint["state_dict"], path)
+    datamodule = trainer.datamodule
+    if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
+        datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    for callback in trainer.callbacks:
+        callback.on_load_checkpoint(trainer, module, checkpoint)
+    states = checkpoint.get("callbacks", {})
+    for callback in trainer.callbacks:
+        state = states.get(callback.state_key)
+        if state is not None:
+            callback.load_state_dict(state)
+
+
+def load_weights(module: LightningModule, weights: Mapping[str, Any], path: Path) -> None:
+    """`load_state_dict` with an error that a person can act on."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} in the file and {tuple(own[name].shape)} in the model"
+        for name in own.keys() & weights.keys()
+        if isinstance(own[name], torch.Tensor) and weights[name].shape != own[name].shape
+    ]
+    problems = [] if not shapes else [f"{len(shapes)} shapes differ ({sorted(shapes)[0]})"]
+    if module.strict_loading and missing:
+        problems.append(f"{len(missing)} keys are missing in the file ({', '.join(missing[:3])}, ...)")
+    if module.strict_loading and unexpected:
+        problems.append(f"{len(unexpected)} keys are unknown to the model ({', '.join(unexpected[:3])}, ...)")
+    if problems:
+        raise CheckpointError(
+            f"{path} is of another model than {type(module).__name__}: {'; '.join(problems)}. Build the model with the "
+            f"options it was saved with, or set strict_loading = False to load what fits."
+        )
+    module.load_state_dict(weights, strict=module.strict_loading)
+
+
+def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Optimizers, schedulers, loop counters, position in the data and random generators.
+
+    Raises:
+        CheckpointError: the file holds weights alone, or other optimizers than this run has.
+    """
+    if "optimizer_states" not in checkpoint or "lr_schedulers" not in checkpoint:
+        raise CheckpointError(
+            f"{trainer.ckpt_path} holds weights only, so a fit cannot go on from it; load the weights into the model "
+            f"and fit without ckpt_path."
+        )
+    for kind, states, objects in (
+        ("optimizers", checkpoint["optimizer_states"], trainer.optimizers),
+        ("schedulers", checkpoint["lr_schedulers"], [config.scheduler for config in trainer.lr_scheduler_configs]),
+    ):
+        if len(states) != len(objects):
+            raise CheckpointError(
+                f"{trainer.ckpt_path} holds {len(states)} {kind} and this run has {len(objects)}; configure_optimizers "
+                f"must return the same ones to resume."
+            )
+        for state, target in zip(states, objects, strict=True):
+            try:
+                target.load_state_dict(state)
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(
+                    f"{trainer.ckpt_path}: the state of {type(target).__name__} does not fit this run's: {error}"
+                ) from error
+    progress = trainer._progress
+    progress.global_step = int(checkpoint["global_step"])
+    ours = checkpoint.get(OURS)
+    if ours is None:
+        _restore_lightning_loops(trainer, checkpoint)
+        return
+    progress.epoch, progress.stage = ours["epoch"], ours["stage"]
+    progress.batch_idx, progress.is_last_batch = ours["batch_idx"], ours["is_last_batch"]
+    progress.stepped_before, progress.total_before = ours["stepped_before"], ours["total_before"]
+    trainer.fit_loop.pending_data = ours["data"]
+    trainer.fit_loop.pending_plateau = ours["plateau"]
+    trainer._pending_rng = ours["rng"]
+
+
+def _restore_lightning_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """A file of Lightning's says how many batches were seen, not which: an unfinished epoch starts again."""
+    progress = trainer._progress
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    batches = loop.get("epoch_loop.batch_progress", {})
+    progress.epoch = epochs.get("processed", checkpoint.get("epoch", 0))
+    unfinished = epochs.get("started", progress.epoch) > progress.epoch and not batches.get("is_last_batch", True)
+    progress.total_before = batches.get("total", {}).get("processed", 0)
+    progress.stepped_before = loop.get("epoch_loop.state_dict", {}).get("_batches_that_stepped", progress.global_step)
+    if unfinished:
+        warnings.warn(
+            f"{trainer.ckpt_path} was written inside epoch {progress.epoch} by a program that does not save its "
+            f"position in the data; that epoch starts again from its first batch.",
+            stacklevel=3,
+        )
+    elif epochs.get("started", progress.epoch) > progress.epoch:
+        progress.epoch += 1

@@ -1,0 +1,348 @@
+"""The fit loop: epochs, when to validate, log and stop. The step itself is in step.py.
+
+Between two steps the loop only compares one integer: `progress.boundary` is the next batch after which anything but
+another step may be due. It is computed once per visit; setting `trainer.should_stop`, or a signal, pulls it here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from typing import TYPE_CHECKING, Any
+
+from lit_fast.config import batch_limit
+from lit_fast.data.position import DataPosition
+from lit_fast.errors import DataError, MisconfigurationException
+from lit_fast.plan import Plans, SkipEpoch
+
+if TYPE_CHECKING:
+    from lit_fast.trainer import Trainer
+
+NOW = -1  # as `boundary`: after the step that runs
+
+
+class Progress:
+    """Where a fit stands. Written by the loop, read by everyone (the progress bar from its own thread)."""
+
+    __slots__ = (
+        "batch_idx", "boundary", "epoch", "global_step", "is_last_batch", "stage", "stepped_before", "total",
+        "total_before",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.epoch = 0  # epochs finished
+        self.global_step = 0  # optimizer steps taken
+        self.batch_idx = -1  # batch of this epoch that runs or ran last
+        self.total: int | None = 0  # batches in this epoch, None: unknown
+        self.total_before = 0  # batches of all epochs before this one
+        self.stepped_before = 0  # windows completed in all epochs before this one
+        self.is_last_batch = False
+        self.boundary = NOW
+        self.stage = "start"  # how far: start (of an epoch), batch (stepped), validated, epoch_end (in its hooks)
+
+
+class EpochLoop:
+    """The counters of the running epoch under the names that Lightning's callbacks use."""
+
+    def __init__(self, fit_loop: FitLoop) -> None:
+        self._fit_loop = fit_loop
+
+    @property
+    def batch_idx(self) -> int:
+        return self._fit_loop.progress.batch_idx
+
+    @property
+    def total_batch_idx(self) -> int:
+        progress = self._fit_loop.progress
+        return progress.total_before + progress.batch_idx
+
+    @property
+    def global_step(self) -> int:
+        return self._fit_loop.progress.global_step
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        return self._fit_loop.windows_completed()
+
+
+class FitLoop:
+    """Runs a bound plan over epochs of data until a limit, a stop, or an interrupt."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.progress = trainer._progress
+        self.epoch_loop = EpochLoop(self)
+        self.max_epochs = trainer.config.max_epochs
+        self.min_epochs = trainer.config.min_epochs
+        self.max_steps = trainer.config.max_steps
+        self.min_steps = trainer.config.min_steps
+        self.plans: Plans | None = None
+        self.loader: Any = None
+        self.position: DataPosition | None = None
+        self.val_check_batch: int | float = math.inf
+        self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
+        self.pending_plateau: dict[str, float] | None = None  # metrics of an epoch whose plateau schedulers are due
+
+    # -- before the first step
+
+    def load_data(self) -> None:
+        """Ask for the training loader and settle how much of it an epoch uses.
+
+        Raises:
+            MisconfigurationException: limits or intervals that this loader cannot satisfy.
+            DataError: what was given cannot be iterated.
+        """
+        trainer, config = self.trainer, self.trainer.config
+        self.loader = trainer._request_loader("train_dataloader")
+        if not isinstance(self.loader, Iterable):
+            raise DataError(
+                f"The training data is {type(self.loader).__name__}, which cannot be iterated; pass a DataLoader or "
+                f"any iterable of batches."
+            )
+        self.position = DataPosition(self.loader)
+        length = length_of(self.loader)
+        self.progress.total = batch_limit("limit_train_batches", config.limit_train_batches, length)
+        self.val_check_batch = self._val_check_batch(length)
+        if self.pending_data is not None:
+            self.position.load_state_dict(self.pending_data)
+            self.pending_data = None
+
+    def _val_check_batch(self, length: int | None) -> int | float:
+        interval, total = self.trainer.config.val_check_interval, self.progress.total
+        if isinstance(interval, int):
+            if total is not None and interval > total and self.trainer.config.check_val_every_n_epoch is not None:
+                if self.trainer.enable_validation:
+                    raise MisconfigurationException(
+                        f"Trainer(val_check_interval={interval}) is more than the {total} batches of an epoch, so it "
+                        f"would never validate; use at most {total}, limit_val_batches=0, or "
+                        f"check_val_every_n_epoch=None to count batches across epochs."
+                    )
+            return interval
+        if total is None:
+            if interval == 1.0:
+                return math.inf
+            raise MisconfigurationException(
+                f"Trainer(val_check_interval={interval!r}) is a fraction, but the training data has no length; give a "
+                f"number of batches (int) or 1.0."
+            )
+        return max(1, int(total * interval))
+
+    # -- the run
+
+    def run(self) -> None:
+        trainer, progress = self.trainer, self.progress
+        if progress.total == 0 or self._finished():
+            return
+        trainer._call("on_train_start")
+        while True:
+            if progress.stage == "start":
+                self._start_epoch()
+            try:
+                self.run_epoch()
+            except SkipEpoch:
+                self._skip_rest_of_epoch()
+            self._end_epoch()
+            if self._finished():
+                break
+        trainer._call("on_train_end")
+
+    def _start_epoch(self) -> None:
+        progress = self.progress
+        progress.stepped_before = self.windows_completed()
+        progress.total_before += progress.batch_idx + 1
+        progress.batch_idx, progress.is_last_batch = -1, False
+        assert self.position is not None
+        self.position.set_epoch(progress.epoch)
+        self.trainer._call("on_train_epoch_start")
+
+    def run_epoch(self) -> None:
+        """One epoch, or the rest of one after a resume. The loop below is all that stands between two steps."""
+        assert self.plans is not None
+        progress = self.progress
+        start = progress.batch_idx + 1
+        batches = self._batches(start)
+        self.trainer._restore_rng()
+        if progress.stage == "batch" and self._visit():  # resumed between a step and what was due after it
+            return
+        if progress.is_last_batch:
+            return
+        progress.stage = "batch"
+        progress.boundary = self._next_boundary()
+        for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, progress.total), strict=False):
+            progress.batch_idx = batch_idx
+            plan.run(plan, batch, batch_idx)
+            if batch_idx >= progress.boundary and self._visit():
+                break
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        """The batches from `start` on; what comes back is the loader's own iterator wherever that is enough."""
+        assert self.position is not None
+        batches = iter(self.position)
+        total = self.progress.total
+        if total is None:
+            batches = self._knowing_the_last(batches)
+        elif total != length_of(self.loader):
+            batches = islice(batches, max(0, total - start))
+        if self.trainer.config.device.type != "cpu":
+            batches = self.trainer._to_device_ahead(batches)
+        return self.trainer._profiler.wrap_batches(batches) if self.trainer._profiler is not None else batches
+
+    def _knowing_the_last(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Reads one batch ahead: a loader without a length ends without notice, and the last step must know."""
+        progress = self.progress
+        for batch in batches:
+            for following in batches:
+                yield batch
+                batch = following
+            progress.is_last_batch = True
+            progress.boundary = NOW
+            yield batch
+
+    # -- between two steps
+
+    def windows_completed(self) -> int:
+        """Windows that ended in an optimizer step so far, which is what the loggers call the step."""
+        progress = self.progress
+        done = progress.batch_idx + 1
+        window = self.plans.window if self.plans is not None and self.plans.automatic else 1
+        last = progress.is_last_batch
+        return progress.stepped_before + (math.ceil(done / window) if last else done // window)
+
+    def _visit(self) -> bool:
+        """Everything that may be due after a step: logging, validation, stopping. True ends the epoch."""
+        trainer, progress = self.trainer, self.progress
+        progress.is_last_batch = progress.is_last_batch or progress.batch_idx + 1 == progress.total
+        window_open = self._window_is_open()
+        stopping = trainer.should_stop and self._may_stop()
+        if not window_open:
+            every = trainer.config.log_every_n_steps
+            if every and (self.windows_completed() % every == 0 or trainer.should_stop):
+                trainer._log_metrics(trainer._metric_log.collect())
+            if trainer._interrupt is not None:
+                trainer._raise_interrupt()
+        if self._validation_is_due(stopping):
+            self._validate(window_open)
+            stopping = trainer.should_stop and self._may_stop()
+        if self._steps_reached() or stopping or progress.is_last_batch:
+            return True
+        progress.stage = "batch"
+        progress.boundary = self._next_boundary()
+        return False
+
+    def _window_is_open(self) -> bool:
+        assert self.plans is not None
+        done = self.progress.batch_idx + 1
+        return self.plans.automatic and not self.progress.is_last_batch and done % self.plans.window != 0
+
+    def _next_boundary(self) -> int:
+        """The next batch after which something but a step may be due."""
+        assert self.plans is not None
+        trainer, progress = self.trainer, self.progress
+        if trainer.should_stop or trainer._interrupt is not None or not self.plans.automatic:
+            return NOW
+        done, window = progress.batch_idx + 1, self.plans.window
+        candidates: list[int] = [progress.total - 1] if progress.total is not None else []
+
+        def after_steps(steps: int) -> int:
+            return (done // window + steps) * window - 1
+
+        every = trainer.config.log_every_n_steps
+        if every and trainer.loggers:
+            candidates.append(after_steps(every - self.windows_completed() % every))
+        if self.max_steps != -1:
+            candidates.append(after_steps(max(1, self.max_steps - progress.global_step)))
+        if trainer.enable_validation and self.val_check_batch != math.inf:
+            counted = self._validation_count()
+            interval = int(self.val_check_batch)
+            candidates.append(done + interval - counted % interval - 1)
+        return min(candidates, default=done + 1_000_000)
+
+    def _validation_count(self) -> int:
+        """Batches that `val_check_interval` counts: of this epoch, or of all of them."""
+        progress = self.progress
+        across = self.trainer.config.check_val_every_n_epoch is None
+        return progress.batch_idx + 1 + (progress.total_before if across else 0)
+
+    def _validation_is_due(self, stopping: bool) -> bool:
+        every = self.trainer.config.check_val_every_n_epoch
+        if not self.trainer.enable_validation or (every is not None and (self.progress.epoch + 1) % every != 0):
+            return False
+        if stopping:
+            return True
+        if self.val_check_batch == math.inf:
+            return self.progress.is_last_batch
+        return self._validation_count() % int(self.val_check_batch) == 0
+
+    def _validate(self, window_open: bool) -> None:
+        if not window_open:
+            self.trainer._call_module("on_validation_model_zero_grad")
+        self.trainer._evaluation.run_in_fit()
+
+    def _steps_reached(self) -> bool:
+        return self.max_steps != -1 and self.progress.global_step >= self.max_steps
+
+    def _epochs_reached(self) -> bool:
+        return self.max_epochs != -1 and self.progress.epoch >= self.max_epochs
+
+    def _may_stop(self) -> bool:
+        """Whether the minimum of epochs and steps is reached; a stop asked for earlier waits for it."""
+        enough_epochs = not self.min_epochs or self.progress.epoch >= self.min_epochs
+        return enough_epochs and (not self.min_steps or self.progress.global_step >= self.min_steps)
+
+    def _finished(self) -> bool:
+        return self._steps_reached() or self._epochs_reached() or (self.trainer.should_stop and self._may_stop())
+
+    # -- the end of an epoch
+
+    def resume_plateau_schedulers(self) -> None:
+        """Catch up on what a checkpoint written at the end of an epoch could not hold yet."""
+        metrics, self.pending_plateau = self.pending_plateau, None
+        self.progress.epoch -= 1
+        self.step_plateau_schedulers(metrics or {})
+        self.progress.epoch += 1
+
+    def _skip_rest_of_epoch(self) -> None:
+        assert self.plans is not None
+        self.progress.is_last_batch = True
+        for schedule in self.plans.whole.schedulers:
+            schedule(self.progress.batch_idx)
+
+    def _end_epoch(self) -> None:
+        trainer, progress = self.trainer, self.progress
+        trainer._metric_log.collect()
+        trainer._metric_log.epoch_end = True
+        progress.stage = "epoch_end"
+        trainer._call_epoch_end("on_train_epoch_end")
+        if progress.is_last_batch:
+            self.step_plateau_schedulers(trainer.callback_metrics)
+        trainer._log_metrics(trainer._metric_log.collect())
+        trainer._metric_log.end_epoch()
+        trainer._metric_log.batch = None
+        progress.epoch += 1
+        progress.stage = "start"
+        if trainer._interrupt is not None:
+            trainer._raise_interrupt()
+
+    def step_plateau_schedulers(self, metrics: dict[str, Any]) -> None:
+        """Epoch-wise schedulers that watch a metric, once its value for the epoch is known."""
+        for config in self.trainer.lr_scheduler_configs:
+            if not config.reduce_on_plateau or not self.trainer.lightning_module.automatic_optimization:
+                continue
+            if config.interval == "epoch" and (self.progress.epoch + 1) % config.frequency == 0:
+                value = metrics.get(config.monitor)
+                if value is not None:
+                    self.trainer._scheduler_step(config)(value)
+                elif config.strict:
+                    raise MisconfigurationException(
+                        f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged; logged were: "
+                        f"{', '.join(sorted(metrics)) or 'nothing'}. Log it, or set 'strict': False."
+                    )
+
+
+def length_of(loader: Any) -> int | None:
+    """`len(loader)` where it has one (an IterableDataset's loader has none, or raises)."""
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None

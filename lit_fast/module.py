@@ -1,0 +1,365 @@
+"""`LightningModule`: a torch module that also says how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_fast.errors import MisconfigurationException
+from lit_fast.hparams import HyperparametersMixin
+from lit_fast.metrics import MetricLog
+
+if TYPE_CHECKING:
+    from lit_fast.optim.lightning_optimizer import LightningOptimizer
+    from lit_fast.trainer import Trainer
+
+
+class LightningModule(HyperparametersMixin, nn.Module):
+    """A model with its training, validation and optimizer in one class, as in PyTorch Lightning.
+
+    Override `training_step(batch, batch_idx)`, returning a loss (a scalar tensor, or a dict with the key "loss"),
+    and `configure_optimizers()`. What is not overridden costs nothing in the step.
+
+    Example::
+
+        class Regressor(LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.layer = torch.nn.Linear(32, 2)
+
+            def training_step(self, batch, batch_idx):
+                loss = self.layer(batch).square().mean()
+                self.log("loss", loss, prog_bar=True)
+                return loss
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.parameters(), lr=1e-3)
+    """
+
+    CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
+
+    _trainer: Trainer | None = None
+    _metric_log: MetricLog | None = None
+    _automatic_optimization = True
+    _strict_loading = True
+    _example_input_array: Any = None
+    prepare_data_per_node = True
+    allow_zero_length_dataloader_with_multiple_devices = False
+
+    # -- who and where
+
+    @property
+    def trainer(self) -> Trainer:
+        """The Trainer that runs this module.
+
+        Raises:
+            RuntimeError: the module is not attached to a Trainer.
+        """
+        if self._trainer is None:
+            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer yet; it is while trainer.fit(...) runs.")
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer | None) -> None:
+        self.__dict__["_trainer"] = trainer  # past nn.Module.__setattr__, which costs 1 us
+        self.__dict__["_metric_log"] = None if trainer is None else trainer._metric_log
+
+    @property
+    def current_epoch(self) -> int:
+        """Epochs finished so far (0 outside a run)."""
+        return self._trainer.current_epoch if self._trainer is not None else 0
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps taken so far (0 outside a run)."""
+        return self._trainer.global_step if self._trainer is not None else 0
+
+    @property
+    def global_rank(self) -> int:
+        return self._trainer.global_rank if self._trainer is not None else 0
+
+    @property
+    def local_rank(self) -> int:
+        return self._trainer.local_rank if self._trainer is not None else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters live (the CPU where it has none)."""
+        first = next(self.parameters(), None)
+        if first is None:
+            first = next(self.buffers(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the module's floating-point parameters."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point():
+                return parameter.dtype
+        return torch.get_default_dtype()
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def logger(self) -> Any:
+        """The first logger, or None."""
+        return self._trainer.logger if self._trainer is not None else None
+
+    @property
+    def loggers(self) -> list[Any]:
+        return self._trainer.loggers if self._trainer is not None else []
+
+    @property
+    def automatic_optimization(self) -> bool:
+        """Whether the Trainer runs backward and the optimizer (True), or `training_step` does so itself."""
+        return self._automatic_optimization
+
+    @automatic_optimization.setter
+    def automatic_optimization(self, automatic: bool) -> None:
+        self._automatic_optimization = automatic
+
+    @property
+    def strict_loading(self) -> bool:
+        """Whether a checkpoint must hold exactly this module's keys."""
+        return self._strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict: bool) -> None:
+        self._strict_loading = strict
+
+    @property
+    def example_input_array(self) -> Any:
+        return self._example_input_array
+
+    @example_input_array.setter
+    def example_input_array(self, example: Any) -> None:
+        self._example_input_array = example
+
+    # -- logging
+
+    def log(
+        self,
+        name: str,
+        value: Any,
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Log one number; it is read at once (queued on a GPU, without waiting), so later in-place changes are safe.
+
+        Args:
+            name: what it is called in the logger, on the bar, and as a monitored quantity.
+            value: a number, a tensor with one element, or a torchmetrics Metric.
+            prog_bar: show it on the progress bar.
+            logger: send it to the loggers (they get it every `log_every_n_steps` steps).
+            on_step: log each step's value; the default depends on the hook (True in `training_step`).
+            on_epoch: log the epoch's reduction; the default depends on the hook (True in `validation_step`).
+            reduce_fx: "mean", "sum", "min" or "max" over the epoch; a mean is weighted by `batch_size`.
+            batch_size: samples that the value stands for; found in the batch when left out.
+            add_dataloader_idx: with several validation loaders, append "/dataloader_idx_N" to the name.
+            enable_graph, sync_dist, sync_dist_group, metric_attribute, rank_zero_only: accepted as in Lightning; a
+                single process has nothing to synchronize, and logged values never keep a graph.
+
+        Raises:
+            MisconfigurationException: not allowed in this hook, or called twice with different options.
+            ValueError: the value is not a single number.
+        """
+        log = self._metric_log
+        table = log.current if log is not None else None
+        if log is None or table is None:
+            return _warn_not_logging(self, name)
+        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
+        slot = table.slots.get(name)
+        if slot is None or slot.options != options:
+            slot = log.declare(table, name, value, options)
+        slot.write(value, batch_size)
+
+    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
+        """Log several numbers with the same options: `self.log_dict({"loss": loss, "accuracy": accuracy})`."""
+        for name, value in dictionary.items():
+            self.log(name, value, **options)
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print from the first process only, above the progress bar."""
+        self.trainer.print(*args, **kwargs)
+
+    # -- what a user overrides
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        raise MisconfigurationException(f"{type(self).__name__} defines no training_step(batch, batch_idx).")
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self(args[0] if args else kwargs["batch"])
+
+    def configure_optimizers(self) -> Any:
+        """Return an optimizer, `([optimizers], [schedulers])`, or a dict with "optimizer" and "lr_scheduler"."""
+
+    def configure_callbacks(self) -> Any:
+        return []
+
+    def configure_model(self) -> None: ...
+
+    def prepare_data(self) -> None: ...
+
+    def setup(self, stage: str) -> None: ...
+
+    def teardown(self, stage: str) -> None: ...
+
+    def train_dataloader(self) -> Any:
+        raise MisconfigurationException(
+            f"No training data: pass trainer.fit(model, train_dataloaders=...), a datamodule, "
+            f"or define {type(self).__name__}.train_dataloader()."
+        )
+
+    def val_dataloader(self) -> Any:
+        raise MisconfigurationException(
+            f"No validation data: pass val_dataloaders=..., a datamodule, "
+            f"or define {type(self).__name__}.val_dataloader()."
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        from lit_fast.data.transfer import move
+
+        return move(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def on_fit_start(self) -> None: ...
+    def on_fit_end(self) -> None: ...
+    def on_train_start(self) -> None: ...
+    def on_train_end(self) -> None: ...
+    def on_train_epoch_start(self) -> None: ...
+    def on_train_epoch_end(self) -> None: ...
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None: ...
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+    def on_validation_start(self) -> None: ...
+    def on_validation_end(self) -> None: ...
+    def on_validation_epoch_start(self) -> None: ...
+    def on_validation_epoch_end(self) -> None: ...
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_before_zero_grad(self, optimizer: Optimizer) -> None: ...
+    def on_before_backward(self, loss: Tensor) -> None: ...
+    def on_after_backward(self) -> None: ...
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None: ...
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Release gradients before validation, so that their memory is free meanwhile."""
+        self.zero_grad()
+
+    def on_validation_model_eval(self) -> None:
+        self.trainer._evaluation.model_eval()
+
+    def on_validation_model_train(self) -> None:
+        self.trainer._evaluation.model_train()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Override to run backward your own way; `loss` is divided by the accumulation window already."""
+        loss.backward(*args, **kwargs)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Override to decide when and how the optimizer steps; the closure runs `training_step` and backward."""
+        optimizer.step(closure=optimizer_closure)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        optimizer.zero_grad()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Override to clip your own way; `self.clip_gradients` does the ordinary clipping, in place."""
+        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def clip_gradients(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] | str | None = None,
+    ) -> None:
+        """Clip the gradients of one optimizer in place, by the Trainer's setting unless another is given."""
+        self.trainer._clip_in_place(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if metric is None:
+            scheduler.step()
+        else:
+            scheduler.step(metric)
+
+    # -- manual optimization
+
+    def optimizers(self, use_pl_optimizer: bool = True) -> Optimizer | LightningOptimizer | list[Any]:
+        """The optimizer(s) from `configure_optimizers`, for manual optimization: one, or a list of several."""
+        chosen = self.trainer._lightning_optimizers if use_pl_optimizer else self.trainer.optimizers
+        return chosen[0] if len(chosen) == 1 else chosen
+
+    def lr_schedulers(self) -> Any:
+        """The scheduler(s) from `configure_optimizers`: None, one, or a list of several."""
+        schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return None if not schedulers else schedulers[0] if len(schedulers) == 1 else schedulers
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward for manual optimization, with the hooks and the precision of the Trainer."""
+        self.trainer._manual_backward(loss, *args, **kwargs)
+
+    def freeze(self) -> None:
+        """Stop training: no gradients, evaluation mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Train again: gradients for all parameters, training mode."""
+        for parameter in self.parameters():
+            parameter.requires_grad = True
+        self.train()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state.pop("_trainer", None)  # a Trainer is not part of a model's copy
+        state.pop("_metric_log", None)
+        return state
+
+
+def _warn_not_logging(module: LightningModule, name: str) -> None:
+    import warnings
+
+    if module._trainer is None:
+        warnings.warn(
+            f"self.log({name!r}, ...) does nothing: {type(module).__name__} is not attached to a Trainer.", stacklevel=3
+        )
+        return
+    raise MisconfigurationException(
+        f"self.log({name!r}, ...) was called outside of a step or epoch hook; call it while the Trainer runs one."
+    )

@@ -1,0 +1,74 @@
+"""The optimizer that user code holds in manual optimization and in an overridden `optimizer_step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch.optim import Optimizer
+
+
+class LightningOptimizer:
+    """Wraps a `torch.optim` optimizer: `step` runs the Trainer's hooks and clipping and counts the step.
+
+    Everything else (`param_groups`, `state`, `state_dict`, ...) is the wrapped optimizer's own.
+
+    Args:
+        optimizer: the user's optimizer.
+        run_step: `run_step(closure, **kwargs)` does one step in the Trainer's terms.
+        zero_grad: releases the gradients of the optimizer's parameters.
+        siblings: every optimizer of the run, this one included.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        run_step: Callable[..., Any],
+        zero_grad: Callable[..., None],
+        siblings: Sequence[Optimizer],
+    ) -> None:
+        self._optimizer = optimizer
+        self._run_step = run_step
+        self._siblings = siblings
+        self.zero_grad = zero_grad
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer."""
+        return self._optimizer
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        """One optimizer step; the closure, where given, runs first (and again, if the optimizer asks for it).
+
+        Raises:
+            TypeError: `closure` cannot be called.
+        """
+        if closure is not None and not callable(closure):
+            raise TypeError(f"optimizer.step(closure={closure!r}): the closure must be callable.")
+        return self._run_step(closure, **kwargs)
+
+    @contextmanager
+    def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
+        """Inside, parameters that belong to the other optimizers alone require no gradient."""
+        own = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        changed = [
+            parameter
+            for optimizer in self._siblings
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if id(parameter) not in own and parameter.requires_grad
+        ]
+        for parameter in changed:
+            parameter.requires_grad = False
+        try:
+            yield
+        finally:
+            for parameter in changed:
+                parameter.requires_grad = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_optimizer"], name)
+
+    def __repr__(self) -> str:
+        return f"LightningOptimizer({self._optimizer!r})"

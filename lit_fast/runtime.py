@@ -1,0 +1,541 @@
+"""What surrounds the loop in every run: attaching, preparing, calling hooks outside the step, logging, signals, teardown.
+
+`Runtime` is the inner half of `Trainer`; nothing in it runs once per step.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_fast.callbacks.callback import Callback
+from lit_fast.checkpoint import state as checkpoint_state
+from lit_fast.errors import MisconfigurationException
+from lit_fast.hooks import is_overridden
+from lit_fast.metrics import MetricLog, to_float
+from lit_fast.module import LightningModule
+from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
+from lit_fast.plan import Plans
+from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
+
+if TYPE_CHECKING:
+    from lit_fast.config import TrainerConfig
+    from lit_fast.trainer import Trainer
+
+
+def configure_loggers(given: Any, root: Path) -> list[Any]:
+    """The loggers that `Trainer(logger=...)` asks for: True or None for the default one, False for none."""
+    if given is False:
+        return []
+    if given is True or given is None:
+        from lit_fast.loggers import default_logger
+
+        return [default_logger(root)]
+    return list(given) if isinstance(given, Iterable) else [given]
+
+
+def configure_callbacks(given: Any, config: TrainerConfig) -> list[Callback]:
+    """The user's callbacks and the default ones, checkpoint callbacks last.
+
+    Raises:
+        MisconfigurationException: something that is no callback, or one that contradicts a switched-off default.
+    """
+    callbacks: list[Any] = [] if given is None else list(given) if isinstance(given, list | tuple) else [given]
+    for callback in callbacks:
+        if not isinstance(callback, Callback):
+            raise MisconfigurationException(
+                f"Trainer(callbacks=...) was given {type(callback).__name__}; a callback derives from lit_fast.Callback."
+            )
+    from lit_fast.callbacks.checkpoint import Checkpoint
+
+    has_checkpoint = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    if has_checkpoint and not config.enable_checkpointing:
+        raise MisconfigurationException(
+            "Trainer(enable_checkpointing=False) contradicts the checkpoint callback in callbacks; drop one of them."
+        )
+    if config.enable_checkpointing and not has_checkpoint:
+        from lit_fast.callbacks.model_checkpoint import ModelCheckpoint
+
+        callbacks.append(ModelCheckpoint())
+    if config.enable_progress_bar and not _has_kind(callbacks, "ProgressBar"):
+        from lit_fast.callbacks.progress import RichProgressBar
+
+        callbacks.append(RichProgressBar())
+    if config.enable_model_summary and not _has_kind(callbacks, "ModelSummary"):
+        from lit_fast.callbacks.model_summary import RichModelSummary
+
+        callbacks.append(RichModelSummary())
+    return checkpoints_last(callbacks)
+
+
+def _has_kind(callbacks: list[Any], name: str) -> bool:
+    """By the name of a base class: asking for the class itself would import rich for nothing."""
+    return any(base.__name__ == name for callback in callbacks for base in type(callback).__mro__)
+
+
+def checkpoints_last(callbacks: list[Any]) -> list[Any]:
+    return sorted(callbacks, key=lambda callback: any(base.__name__ == "Checkpoint" for base in type(callback).__mro__))
+
+
+@contextmanager
+def attach_model(trainer: Trainer, model: Any, fn: TrainerFn, dry: bool = False) -> Iterator[LightningModule]:
+    """The module, attached to the trainer for one run; on an exception, hooks and loggers hear of it.
+
+    A `torch.compile`d module is unwrapped, and its steps are replaced by their compiled versions meanwhile.
+    """
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, LightningModule):
+        raise MisconfigurationException(
+            f"trainer.{fn}() was given {type(model).__name__}; it needs a lit_fast.LightningModule (or torch.compile of "
+            f"one). A module written for another package's LightningModule runs under `lit-fast run`."
+        )
+    restore = _compile_steps(model, module) if model is not module else {}
+    trainer._module = module
+    module.trainer = trainer
+    if dry:
+        yield module
+        return
+    trainer._begin(fn)
+    try:
+        with trainer._signals():
+            yield module
+        trainer.state.status = TrainerStatus.FINISHED
+    except KeyboardInterrupt as interrupt:
+        trainer._failed(interrupt)
+        if hasattr(sys, "ps1"):  # an interactive session goes on
+            raise
+        raise SystemExit(1) from interrupt
+    except BaseException as error:
+        trainer._failed(error)
+        raise
+    finally:
+        trainer.state.stage = None
+        trainer._metric_log.current = None
+        for name, original in restore.items():
+            if original is None:
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = original
+
+
+def _compile_steps(compiled: Any, module: LightningModule) -> dict[str, Any]:
+    """Put compiled versions of forward and the steps on the module; returns what stood there."""
+    import torch
+
+    names = ("forward", "training_step", "validation_step")
+    before = {name: module.__dict__.get(name) for name in (*names, "log")}
+    for name in names:
+        module.__dict__[name] = compiled.dynamo_ctx(getattr(module, name))
+    module.__dict__["log"] = torch.compiler.disable(module.log)  # it reads a number: not part of the graph
+    return before
+
+
+class Runtime:
+    """The inner half of `Trainer`."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    # -- the frame of a run
+
+    def _begin(self, fn: TrainerFn) -> None:
+        self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
+        self.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage.VALIDATING
+        self._should_stop, self._interrupt = False, None
+        if self._profiler is not None:
+            self._profiler.start()
+        self._metric_log.drop_values()
+        if fn != TrainerFn.FITTING:
+            self._evaluation.loaders = None
+
+    def _check_can_fit(self, module: LightningModule) -> None:
+        if not is_overridden("training_step", module, LightningModule):
+            raise MisconfigurationException(
+                f"{type(module).__name__} defines no training_step(self, batch, batch_idx); trainer.fit() needs one that "
+                f"returns the loss."
+            )
+        if module.automatic_optimization and not is_overridden("configure_optimizers", module, LightningModule):
+            raise MisconfigurationException(
+                f"{type(module).__name__} defines no configure_optimizers(self); return an optimizer from it, for "
+                f"example torch.optim.AdamW(self.parameters())."
+            )
+        if not module.automatic_optimization:
+            if self.config.gradient_clip_val is not None:
+                raise MisconfigurationException(
+                    f"Trainer(gradient_clip_val={self.config.gradient_clip_val}) has no effect in manual optimization; "
+                    f"leave it out and call self.clip_gradients(optimizer, ...) before optimizer.step()."
+                )
+            if self.config.accumulate_grad_batches != 1:
+                raise MisconfigurationException(
+                    f"Trainer(accumulate_grad_batches={self.config.accumulate_grad_batches}) has no effect in manual "
+                    f"optimization; leave it out and step the optimizer every so many batches in training_step."
+                )
+
+    def _use_data(self, module: LightningModule, datamodule: Any, **sources: Any) -> None:
+        if datamodule is not None and any(source is not None for source in sources.values()):
+            raise MisconfigurationException("Both a datamodule and dataloaders were passed; pass one of them.")
+        self.datamodule = datamodule
+        if datamodule is not None:
+            datamodule.trainer = self
+        self._sources = sources
+        self.fit_loop.loader, self._evaluation.loaders = None, None
+
+    def _prepare(self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None) -> Any:
+        """Everything from `configure_callbacks` to a restored model, in Lightning's order; returns the checkpoint."""
+        self._attach_model_callbacks(module)
+        for owner in (self.datamodule, module):
+            if owner is not None:
+                owner.prepare_data()
+        if self.datamodule is not None:
+            self.datamodule.setup(stage)
+        for callback in self.callbacks:
+            callback.setup(self, module, stage)
+        module.setup(stage)
+        module.configure_model()
+        path = checkpoint_state.find(self, ckpt_path)
+        self.ckpt_path = None if path is None else str(path)
+        if path is None:
+            return None
+        checkpoint = checkpoint_state.read(path, weights_only)
+        checkpoint_state.restore_model(self, checkpoint, path)
+        return checkpoint
+
+    def _attach_model_callbacks(self, module: LightningModule) -> None:
+        for callback in self.callbacks:
+            callback.log, callback.log_dict = module.log, module.log_dict
+        own = module.configure_callbacks()
+        own = [own] if isinstance(own, Callback) else list(own or [])
+        kinds = {type(callback) for callback in own}
+        kept = [callback for callback in self.callbacks if type(callback) not in kinds]
+        self.callbacks = checkpoints_last([*kept, *own])
+        for callback in own:
+            callback.log, callback.log_dict = module.log, module.log_dict
+
+    def _begin_fit(self, module: LightningModule, checkpoint: Any) -> None:
+        """From the model on its device to a bound plan, right before the first epoch."""
+        from lit_fast.loop import Progress
+
+        if checkpoint is None and self._progress.stage != "start":
+            self._progress.__init__()  # type: ignore[misc]  # a run that was interrupted begins anew
+        assert isinstance(self._progress, Progress)
+        self.config.precision.convert_module(module)
+        module.to(self.config.device)
+        self._configure_optimizers(module)
+        self.fit_loop.plans = Plans(self, module)
+        self._memory_note = self._keep_freed_memory()
+        self._call("on_fit_start")
+        self._log_hyperparameters(module)
+        if checkpoint is not None:
+            checkpoint_state.restore_training(self, checkpoint)
+        module.train()
+        if self.enable_validation and self.config.num_sanity_val_steps and checkpoint is None:
+            self._evaluation.sanity_check()
+        self.fit_loop.load_data()
+        every = self.config.check_val_every_n_epoch
+        if self.enable_validation and (every is None or (self._progress.epoch + 1) % every == 0):
+            self._evaluation.load_data()
+        if self.fit_loop.pending_plateau is not None:
+            self.fit_loop.resume_plateau_schedulers()
+
+    def _end_fit(self, module: LightningModule) -> None:
+        for logger in self.loggers:
+            logger.save()
+            logger.finalize("success")
+        if self._profiler is not None:
+            self._profiler.stop()
+        self._call("on_fit_end")
+        self._tear_down(module, "fit")
+
+    def _tear_down(self, module: LightningModule, stage: str) -> None:
+        if self.datamodule is not None:
+            self.datamodule.teardown(stage)
+        for callback in self.callbacks:
+            callback.teardown(self, module, stage)
+        module.teardown(stage)
+
+    def _failed(self, error: BaseException) -> None:
+        """An exception ends the run: whoever asked is told, and what was logged is written."""
+        self.state.status = TrainerStatus.INTERRUPTED
+        module = self._module
+        for callback in self.callbacks:
+            callback.on_exception(self, module, error)
+        if self.datamodule is not None:
+            self.datamodule.on_exception(error)
+        for logger in self.loggers:
+            logger.finalize("failed")
+
+    def _configure_optimizers(self, module: LightningModule) -> None:
+        returned = module.configure_optimizers()
+        self.optimizers, self.lr_scheduler_configs = parse_optimizers(returned, module.automatic_optimization)
+        if not self.optimizers and module.automatic_optimization:
+            warnings.warn(
+                f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing will be trained.",
+                stacklevel=2,
+            )
+
+    def _scheduler_step(self, config: LRSchedulerConfig) -> Callable[..., None]:
+        """One step of a scheduler, through the module's hook only where it is overridden."""
+        module, scheduler = self.lightning_module, config.scheduler
+        if is_overridden("lr_scheduler_step", module, LightningModule):
+            return lambda metric=None: module.lr_scheduler_step(scheduler, metric)
+        return lambda metric=None: scheduler.step() if metric is None else scheduler.step(metric)
+
+    def _keep_freed_memory(self) -> str:
+        if not self.config.keep_freed_memory:
+            return "left as it was (keep_freed_memory=False)"
+        if self.config.device.type != "cpu":
+            return "not touched: the device has an allocator of its own"
+        from lit_fast import ops
+
+        return str(ops.keep_freed_memory(True))
+
+    def _explain_run(self) -> list[str]:
+        lines = [f"  {'allocator':<26} {'lit_fast':<24} {getattr(self, '_memory_note', 'asked at fit start')}"]
+        position = self.fit_loop.position
+        if position is not None and hasattr(position, "explain"):
+            lines.append(f"  {'resume':<26} {'DataPosition':<24} {position.explain()}")
+        return lines
+
+    # -- hooks outside the step
+
+    def _call(self, name: str, *args: Any) -> None:
+        """One hook that runs rarely: callbacks first, then the module."""
+        self._call_callbacks(name, *args)
+        self._call_module(name, *args)
+
+    def _call_callbacks(self, name: str, *args: Any, only: Callable[[Callback], bool] | None = None) -> None:
+        log = self._metric_log
+        for callback in self.callbacks:
+            if (only is None or only(callback)) and name in callback.live_hooks(self):
+                log.current = log.table(name)
+                getattr(callback, name)(self, self._module, *args)
+
+    def _call_module(self, name: str, *args: Any) -> None:
+        log = self._metric_log
+        log.current = log.table(name)
+        getattr(self._module, name)(*args)
+
+    def _call_epoch_end(self, name: str) -> None:
+        """Callbacks that watch a metric come after the module, which may log it in this very hook."""
+        self._call_callbacks(name, only=lambda callback: not _watches_a_metric(callback))
+        self._call_module(name)
+        self._call_callbacks(name, only=_watches_a_metric)
+
+    def _run_step_hooks(self, name: str, *args: Any) -> None:
+        """Hooks of the step, in manual optimization, where the module decides when they run."""
+        log = self._metric_log
+        before = log.current
+        for callback in self.callbacks:
+            if name in callback.live_hooks(self):
+                log.current = log.table(name)
+                getattr(callback, name)(self, self._module, *args)
+        if is_overridden(name, self._module, LightningModule):
+            log.current = log.table(name)
+            getattr(self._module, name)(*args)
+        log.current = before
+
+    def _bound_hooks(self, name: str, suffix: str = "") -> tuple[Callable[..., Any], ...]:
+        """The live hooks of a validation batch, bound once per loader."""
+        log, module = self._metric_log, self.lightning_module
+        table = log.table(name, "validate", suffix)
+        bound: list[Callable[..., Any]] = []
+
+        def bind(hook: Callable[..., Any], *fixed: Any) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                log.current = table
+                return hook(*fixed, *args)
+
+            return call
+
+        for callback in self.callbacks:
+            if name in callback.live_hooks(self):
+                bound.append(bind(getattr(callback, name), self, module))
+        if is_overridden(name, module, LightningModule):
+            bound.append(bind(getattr(module, name)))
+        return tuple(bound)
+
+    # -- data
+
+    def _datamodule_overrides(self, name: str) -> bool:
+        if self.datamodule is None:
+            return False
+        from lit_fast.data.datamodule import LightningDataModule
+
+        return is_overridden(name, self.datamodule, LightningDataModule)
+
+    def _request_loader(self, name: str) -> Any:
+        source = self._sources.get(name)
+        if source is not None:
+            return source
+        if self._datamodule_overrides(name):
+            return getattr(self.datamodule, name)()
+        return getattr(self.lightning_module, name)()
+
+    def _data_hook(self, name: str) -> Callable[..., Any] | None:
+        """A transfer hook, where the datamodule or the module overrides it."""
+        if self._datamodule_overrides(name):
+            return getattr(self.datamodule, name)
+        module = self.lightning_module
+        return getattr(module, name) if is_overridden(name, module, LightningModule) else None
+
+    def _batch_receivers(self, log: MetricLog, stage: str, dataloader_idx: int = 0) -> tuple[Callable[[Any], Any], ...]:
+        """What happens to a batch between the loader and the step: nothing, on the CPU in full precision."""
+        device, precision = self.config.device, self.config.precision
+        receivers: list[Callable[[Any], Any]] = []
+        if precision.weights is not None:
+            receivers.append(precision.convert_input)
+        before = self._data_hook("on_before_batch_transfer")
+        transfer = self._data_hook("transfer_batch_to_device")
+        after = self._data_hook("on_after_batch_transfer")
+
+        def hook(function: Callable[..., Any], name: str, *args: Any) -> Callable[[Any], Any]:
+            table = log.table(name, stage)
+
+            def call(batch: Any) -> Any:
+                log.current = table
+                return function(batch, *args, dataloader_idx)
+
+            return call
+
+        if before is not None:
+            receivers.append(hook(before, "on_before_batch_transfer"))
+        if transfer is not None:
+            receivers.append(hook(transfer, "transfer_batch_to_device", device))
+        elif device.type != "cpu":
+            from lit_fast.data.transfer import move
+
+            receivers.append(lambda batch: move(batch, device))
+        if after is not None:
+            receivers.append(hook(after, "on_after_batch_transfer"))
+        return tuple(receivers)
+
+    def _to_device_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Copies the next batch while a step runs, only where nobody can see that it was fetched early.
+
+        That is: no transfer hook is overridden, and fetching draws no random numbers in this process (workers do it).
+        """
+        hooks = ("on_before_batch_transfer", "transfer_batch_to_device")
+        if any(self._data_hook(name) is not None for name in hooks) or self.config.precision.weights is not None:
+            return batches
+        if not getattr(self.fit_loop.loader, "num_workers", 0):
+            return batches
+        from lit_fast.data.transfer import PrefetchToDevice
+
+        return PrefetchToDevice(batches, self.config.device)
+
+    # -- logging
+
+    def _log_metrics(self, metrics: dict[str, Any]) -> None:
+        """Send values to every logger, under the number of optimizer steps taken (or a logged "step")."""
+        if not metrics or not self.loggers:
+            return
+        values = {name: to_float(value) for name, value in metrics.items()}
+        step = values.pop("step", None)
+        values.setdefault("epoch", self.current_epoch)
+        number = self.fit_loop.windows_completed() if step is None else int(step)
+        with self._profiler.phase("logging") if self._profiler is not None else nullcontext():
+            for logger in self.loggers:
+                logger.log_metrics(values, step=number)
+
+    def _log_hyperparameters(self, module: LightningModule) -> None:
+        if not self.config.enable_autolog_hparams:
+            return
+        merged: dict[str, Any] = {}
+        for owner in (self.datamodule, module):
+            if owner is not None and getattr(owner, "_log_hyperparams", False):
+                merged.update(owner.hparams_initial)
+        for logger in self.loggers:
+            logger.log_hyperparams(merged)
+            logger.save()
+
+    def _print_results(self, results: list[dict[str, float]]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("metric", *(f"loader {index}" if len(results) > 1 else "value" for index in range(len(results))))
+        for name in sorted({name for result in results for name in result}):
+            table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
+        if table.row_count:
+            Console().print(table)
+
+    def _make_profiler(self) -> Any:
+        given = self.config.profiler
+        if given is None:
+            return None
+        from lit_fast.profiler.step import StepProfiler
+
+        if isinstance(given, StepProfiler):
+            return given
+        if given == "step":
+            return StepProfiler()
+        raise MisconfigurationException(
+            f"Trainer(profiler={given!r}) is not built yet; allowed so far: None, 'step', or a StepProfiler."
+        )
+
+    # -- interrupts and resuming
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM wait for the running step, so that a checkpoint can be written; a second Ctrl-C does not."""
+        if threading.current_thread() is not threading.main_thread() or self.state.fn != TrainerFn.FITTING:
+            yield
+            return
+
+        def wait_for_step(number: int, frame: Any) -> None:
+            if self._interrupt is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._interrupt = number
+            self._progress.boundary = -1
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, wait_for_step)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _raise_interrupt(self) -> None:
+        """End the run between two steps: save first, say how to go on."""
+        number, self._interrupt = self._interrupt, None
+        path = checkpoint_state.interrupt_path(self)
+        name = signal.Signals(number).name if number is not None else "interrupt"
+        if path is not None:
+            self.save_checkpoint(path)
+            self.print(
+                f"{name} after step {self.global_step}: saved {os.fspath(path)}\n"
+                f"Go on from there with trainer.fit(model, ckpt_path={os.fspath(path)!r})."
+            )
+        if number == signal.SIGTERM:
+            raise SystemExit(143)
+        raise KeyboardInterrupt
+
+    def _restore_rng(self) -> None:
+        """Random number generators as a checkpoint holds them, at the last moment before the first step."""
+        if self._pending_rng is not None:
+            from lit_fast.checkpoint import rng
+
+            rng.restore(self._pending_rng)
+            self._pending_rng = None
+
+    @property
+    def _stage(self) -> str:
+        return str(self.state.stage)
+
+    @_stage.setter
+    def _stage(self, stage: str) -> None:
+        self.state.stage = RunningStage(stage)
+
+
+def _watches_a_metric(callback: Callback) -> bool:
+    return any(base.__name__ in ("Checkpoint", "EarlyStopping") for base in type(callback).__mro__)

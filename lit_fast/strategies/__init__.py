@@ -1,0 +1,5 @@
+"""How one model spreads over devices and processes. So far: one device."""
+
+from lit_fast.strategies.single_device import SingleDeviceStrategy
+
+__all__ = ["SingleDeviceStrategy"]
