@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,23 @@ def test_run_without_a_file() -> None:
     done = lit_fast("run", "nowhere.py")
     assert done.returncode == 2
     assert "there is no file 'nowhere.py'" in done.stderr
+
+
+def test_info_tells_what_was_built_and_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from lit_fast import ops
+
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    built = ops.build_info()
+    for expected in (
+        __version__,
+        torch.__version__,
+        sys.executable,
+        built["cpu_target"],
+        built["cpu_target_reason"],
+    ):
+        assert expected in said
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["core"]["cpu_targets_built"] == built["cpu_targets_built"]
