@@ -1,0 +1,142 @@
+// The Python module lit_fast._core. The only file that knows pybind11; lit_fast/ops.py is its only importer.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "backend.h"
+#include "check.h"
+#include "memory.h"
+#include "stepper.h"
+#include "threads.h"
+
+namespace py = pybind11;
+namespace lf = lit_fast;
+
+namespace {
+
+template <class Call>
+auto python_errors(const Call& call) {
+    try {
+        return call();
+    } catch (const lf::PythonError&) {
+        throw py::error_already_set();
+    }
+}
+
+lf::FormulaId formula_named(const std::string& name) {
+    for (int i = 0; i < lf::kFormulaCount; ++i) {
+        const auto id = static_cast<lf::FormulaId>(i);
+        if (name == lf::formula_info(id).name) return id;
+    }
+    throw lf::KernelError("There is no formula " + name + " in csrc/formulas/all.h.");
+}
+
+// norm (float), None when none was asked for, or the reason (str) why nothing was done
+py::object result_object(const lf::StepResult& result) {
+    if (!result.refusal.empty()) return py::str(result.refusal);
+    if (result.has_norm) return py::float_(static_cast<double>(result.norm));
+    return py::none();
+}
+
+std::unique_ptr<lf::Stepper> make_stepper(const std::string& formula, const py::tuple& option_keys,
+                                          const py::tuple& refused_keys, const py::tuple& state_keys,
+                                          const py::object& step_key, const py::object& init_state) {
+    lf::Mapping mapping;
+    mapping.formula = formula_named(formula);
+    mapping.option_keys = option_keys.inc_ref().ptr();
+    mapping.refused_keys = refused_keys.inc_ref().ptr();
+    mapping.state_keys = state_keys.inc_ref().ptr();
+    mapping.step_key = step_key.inc_ref().ptr();
+    mapping.init_state = init_state.inc_ref().ptr();
+    return std::make_unique<lf::Stepper>(mapping);
+}
+
+py::dict formulas() {
+    py::dict all;
+    for (int i = 0; i < lf::kFormulaCount; ++i) {
+        const lf::FormulaInfo& info = lf::formula_info(static_cast<lf::FormulaId>(i));
+        py::list options, states;
+        for (int k = 0; k < info.option_count; ++k) options.append(info.option_names[k]);
+        for (int k = 0; k < info.state_count; ++k) states.append(info.state_names[k]);
+        py::dict entry;
+        entry["options"] = options;
+        entry["states"] = states;
+        entry["counts_steps"] = info.counts_steps;
+        all[info.name] = entry;
+    }
+    return all;
+}
+
+py::dict build_info() {
+    py::dict info;
+    py::list built, supported;
+    for (const lf::CpuTarget& target : lf::cpu_targets()) {
+        built.append(target.name);
+        if (target.supported()) supported.append(target.name);
+    }
+    info["cpu_targets_built"] = built;
+    info["cpu_targets_supported"] = supported;
+    info["cpu_target"] = lf::chosen_cpu_target().target.name;
+    info["cpu_target_reason"] = lf::chosen_cpu_target().reason;
+    info["compiler"] = LIT_FAST_COMPILER;
+    info["architecture"] = LIT_FAST_ARCHITECTURE;
+    info["cuda"] = static_cast<bool>(LIT_FAST_HAS_CUDA);
+    info["cuda_reason"] = LIT_FAST_CUDA_REASON;
+    info["threads"] = lf::threading_description();
+    info["tensor_access"] = lf::torch_side().reader.configured() ? lf::torch_side().reader.path() : "not set up";
+    info["pybind11"] = PYBIND11_TOSTRING(PYBIND11_VERSION_MAJOR) "." PYBIND11_TOSTRING(PYBIND11_VERSION_MINOR);
+    return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "Compiled kernels of lit_fast. Use lit_fast.ops.";
+    py::register_exception_translator([](std::exception_ptr error) {
+        try {
+            if (error) std::rethrow_exception(error);
+        } catch (const lf::KernelError& e) {
+            const py::object type = py::module_::import("lit_fast.errors").attr("KernelError");
+            py::set_error(type, e.what());
+        }
+    });
+
+    m.def("configure",
+          [](const py::object& torch, bool use_exchange_api, const py::object& increment_version,
+             const py::object& num_threads, std::int64_t vector_width) {
+              lf::Torch& side = lf::torch_side();
+              side.reader.configure(torch.ptr(), use_exchange_api);
+              side.increment_version = increment_version.inc_ref().ptr();
+              side.num_threads = num_threads.inc_ref().ptr();
+              side.vector_width = vector_width;
+          });
+    m.def("find_openmp", &lf::find_openmp);
+    m.def("choose_cpu_target", &lf::choose_cpu_target);
+    m.def("build_info", &build_info);
+    m.def("formulas", &formulas);
+    m.def("keep_freed_memory", [](bool keep) {
+        const lf::AllocatorReport report = lf::keep_freed_memory(keep);
+        return py::make_tuple(report.applied, report.what);
+    });
+
+    py::class_<lf::Stepper>(m, "Stepper")
+        .def(py::init(&make_stepper))
+        .def("step",
+             [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, double grad_scale,
+                double max_norm, double clip_value) {
+                 const lf::Clipping clipping{grad_scale, max_norm, clip_value};
+                 return python_errors(
+                     [&] { return result_object(self.step(param_groups.ptr(), state.ptr(), clipping)); });
+             })
+        .def("check_parameters", [](lf::Stepper& self, const py::handle& param_groups) {
+            return python_errors([&] { return self.check_parameters(param_groups.ptr()); });
+        });
+    m.def("gradient_norm", [](const py::handle& param_groups, double grad_scale, double max_norm, double clip_value,
+                              bool rewrite) {
+        const lf::Clipping clipping{grad_scale, max_norm, clip_value};
+        return python_errors(
+            [&] { return result_object(lf::gradient_norm(param_groups.ptr(), clipping, rewrite)); });
+    });
+    m.def("release_gradients", [](const py::handle& param_groups) {
+        python_errors([&] { lf::release_gradients(param_groups.ptr()); return 0; });
+    });
+}

@@ -1,0 +1,25 @@
+// One CPU target: every loop of loops.h for the Vec of one instruction set. CMake compiles this file once per entry of
+// its list, with LIT_FAST_TARGET set to the name and with that instruction set's flags.
+#define LIT_FAST_STRING(x) #x
+#define LIT_FAST_VEC_HEADER(target) LIT_FAST_STRING(vec_##target.h)
+#define LIT_FAST_HEADER_OF(target) LIT_FAST_VEC_HEADER(target)
+
+#include LIT_FAST_HEADER_OF(LIT_FAST_TARGET)
+#include "loops.h"
+
+namespace lit_fast::LIT_FAST_TARGET {
+
+const CpuKernels& kernels() {
+#define LIT_FAST_ENTRY(Formula)                                   \
+    {cpu::step<Formula, Vec, float, float>, cpu::step<Formula, Vec, bf16, bf16>, \
+     cpu::step<Formula, Vec, float, bf16>},
+    static constexpr CpuKernels table = {
+        {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)},
+        {cpu::sum_of_squares<Vec, Wide, float>, cpu::sum_of_squares<Vec, Wide, bf16>},
+        {cpu::scale<Vec, float>, cpu::scale<Vec, bf16>},
+    };
+#undef LIT_FAST_ENTRY
+    return table;
+}
+
+}  // namespace lit_fast::LIT_FAST_TARGET

@@ -1,0 +1,92 @@
+// Eight lanes: AVX2 with FMA3.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "../dtypes.h"
+#include "../formulas/math.h"
+
+namespace lit_fast::avx2 {
+
+struct Wide {
+    static constexpr int lanes = 4;
+    __m256d value;
+    LIT_FAST_INLINE Wide() : value(_mm256_setzero_pd()) {}
+    LIT_FAST_INLINE explicit Wide(__m256d v) : value(v) {}
+    LIT_FAST_INLINE void store(double* out) const { _mm256_storeu_pd(out, value); }
+};
+LIT_FAST_INLINE Wide fma(Wide a, Wide b, Wide c) { return Wide(_mm256_fmadd_pd(a.value, b.value, c.value)); }
+
+struct Vec {
+    static constexpr int lanes = 8;
+    __m256 value;
+    LIT_FAST_INLINE Vec() : value(_mm256_setzero_ps()) {}
+    LIT_FAST_INLINE explicit Vec(float v) : value(_mm256_set1_ps(v)) {}
+    LIT_FAST_INLINE explicit Vec(__m256 v) : value(v) {}
+    static Vec load(const float* p);
+    static Vec load(const bf16* p);
+    static Vec load_first(const float* p, int n);
+    static Vec load_first(const bf16* p, int n);
+    template <int part>
+    Wide widen() const;
+    static void prefetch(const void* p);
+};
+LIT_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(_mm256_add_ps(a.value, b.value)); }
+LIT_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm256_sub_ps(a.value, b.value)); }
+LIT_FAST_INLINE Vec operator*(Vec a, Vec b) { return Vec(_mm256_mul_ps(a.value, b.value)); }
+LIT_FAST_INLINE Vec operator/(Vec a, Vec b) { return Vec(_mm256_div_ps(a.value, b.value)); }
+LIT_FAST_INLINE Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(a.value, b.value, c.value)); }
+LIT_FAST_INLINE Vec sqrt(Vec a) { return Vec(_mm256_sqrt_ps(a.value)); }
+// minps and maxps return their second operand when either is NaN.
+LIT_FAST_INLINE Vec clamp(Vec a, Vec low, Vec high) {
+    return Vec(_mm256_min_ps(high.value, _mm256_max_ps(low.value, a.value)));
+}
+template <int part>
+LIT_FAST_INLINE Wide Vec::widen() const {
+    return Wide(_mm256_cvtps_pd(_mm256_extractf128_ps(value, part)));
+}
+
+LIT_FAST_INLINE Vec Vec::load(const float* p) { return Vec(_mm256_loadu_ps(p)); }
+LIT_FAST_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.value); }
+
+LIT_FAST_INLINE Vec from_bf16(__m128i halves) {
+    return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
+}
+// To nearest even; every NaN becomes 0x7fc0, as in torch.
+LIT_FAST_INLINE __m128i to_bf16(Vec a) {
+    const __m256i bits = _mm256_castps_si256(a.value);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.value, a.value, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+}
+LIT_FAST_INLINE Vec Vec::load(const bf16* p) {
+    return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+LIT_FAST_INLINE void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+
+// The first n lanes, 0 < n < 8; nothing outside them is read or written, other lanes load as zero.
+LIT_FAST_INLINE __m256i first_lanes(int n) {
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), index);
+}
+LIT_FAST_INLINE Vec Vec::load_first(const float* p, int n) { return Vec(_mm256_maskload_ps(p, first_lanes(n))); }
+LIT_FAST_INLINE void store_first(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.value); }
+// AVX2 has no mask for 16-bit elements: they pass through a vector on the stack.
+LIT_FAST_INLINE Vec Vec::load_first(const bf16* p, int n) {
+    __m128i halves = _mm_setzero_si128();
+    __builtin_memcpy(&halves, p, static_cast<unsigned>(n) * sizeof(bf16));
+    return from_bf16(halves);
+}
+LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
+    const __m128i halves = to_bf16(a);
+    __builtin_memcpy(p, &halves, static_cast<unsigned>(n) * sizeof(bf16));
+}
+
+LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace lit_fast::avx2

@@ -1,0 +1,463 @@
+#include "stepper.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "check.h"
+#include "threads.h"
+
+namespace lit_fast {
+namespace {
+
+// Below this many elements a parallel region (2 to 5 us) costs more than it saves, and so does releasing the GIL.
+constexpr std::int64_t kParallelElements = 1 << 16;
+
+PyObject* grad_name() {
+    static PyObject* name = PyUnicode_InternFromString("grad");
+    return name;
+}
+
+PyObject* params_name() {
+    static PyObject* name = PyUnicode_InternFromString("params");
+    return name;
+}
+
+PyObject* checked(PyObject* owned) {
+    if (owned == nullptr) throw PythonError{};
+    return owned;
+}
+
+// Borrowed, or nullptr when absent.
+PyObject* get_item(PyObject* dict, PyObject* key) {
+    PyObject* found = PyDict_GetItemWithError(dict, key);
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw PythonError{};
+    return found;
+}
+
+std::string text_of(PyObject* str) {
+    const char* utf8 = PyUnicode_AsUTF8(str);
+    if (utf8 == nullptr) throw PythonError{};
+    return utf8;
+}
+
+std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+int threads_for(std::int64_t elements) {
+    if (elements < kParallelElements) return 1;
+    PyObject* number = checked(PyObject_CallNoArgs(torch_side().num_threads));
+    const long threads = PyLong_AsLong(number);
+    Py_DECREF(number);
+    if (threads == -1 && PyErr_Occurred() != nullptr) throw PythonError{};
+    return static_cast<int>(threads);
+}
+
+// Runs without the GIL where that pays.
+template <class Work>
+void run(std::int64_t elements, const Work& work) {
+    const int threads = threads_for(elements);
+    if (elements < kParallelElements) {
+        work(threads);
+        return;
+    }
+    PyThreadState* thread_state = PyEval_SaveThread();
+    work(threads);
+    PyEval_RestoreThread(thread_state);
+}
+
+void increment_versions(const std::vector<PyObject*>& tensors) {
+    if (tensors.empty()) return;
+    PyObject* list = checked(PyList_New(static_cast<Py_ssize_t>(tensors.size())));
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+        Py_INCREF(tensors[i]);
+        PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), tensors[i]);
+    }
+    PyObject* none = PyObject_CallOneArg(torch_side().increment_version, list);
+    Py_DECREF(list);
+    Py_DECREF(checked(none));
+}
+
+// Calls visit(group, index in param_groups) for every group and checks the shapes of the containers.
+template <class Visit>
+void for_each_group(PyObject* param_groups, const Visit& visit) {
+    if (!PyList_Check(param_groups)) throw KernelError("optimizer.param_groups is not a list.");
+    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
+        PyObject* group = PyList_GET_ITEM(param_groups, g);
+        if (!PyDict_Check(group)) throw KernelError("an entry of optimizer.param_groups is not a dict.");
+        PyObject* params = get_item(group, params_name());
+        if (params == nullptr || !PyList_Check(params)) throw KernelError("param_group['params'] is not a list.");
+        visit(group, params, g);
+    }
+}
+
+bool as_number(PyObject* value, double& out) {
+    if (PyFloat_Check(value)) {
+        out = PyFloat_AS_DOUBLE(value);
+        return true;
+    }
+    if (PyLong_Check(value)) {  // bool too
+        out = PyLong_AsDouble(value);
+        return true;
+    }
+    if (value == Py_None) {
+        out = 0.0;
+        return true;
+    }
+    if (torch_side().reader.plain(value)) {
+        TensorView view;
+        std::string unused;
+        if (!torch_side().reader.read(value, view, unused)) return false;
+        if (view.device != Device::cpu || view.numel != 1) return false;  // a device's number would need a host sync
+    }
+    PyObject* number = PyNumber_Float(value);
+    if (number == nullptr) {
+        PyErr_Clear();
+        return false;
+    }
+    out = PyFloat_AS_DOUBLE(number);
+    Py_DECREF(number);
+    return true;
+}
+
+StepResult norm_of(const std::vector<Span>& grads, std::int64_t elements, const Clipping& clipping) {
+    double sum = 0.0;
+    run(elements, [&](int threads) { sum = cpu_sum_of_squares(grads, threads); });
+    StepResult result;
+    result.has_norm = true;
+    result.norm = static_cast<float>(std::sqrt(sum) * std::fabs(clipping.grad_scale));
+    return result;
+}
+
+GradientScale scale_for(const Clipping& clipping, const StepResult& result) {
+    GradientScale scale;
+    scale.scale = static_cast<float>(clipping.grad_scale);
+    if (clipping.max_norm >= 0.0) {
+        scale.scale *= clip_coefficient(result.norm, static_cast<float>(clipping.max_norm));
+    }
+    if (clipping.clip_value >= 0.0) scale.limit = static_cast<float>(clipping.clip_value);
+    return scale;
+}
+
+}  // namespace
+
+Torch& torch_side() {
+    static Torch torch;
+    return torch;
+}
+
+Stepper::Stepper(Mapping mapping) : mapping_(mapping), info_(&formula_info(mapping.formula)) {
+    batch_.formula = mapping.formula;
+    check(PyTuple_GET_SIZE(mapping_.state_keys) == info_->state_count,
+          "the mapping's state keys do not match the formula's states.");
+}
+
+Stepper::~Stepper() {
+    for (PyObject* object : {mapping_.option_keys, mapping_.refused_keys, mapping_.state_keys, mapping_.step_key,
+                             mapping_.init_state}) {
+        Py_XDECREF(object);
+    }
+}
+
+bool Stepper::read_options(PyObject* group, double* options, std::string& refusal) const {
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mapping_.refused_keys); ++i) {
+        PyObject* key = PyTuple_GET_ITEM(mapping_.refused_keys, i);
+        PyObject* value = get_item(group, key);
+        if (value == nullptr || value == Py_False || value == Py_None) continue;
+        if (PyObject_IsTrue(value) != 0) {
+            PyErr_Clear();
+            refusal = "its option " + text_of(key) + " has no compiled kernel";
+            return false;
+        }
+    }
+    int count = 0;
+    const auto push = [&](PyObject* value) {
+        return count < info_->option_count && as_number(value, options[count]) && ++count > 0;
+    };
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(mapping_.option_keys); ++i) {
+        PyObject* key = PyTuple_GET_ITEM(mapping_.option_keys, i);
+        PyObject* value = get_item(group, key);
+        bool ok = value != nullptr;
+        if (ok && PyTuple_Check(value)) {
+            for (Py_ssize_t k = 0; ok && k < PyTuple_GET_SIZE(value); ++k) ok = push(PyTuple_GET_ITEM(value, k));
+        } else if (ok && PyList_Check(value)) {
+            for (Py_ssize_t k = 0; ok && k < PyList_GET_SIZE(value); ++k) ok = push(PyList_GET_ITEM(value, k));
+        } else if (ok) {
+            ok = push(value);
+        }
+        if (!ok) {
+            refusal = "its option " + text_of(key) + " is not a number that is known on the host";
+            return false;
+        }
+    }
+    if (count != info_->option_count) {
+        refusal = "its options are not those of the kernel " + std::string(info_->name);
+        return false;
+    }
+    return true;
+}
+
+bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* options, PyObject* state,
+                                std::string& refusal) {
+    const TensorReader& reader = torch_side().reader;
+    if (!reader.plain(param)) {
+        refusal = "a parameter is a " + type_name(param) + ", not a plain tensor";
+        return false;
+    }
+    PyObject* grad = checked(PyObject_GetAttr(param, grad_name()));
+    if (grad == Py_None) {
+        Py_DECREF(grad);
+        return true;  // skipped, as torch does
+    }
+    refs_.keep(grad);
+    if (!reader.plain(grad)) {
+        refusal = "a gradient is a " + type_name(grad) + ", not a plain tensor";
+        return false;
+    }
+    Py_INCREF(param);
+    refs_.keep(param);
+
+    TensorView p, g, s;
+    std::string cause;
+    if (!reader.read(param, p, cause) || !reader.read(grad, g, cause)) {
+        refusal = "a parameter or gradient cannot be read: " + cause;
+        return false;
+    }
+    if (p.device != Device::cpu || g.device != Device::cpu) {
+        refusal = "a parameter or gradient is on a device without a compiled kernel";
+        return false;
+    }
+    if (!p.dense() || !p.same_layout(g)) {
+        refusal = "a parameter and its gradient are not dense or differ in shape or strides";
+        return false;
+    }
+
+    StepTask task;
+    task.param = p.data;
+    task.grad = g.data;
+    task.numel = p.numel;
+    task.stateless = info_->stateless(options);
+    Dtype state_dtype = p.dtype;
+    bool first = false;
+    double step = 0.0;
+    if (!task.stateless) {
+        PyObject* entry = get_item(state, param);
+        const bool absent = entry == nullptr || !PyDict_Check(entry) || PyDict_GET_SIZE(entry) == 0;
+        for (int k = 0; k < info_->state_count; ++k) {
+            PyObject* value = absent ? nullptr : get_item(entry, PyTuple_GET_ITEM(mapping_.state_keys, k));
+            if (value != nullptr && value != Py_None) continue;
+            PyObject* arguments[] = {state, group, param};
+            Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
+            new_states_.push_back({param, absent});
+            first = true;
+            break;
+        }
+        entry = get_item(state, param);
+        for (int k = 0; k < info_->state_count; ++k) {
+            PyObject* key = PyTuple_GET_ITEM(mapping_.state_keys, k);
+            PyObject* value = entry != nullptr && PyDict_Check(entry) ? get_item(entry, key) : nullptr;
+            if (value == nullptr || !reader.plain(value)) {
+                refusal = "the optimizer's state has no tensor " + text_of(key) + " for a parameter";
+                return false;
+            }
+            Py_INCREF(value);
+            refs_.keep(value);
+            if (!reader.read(value, s, cause)) {
+                refusal = "the state " + text_of(key) + " cannot be read: " + cause;
+                return false;
+            }
+            if (s.device != p.device || !p.same_layout(s) || (k > 0 && s.dtype != state_dtype)) {
+                refusal = "the state " + text_of(key) + " differs from its parameter in device, shape or strides";
+                return false;
+            }
+            state_dtype = s.dtype;
+            task.state[k] = s.data;
+            written_.push_back(value);
+        }
+        if (info_->counts_steps) {
+            PyObject* counter = get_item(entry, mapping_.step_key);
+            if (counter == nullptr || !reader.plain(counter) || !reader.read(counter, s, cause) ||
+                s.device != Device::cpu || s.dtype != Dtype::float32 || s.numel != 1) {
+                refusal = "the state " + text_of(mapping_.step_key) + " is not one float32 number on the CPU";
+                return false;
+            }
+            Py_INCREF(counter);
+            refs_.keep(counter);
+            written_.push_back(counter);
+            auto* value = static_cast<float*>(s.data);
+            counters_.push_back({value, *value + 1.0F});
+            step = counters_.back().next;
+        }
+    }
+    task.layout = layout_of(p.dtype, g.dtype, state_dtype);
+    if (task.layout < 0) {
+        refusal = "its dtypes have no compiled kernel (float32 and bfloat16 have)";
+        return false;
+    }
+    const std::int64_t width = p.dtype == Dtype::float32 ? torch_side().vector_width : 2 * torch_side().vector_width;
+    task.body = info_->has_remainder(options) ? p.numel - p.numel % width : p.numel;
+    if (last_step_ != step || last_first_ != first) {
+        batch_.coefficients.push_back(info_->coefficients(options, step, first));
+        last_step_ = step;
+        last_first_ = first;
+    }
+    task.coefficients = static_cast<std::int32_t>(batch_.coefficients.size()) - 1;
+    written_.push_back(param);
+    elements_ += p.numel;
+    grads_.push_back({g.data, g.numel, g.dtype});
+    batch_.tasks.push_back(task);
+    return true;
+}
+
+bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refusal) {
+    batch_.tasks.clear();
+    batch_.coefficients.clear();
+    grads_.clear();
+    counters_.clear();
+    new_states_.clear();
+    written_.clear();
+    elements_ = 0;
+    bool ok = true;
+    for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
+        double options[kMaxOptions] = {};
+        ok = ok && read_options(group, options, refusal);
+        last_step_ = -1.0;  // coefficients are shared within a group only
+        for (Py_ssize_t i = 0; ok && i < PyList_GET_SIZE(params); ++i) {
+            ok = collect_parameter(group, PyList_GET_ITEM(params, i), options, state, refusal);
+        }
+    });
+    return ok && memory_is_disjoint(refusal);
+}
+
+bool Stepper::memory_is_disjoint(std::string& refusal) {
+    struct Range {
+        const char *begin, *end;
+        bool written;
+    };
+    std::vector<Range> ranges;
+    ranges.reserve(batch_.tasks.size() * 5);
+    const auto add = [&](const void* data, std::int64_t bytes, bool written) {
+        const auto* begin = static_cast<const char*>(data);
+        if (bytes > 0) ranges.push_back({begin, begin + bytes, written});
+    };
+    for (std::size_t i = 0; i < batch_.tasks.size(); ++i) {
+        const StepTask& task = batch_.tasks[i];
+        const std::int64_t bytes = task.numel * bytes_of(grads_[i].dtype);
+        const bool half_state = task.layout != static_cast<int>(Layout::float32);
+        add(task.param, bytes, true);
+        add(task.grad, bytes, false);
+        for (int k = 0; k < info_->state_count && !task.stateless; ++k) {
+            add(task.state[k], task.numel * (half_state ? 2 : 4), true);
+        }
+    }
+    for (const StepCounter& counter : counters_) add(counter.value, sizeof(float), true);
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    const char *written_end = nullptr, *any_end = nullptr;
+    for (const Range& range : ranges) {
+        if (range.begin < (range.written ? any_end : written_end)) {
+            refusal = "parameters, gradients or states share memory";
+            return false;
+        }
+        any_end = std::max(any_end, range.end);
+        if (range.written) written_end = std::max(written_end, range.end);
+    }
+    return true;
+}
+
+// A refused step leaves the state as it found it: torch's own step must see a first step as one.
+void Stepper::undo_new_states(PyObject* state) {
+    for (const NewState& entry : new_states_) {
+        if (entry.absent) {
+            if (PyDict_DelItem(state, entry.param) != 0) PyErr_Clear();
+            continue;
+        }
+        PyObject* values = get_item(state, entry.param);
+        for (int k = 0; values != nullptr && k < info_->state_count; ++k) {
+            if (PyDict_SetItem(values, PyTuple_GET_ITEM(mapping_.state_keys, k), Py_None) != 0) throw PythonError{};
+        }
+    }
+}
+
+StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping& clipping) {
+    struct Release {
+        References& refs;
+        ~Release() { refs.clear(); }
+    } release{refs_};
+    StepResult result;
+    if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
+    if (!collect(param_groups, state, result.refusal)) {
+        undo_new_states(state);
+        return result;
+    }
+    if (clipping.max_norm >= 0.0) result = norm_of(grads_, elements_, clipping);
+    const GradientScale scale = scale_for(clipping, result);
+    for (const StepCounter& counter : counters_) *counter.value = counter.next;
+    run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
+    increment_versions(written_);
+    return result;
+}
+
+std::string Stepper::check_parameters(PyObject* param_groups) {
+    std::string refusal;
+    for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
+        double options[kMaxOptions] = {};
+        if (!refusal.empty() || !read_options(group, options, refusal)) return;
+        for (Py_ssize_t i = 0; refusal.empty() && i < PyList_GET_SIZE(params); ++i) {
+            PyObject* param = PyList_GET_ITEM(params, i);
+            TensorView view;
+            std::string cause;
+            if (!torch_side().reader.plain(param)) {
+                refusal = "a parameter is a " + type_name(param) + ", not a plain tensor";
+            } else if (!torch_side().reader.read(param, view, cause)) {
+                refusal = "a parameter cannot be read: " + cause;
+            } else if (view.device != Device::cpu) {
+                refusal = "a parameter is on a device without a compiled kernel";
+            } else if (!view.dense()) {
+                refusal = "a parameter is not dense in memory";
+            } else if (layout_of(view.dtype, view.dtype, view.dtype) < 0) {
+                refusal = "its dtypes have no compiled kernel (float32 and bfloat16 have)";
+            }
+        }
+    });
+    return refusal;
+}
+
+StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite) {
+    std::vector<Span> grads;
+    std::vector<PyObject*> tensors;
+    References refs;
+    StepResult result;
+    std::int64_t elements = 0;
+    for_each_group(param_groups, [&](PyObject*, PyObject* params, Py_ssize_t) {
+        for (Py_ssize_t i = 0; result.refusal.empty() && i < PyList_GET_SIZE(params); ++i) {
+            PyObject* grad = refs.keep(checked(PyObject_GetAttr(PyList_GET_ITEM(params, i), grad_name())));
+            if (grad == Py_None) continue;
+            TensorView view;
+            std::string cause;
+            if (!torch_side().reader.plain(grad) || !torch_side().reader.read(grad, view, cause)) {
+                result.refusal = "a gradient is a " + type_name(grad) + " that cannot be read " + cause;
+            } else if (view.device != Device::cpu || view.dtype == Dtype::other || !view.dense()) {
+                result.refusal = "a gradient's device, dtype or layout has no compiled kernel";
+            }
+            elements += view.numel;
+            grads.push_back({view.data, view.numel, view.dtype});
+            tensors.push_back(grad);
+        }
+    });
+    if (!result.refusal.empty()) return result;
+    if (clipping.max_norm >= 0.0 || !rewrite) result = norm_of(grads, elements, clipping);
+    if (rewrite) {
+        const GradientScale scale = scale_for(clipping, result);
+        run(elements, [&](int threads) { cpu_scale(grads, scale, threads); });
+        increment_versions(tensors);
+    }
+    return result;
+}
+
+void release_gradients(PyObject* param_groups) {
+    for_each_group(param_groups, [](PyObject*, PyObject* params, Py_ssize_t) {
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
+            if (PyObject_SetAttr(PyList_GET_ITEM(params, i), grad_name(), Py_None) != 0) throw PythonError{};
+        }
+    });
+}
+
+}  // namespace lit_fast

@@ -1,0 +1,118 @@
+// Walks a torch optimizer once and steps all of it in one call. CPython only: what it knows of torch is the public
+// shape of param_groups and state.
+#pragma once
+
+#include <Python.h>
+
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "tensor_reader.h"
+
+namespace lit_fast {
+
+// Owned references, dropped together.
+class References {
+  public:
+    References() = default;
+    ~References() { clear(); }
+    References(const References&) = delete;
+    References& operator=(const References&) = delete;
+    PyObject* keep(PyObject* owned) {
+        objects_.push_back(owned);
+        return owned;
+    }
+    void clear() {
+        for (PyObject* object : objects_) Py_DECREF(object);
+        objects_.clear();
+    }
+
+  private:
+    std::vector<PyObject*> objects_;
+};
+
+struct Clipping {
+    double grad_scale = 1.0;   // multiplies every gradient first (the inverse loss scale)
+    double max_norm = -1.0;    // of the scaled gradients; negative: none
+    double clip_value = -1.0;  // negative: none
+};
+
+struct StepResult {
+    bool has_norm = false;
+    float norm = 0.0F;  // of the scaled gradients, before clipping
+    std::string refusal;  // why nothing was done; empty when the step was taken
+};
+
+// How one optimizer class maps to a formula: names of things in its param_groups and state.
+struct Mapping {
+    FormulaId formula = FormulaId::count;
+    PyObject* option_keys = nullptr;   // tuple of str: group keys whose numbers, in order, are the formula's options
+    PyObject* refused_keys = nullptr;  // tuple of str: group keys that must be absent or false
+    PyObject* state_keys = nullptr;    // tuple of str, one a state of the formula
+    PyObject* step_key = nullptr;      // str or None
+    PyObject* init_state = nullptr;    // init_state(state, group, param) fills state[param] as torch would
+};
+
+class Stepper {
+  public:
+    explicit Stepper(Mapping mapping);  // takes its references over
+    ~Stepper();
+    Stepper(const Stepper&) = delete;
+    Stepper& operator=(const Stepper&) = delete;
+
+    // Everything is checked before anything is written. Throws PythonError when a Python call failed.
+    StepResult step(PyObject* param_groups, PyObject* state, const Clipping& clipping);
+    // The same checks for every parameter, gradients and state left alone: "" or why there is no kernel.
+    std::string check_parameters(PyObject* param_groups);
+
+  private:
+    struct StepCounter {
+        float* value;
+        float next;
+    };
+    struct NewState {
+        PyObject* param;  // borrowed from refs_
+        bool absent;      // state had no (or an empty) entry for it
+    };
+
+    bool collect(PyObject* param_groups, PyObject* state, std::string& refusal);
+    bool collect_group(PyObject* group, Py_ssize_t group_index, PyObject* state, std::string& refusal);
+    bool collect_parameter(PyObject* group, PyObject* param, const double* options, PyObject* state,
+                           std::string& refusal);
+    bool read_options(PyObject* group, double* options, std::string& refusal) const;
+    bool memory_is_disjoint(std::string& refusal);
+    void undo_new_states(PyObject* state);
+
+    Mapping mapping_;
+    const FormulaInfo* info_;
+
+    // Filled by collect, emptied at the end of every step; kept as members for their capacity.
+    StepBatch batch_;
+    std::vector<Span> grads_;
+    std::vector<StepCounter> counters_;
+    std::vector<NewState> new_states_;
+    std::vector<PyObject*> written_;  // borrowed from refs_
+    References refs_;
+    std::int64_t elements_ = 0;
+    double last_step_ = -1.0;
+    bool last_first_ = false;
+};
+
+// A Python exception is set.
+struct PythonError {};
+
+// Process-wide: set once by ops.py.
+struct Torch {
+    TensorReader reader;
+    PyObject* increment_version = nullptr;  // callable(list of tensors)
+    PyObject* num_threads = nullptr;        // callable() -> int
+    std::int64_t vector_width = 8;          // float32 lanes of torch's own CPU kernels; bfloat16: twice as many
+};
+Torch& torch_side();
+
+// L2 norm of gradients, or gradients rewritten in place, for any parameters.
+StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite);
+void release_gradients(PyObject* param_groups);
+
+}  // namespace lit_fast

@@ -1,0 +1,50 @@
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+def configure(
+    torch: ModuleType,
+    use_exchange_api: bool,
+    increment_version: Callable[[list[Tensor]], None],
+    num_threads: Callable[[], int],
+    vector_width: int,
+    /,
+) -> None: ...
+def find_openmp(preferred_prefix: str, /) -> None: ...
+def choose_cpu_target(name: str, reason: str, /) -> None: ...
+def build_info() -> dict[str, Any]: ...
+def formulas() -> dict[str, dict[str, Any]]: ...
+def keep_freed_memory(keep: bool, /) -> tuple[bool, str]: ...
+def gradient_norm(
+    param_groups: list[dict[str, Any]],
+    grad_scale: float,
+    max_norm: float,
+    clip_value: float,
+    rewrite: bool,
+    /,
+) -> float | str | None: ...
+def release_gradients(param_groups: list[dict[str, Any]], /) -> None: ...
+
+class Stepper:
+    def __init__(
+        self,
+        formula: str,
+        option_keys: tuple[str, ...],
+        refused_keys: tuple[str, ...],
+        state_keys: tuple[str, ...],
+        step_key: str | None,
+        init_state: Callable[[dict[Tensor, Any], dict[str, Any], Tensor], None],
+        /,
+    ) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: float,
+        max_norm: float,
+        clip_value: float,
+        /,
+    ) -> float | str | None: ...
+    def check_parameters(self, param_groups: list[dict[str, Any]], /) -> str: ...
