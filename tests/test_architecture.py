@@ -25,7 +25,8 @@ FLOORS = [
     "trainer",
     "runtime evaluation loop",
     "step plan",  # the plan picks one of the two step shapes; a step reads the plan it is given
-    "module precision strategies metrics callbacks loggers checkpoint data profiler config seed hparams backends",
+    "module precision strategies metrics callbacks loggers checkpoint data profiler config seed hparams "
+    "backends",
     "optim triton",
     "ops",
     "_core",
