@@ -24,7 +24,7 @@ _MASK64 = 2**64 - 1
 
 
 def seed_everything(seed: int | None = None, workers: bool = False, verbose: bool = True) -> int:
-    """Seed Python's, numpy's and torch's generators (every device's), and tell subprocesses by the environment.
+    """Seed the generators of Python, numpy and torch (every device's), and tell subprocesses which seed.
 
     Args:
         seed: the seed, 0 to 2**32 - 1; left out, `PL_GLOBAL_SEED` of the environment, or 0 without it.
@@ -51,9 +51,13 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     try:
         seed = int(given)
     except (TypeError, ValueError):
-        raise MisconfigurationException(f"{source}: {given!r} is no integer; give a number from 0 to 2**32 - 1.") from None
+        raise MisconfigurationException(
+            f"{source}: {given!r} is no integer; give a number from 0 to 2**32 - 1."
+        ) from None
     if not min_seed_value <= seed <= max_seed_value:
-        raise MisconfigurationException(f"{source}: {seed} is out of bounds; give a number from 0 to 2**32 - 1.")
+        raise MisconfigurationException(
+            f"{source}: {seed} is out of bounds; give a number from 0 to 2**32 - 1."
+        )
 
     os.environ["PL_GLOBAL_SEED"] = str(seed)
     os.environ["PL_SEED_WORKERS"] = str(int(workers))
@@ -104,11 +108,14 @@ def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
 def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     """Seed a DataLoader worker by (base seed, worker, rank): the same numbers as Lightning gives that worker.
 
-    torch gives worker `i` the seed base + i and leaves Python's and numpy's generators alike in all workers, or to
-    the seed of the parent; here every generator of every worker starts elsewhere.
+    torch gives worker `i` the seed base + i and leaves Python's and numpy's generators alike in all workers,
+    or to the seed of the parent; here every generator of every worker starts elsewhere.
     """
     if rank is None:
-        rank = next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0)
+        rank = next(
+            (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ),
+            0,
+        )
     base = torch.initial_seed() - worker_id
     seeds = _seed_sequence(base, worker_id, rank, 4)
     torch.manual_seed(seeds[0])

@@ -9,14 +9,15 @@ from torch.optim import Optimizer
 
 
 class Callback:
-    """Something that is called at named points of a run. Override the hooks you need; the others cost nothing.
+    """Something that is called at named points of a run. Override what you need; the rest costs nothing.
 
-    A hook that a callback does not override is never bound into the step, so a callback pays only for what it does.
+    A hook that a callback does not override is never bound into the step, so a callback pays only for what
+    it does.
 
     Attributes:
-        reads_gradients: may one of its hooks look at `p.grad` after the optimizer's step? Where True (and such a
-            hook is overridden) clipped gradients are written back to memory, where it can see them. Every subclass
-            starts at True again and says itself when it never looks.
+        reads_gradients: may one of its hooks look at `p.grad` after the optimizer's step? Where True (and
+            such a hook is overridden) clipped gradients are written back to memory, where it can see them.
+            Every subclass starts at True again and says itself when it never looks.
 
     Example::
 
@@ -36,7 +37,7 @@ class Callback:
 
     @property
     def state_key(self) -> str:
-        """Name of this callback's state in a checkpoint; two callbacks of one class need two different ones."""
+        """Name of this callback's state in a checkpoint; two callbacks of one class need different ones."""
         return type(self).__qualname__
 
     def _generate_state_key(self, **kwargs: Any) -> str:
@@ -46,12 +47,14 @@ class Callback:
     def live_hooks(self, trainer: Any = None) -> set[str]:
         """Names of the hooks that must be called, asked once when the run is bound.
 
-        By default every hook that the class (or the instance itself) overrides. A subclass may leave out hooks that
-        its options do not use.
+        By default every hook that the class (or the instance itself) overrides. A subclass may leave out
+        hooks that its options do not use.
         """
         own = vars(self)
         return {
-            name for name in HOOK_NAMES if name in own or getattr(type(self), name) is not getattr(Callback, name)
+            name
+            for name in HOOK_NAMES
+            if name in own or getattr(type(self), name) is not getattr(Callback, name)
         }
 
     def _without(self, live: set[str], base: type[Callback], *unused: str) -> set[str]:
@@ -138,7 +141,9 @@ class Callback:
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A training batch is on the device."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """A training batch is done; `outputs` is what `training_step` returned."""
 
     def on_validation_batch_start(
@@ -203,5 +208,7 @@ class Callback:
 
 _NOT_HOOKS = {"live_hooks", "state_key"}
 HOOK_NAMES: tuple[str, ...] = tuple(
-    name for name, value in vars(Callback).items() if callable(value) and name[0] != "_" and name not in _NOT_HOOKS
+    name
+    for name, value in vars(Callback).items()
+    if callable(value) and name[0] != "_" and name not in _NOT_HOOKS
 )

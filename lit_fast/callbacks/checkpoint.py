@@ -6,6 +6,6 @@ from lit_fast.callbacks.callback import Callback
 
 
 class Checkpoint(Callback):
-    """Base of every callback that saves checkpoints. Such callbacks run last, so that they see what others did."""
+    """Base of every callback that saves checkpoints. They run last, so that they see what others did."""
 
     reads_gradients = False

@@ -33,16 +33,16 @@ class EarlyStopping(Callback):
     Args:
         monitor: name of the metric, as given to `self.log`.
         min_delta: a change smaller than this is no improvement (its sign does not matter to the caller).
-        patience: checks without improvement after which training stops. A check runs once per validation, or once
-            per training epoch.
+        patience: checks without improvement after which training stops. A check runs once per validation, or
+            once per training epoch.
         verbose: log a line at every improvement and at the stop.
         mode: "min" where smaller is better, "max" where larger is.
         strict: a missing metric is an error; with False the check is skipped.
         check_finite: stop when the metric is NaN or infinite.
         stopping_threshold: stop at once when the metric is better than this.
         divergence_threshold: stop at once when the metric is worse than this.
-        check_on_train_epoch_end: check at the end of training epochs (True) or of validation (False); left out,
-            decided by how often validation runs.
+        check_on_train_epoch_end: check at the end of training epochs (True) or of validation (False); left
+            out, decided by how often validation runs.
         log_rank_zero_only: only the first process logs the lines that `verbose` asks for.
 
     Raises:
@@ -142,8 +142,8 @@ class EarlyStopping(Callback):
             return True
         message = (
             f"EarlyStopping(monitor={self.monitor!r}) found no such metric; logged are: "
-            f"{', '.join(map(repr, logs)) or 'none'}. Log it with self.log({self.monitor!r}, value), monitor one of "
-            f"the logged ones, or pass strict=False to skip the check."
+            f"{', '.join(map(repr, logs)) or 'none'}. Log it with self.log({self.monitor!r}, value), monitor "
+            f"one of the logged ones, or pass strict=False to skip the check."
         )
         if self.strict:
             raise MisconfigurationException(message)
@@ -172,11 +172,15 @@ class EarlyStopping(Callback):
         if self.stopping_threshold is not None and self.monitor_op(current, self.stopping_threshold):
             self.stopping_reason = EarlyStoppingReason.STOPPING_THRESHOLD
             sign = self.order_dict[self.mode]
-            return True, f"{self.monitor} = {current} {sign} stopping_threshold {self.stopping_threshold}: stopping."
+            return (
+                True,
+                f"{self.monitor} = {current} {sign} stopping_threshold {self.stopping_threshold}: stopping.",
+            )
         if self.divergence_threshold is not None and self.monitor_op(-current, -self.divergence_threshold):
             self.stopping_reason = EarlyStoppingReason.DIVERGENCE_THRESHOLD
             return True, (
-                f"{self.monitor} = {current} is worse than divergence_threshold {self.divergence_threshold}: stopping."
+                f"{self.monitor} = {current} is worse than divergence_threshold {self.divergence_threshold}: "
+                f"stopping."
             )
         if self.monitor_op(current - self.min_delta, best):
             self.best_score = current

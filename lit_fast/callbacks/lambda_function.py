@@ -10,14 +10,15 @@ from lit_fast.errors import MisconfigurationException
 
 
 class LambdaCallback(Callback):
-    """Takes any hook of `Callback` as a keyword argument; the function gets that hook's arguments, without `self`.
+    """Takes any hook of `Callback` as a keyword argument: a function of that hook's arguments without `self`.
 
     Raises:
         MisconfigurationException: a name that is no hook.
 
     Example::
 
-        Trainer(callbacks=[LambdaCallback(on_train_epoch_end=lambda trainer, module: print(trainer.current_epoch))])
+        Trainer(callbacks=[LambdaCallback(on_train_epoch_end=lambda trainer, module:
+        print(trainer.current_epoch))])
     """
 
     def __init__(self, **hooks: Callable[..., Any] | None) -> None:

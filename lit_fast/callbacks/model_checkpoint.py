@@ -28,14 +28,14 @@ _FIELD = re.compile(r"\{([^{}:]+)(:[^{}]*)?\}")
 class ModelCheckpoint(Checkpoint):
     """Save the newest, the best k, or all checkpoints, every so many epochs, steps or seconds.
 
-    By default one checkpoint, the newest, is kept: written at the end of every epoch, the previous one removed once
-    the new one is safely on disk. Files are written by `trainer.save_checkpoint` alone.
+    By default one checkpoint, the newest, is kept: written at the end of every epoch, the previous one
+    removed once the new one is safely on disk. Files are written by `trainer.save_checkpoint` alone.
 
     Args:
-        dirpath: directory for the files; left out, `<save_dir>/<name>/version_<N>/checkpoints` of the first logger,
-            or `<default_root_dir>/checkpoints` without one.
-        filename: template without extension. `{name}` and `{name:format}` stand for metrics, `{epoch}` and `{step}`;
-            "{epoch}-{step}" when left out. A metric that is not logged becomes 0.
+        dirpath: directory for the files; left out, `<save_dir>/<name>/version_<N>/checkpoints` of the first
+            logger, or `<default_root_dir>/checkpoints` without one.
+        filename: template without extension. `{name}` and `{name:format}` stand for metrics, `{epoch}` and
+            `{step}`; "{epoch}-{step}" when left out. A metric that is not logged becomes 0.
         monitor: name of the logged metric that decides which checkpoints are best; None keeps the newest.
         verbose: log a line for every decision.
         save_last: also keep a copy of the newest checkpoint as `last.ckpt`; "link" makes it a symbolic link.
@@ -47,17 +47,18 @@ class ModelCheckpoint(Checkpoint):
         every_n_train_steps: save whenever this many optimizer steps were made.
         train_time_interval: save when this much time has passed, at the end of the next batch.
         every_n_epochs: save at the end of every so many epochs; 1 when none of the three is given.
-        save_on_train_epoch_end: save at the end of the training epoch (True) or of validation (False); left out,
-            decided by how often validation runs.
-        enable_version_counter: append "-v1", "-v2" ... instead of overwriting a file that is not this callback's.
+        save_on_train_epoch_end: save at the end of the training epoch (True) or of validation (False); left
+            out, decided by how often validation runs.
+        enable_version_counter: append "-v1", "-v2" ... instead of overwriting a file that is not this
+            callback's.
 
     Raises:
-        MisconfigurationException: options that contradict each other; a monitored metric that nobody logs (the
-            message lists what is logged).
+        MisconfigurationException: options that contradict each other; a monitored metric that nobody logs
+            (the message lists what is logged).
 
     Example::
 
-        best = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3, save_last=True)
+        best = ModelCheckpoint(monitor="val_loss", filename="{epoch}-{val_loss:.2f}", save_top_k=3)
         Trainer(callbacks=[best]).fit(model)
         print(best.best_model_path, best.best_model_score)
     """
@@ -133,11 +134,18 @@ class ModelCheckpoint(Checkpoint):
         if self.save_top_k < -1:
             refuse(f"save_top_k={self.save_top_k}", "allowed are -1 (all), 0 (none) and positive numbers.")
         if self.monitor is None and self.save_top_k not in (-1, 0, 1):
-            refuse(f"save_top_k={self.save_top_k}, monitor=None", "to keep the k best, name the metric in `monitor`.")
+            refuse(
+                f"save_top_k={self.save_top_k}, monitor=None",
+                "to keep the k best, name the metric in `monitor`.",
+            )
         for name in ("every_n_train_steps", "every_n_epochs"):
             if getattr(self, "_" + name) < 0:
                 refuse(f"{name}={getattr(self, '_' + name)}", "allowed are numbers from 0 (never) upwards.")
-        triggers = (self._every_n_train_steps >= 1, self._every_n_epochs >= 1, self._train_time_interval is not None)
+        triggers = (
+            self._every_n_train_steps >= 1,
+            self._every_n_epochs >= 1,
+            self._train_time_interval is not None,
+        )
         if sum(triggers) > 1:
             refuse(
                 f"every_n_train_steps={self._every_n_train_steps}, every_n_epochs={self._every_n_epochs}, "
@@ -185,7 +193,9 @@ class ModelCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._last_time_checked = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
         if self._train_time_interval is not None:
             now = time.monotonic()
@@ -210,8 +220,8 @@ class ModelCheckpoint(Checkpoint):
         if self._should_skip_saving_checkpoint(trainer):
             return
         if self._defer_save_until_validation:
-            # also where epochs save at their own end: Lightning 2.6 drops a deferred save there, and a run of one
-            # epoch with a validation metric and `every_n_train_steps` ends without a checkpoint
+            # also where epochs save at their own end: Lightning 2.6 drops a deferred save there, and a run
+            # of one epoch with a validation metric and `every_n_train_steps` ends without a checkpoint
             self._defer_save_until_validation = False
             self._save_all(trainer, self._monitor_candidates(trainer))
         elif not self._should_save_on_train_epoch_end(trainer):
@@ -243,7 +253,10 @@ class ModelCheckpoint(Checkpoint):
     def _should_save_on_train_epoch_end(self, trainer: Any) -> bool:
         if self._save_on_train_epoch_end is not None:
             return self._save_on_train_epoch_end
-        if getattr(trainer, "_val_check_time_interval", None) is not None or trainer.check_val_every_n_epoch != 1:
+        if (
+            getattr(trainer, "_val_check_time_interval", None) is not None
+            or trainer.check_val_every_n_epoch != 1
+        ):
             return False
         # with several validations per epoch, a checkpoint belongs to the validation that scored it
         return _total(trainer.num_val_batches) == 0 or trainer.val_check_interval == 1.0
@@ -311,8 +324,8 @@ class ModelCheckpoint(Checkpoint):
     def _refuse_missing_metric(self, trainer: Any, metrics: Mapping[str, Tensor]) -> None:
         message = (
             f"ModelCheckpoint(monitor={self.monitor!r}) found no such metric; logged are: "
-            f"{', '.join(map(repr, metrics))}. Log it with self.log({self.monitor!r}, value) in the module, or "
-            f"monitor one of the logged ones."
+            f"{', '.join(map(repr, metrics))}. Log it with self.log({self.monitor!r}, value) in the module, "
+            f"or monitor one of the logged ones."
         )
         # a validation that is still to come may log it
         if self._validated or _total(trainer.num_val_batches) == 0:
@@ -333,7 +346,9 @@ class ModelCheckpoint(Checkpoint):
         self.current_score = current
         self.best_k_models[filepath] = current
         if len(self.best_k_models) == k:
-            self.kth_best_model_path = worst(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
+            self.kth_best_model_path = worst(
+                self.best_k_models, key=lambda path: float(self.best_k_models[path])
+            )
             self.kth_value = self.best_k_models[self.kth_best_model_path]
         self.best_model_path = best(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
         self.best_model_score = self.best_k_models[self.best_model_path]
@@ -368,7 +383,7 @@ class ModelCheckpoint(Checkpoint):
                 logger.after_save_checkpoint(weakref.proxy(self))
 
     def _retire(self, trainer: Any, previous: str, current: str) -> None:
-        """Mark `previous` for removal, unless it was overwritten, is not ours, or is what this run resumed from."""
+        """Mark `previous` for removal, unless it was overwritten, is not ours, or was resumed from."""
         old = Path(previous).absolute()
         resumed = getattr(trainer, "ckpt_path", None)
         assert self.dirpath is not None
@@ -405,7 +420,8 @@ class ModelCheckpoint(Checkpoint):
 
         Example::
 
-            >>> ModelCheckpoint(filename="{epoch}-{val_loss:.2f}").format_checkpoint_name({"epoch": 2, "val_loss": 0.123})
+            >>> ModelCheckpoint(filename="{epoch}-{val_loss:.2f}").format_checkpoint_name(
+            ...     {"epoch": 2, "val_loss": 0.123})
             'epoch=2-val_loss=0.12.ckpt'
         """
         template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
@@ -454,10 +470,12 @@ class ModelCheckpoint(Checkpoint):
         return os.path.exists(filepath)
 
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
-        """Write `best_k_models` (path: score) to a YAML file, `<dirpath>/best_k_models.yaml` when left out."""
+        """Write `best_k_models` (path: score) as YAML, to `<dirpath>/best_k_models.yaml` when left out."""
         if filepath is None:
             if self.dirpath is None:
-                raise MisconfigurationException("ModelCheckpoint.to_yaml() has no directory yet; pass `filepath`.")
+                raise MisconfigurationException(
+                    "ModelCheckpoint.to_yaml() has no directory yet; pass `filepath`."
+                )
             filepath = os.path.join(self.dirpath, "best_k_models.yaml")
         from lit_fast.loggers.utilities import write_yaml
 
@@ -488,8 +506,8 @@ class ModelCheckpoint(Checkpoint):
             self.last_model_path = state_dict.get("last_model_path", self.last_model_path)
         else:
             warnings.warn(
-                f"ModelCheckpoint wrote to {previous!r} before and now writes to {self.dirpath!r}: of its state only "
-                f"best_model_path is taken over, and the files there are left alone.",
+                f"ModelCheckpoint wrote to {previous!r} before and now writes to {self.dirpath!r}: of its "
+                f"state only best_model_path is taken over, and the files there are left alone.",
                 stacklevel=2,
             )
         self.best_model_path = state_dict["best_model_path"]
@@ -499,7 +517,7 @@ def _local(dirpath: str | os.PathLike[str]) -> str:
     path = os.fspath(dirpath)
     if "://" in path and not path.startswith("file://"):
         raise MisconfigurationException(
-            f"ModelCheckpoint(dirpath={path!r}): only local directories can be written so far; give a local path."
+            f"ModelCheckpoint(dirpath={path!r}): only local directories can be written so far."
         )
     return os.path.realpath(os.path.expanduser(path.removeprefix("file://")))
 

@@ -17,7 +17,8 @@ from lit_fast.loggers.utilities import add_prefix, next_version, number, params_
 class ExperimentWriter:
     """Collects rows and writes them in batches; one column per metric, empty where a row lacks it.
 
-    A metric that first appears later gets its column then: the file is written anew beside the old one and renamed.
+    A metric that first appears later gets its column then: the file is written anew beside the old one and
+    renamed.
     """
 
     NAME_METRICS_FILE = "metrics.csv"
@@ -34,7 +35,7 @@ class ExperimentWriter:
         os.makedirs(log_dir, exist_ok=True)
         if os.path.exists(self.metrics_file_path):
             warnings.warn(
-                f"{self.metrics_file_path} of an earlier run is replaced; give CSVLogger another `version` to keep it.",
+                f"{self.metrics_file_path} of an earlier run is replaced; to keep it give another `version`.",
                 stacklevel=4,
             )
             os.remove(self.metrics_file_path)
@@ -91,8 +92,8 @@ class CSVLogger(Logger):
     Args:
         save_dir: directory of all experiments.
         name: name of the experiment; "" or None leaves out that level.
-        version: a number N, or a string that is used as the folder's name; the next free number when left out.
-        prefix: put before every metric's name, joined by "-".
+        version: a number N, or a string that is used as the folder's name; the next free number when left
+        out. prefix: put before every metric's name, joined by "-".
         flush_logs_every_n_steps: rows are kept in memory and written whenever this many steps have passed.
 
     Example::
@@ -166,7 +167,9 @@ class CSVLogger(Logger):
             self._flushes = flushes
             self.save()
 
-    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any) -> None:
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         self.experiment.log_hparams(params_dict(params))
 
     def save(self) -> None:

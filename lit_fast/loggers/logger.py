@@ -13,7 +13,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 class Logger(ABC):
-    """Where metrics and hyperparameters of a run go. A subclass gives `name`, `version` and the two `log_` methods.
+    """Where metrics and hyperparameters go. A subclass gives `name`, `version` and two `log_` methods.
 
     `log_metrics` is called by the thread that trains: it must return quickly and leave slow work to others.
     """
@@ -56,17 +56,17 @@ class Logger(ABC):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Record hyperparameters."""
 
-    def log_graph(self, model: Any, input_array: Any = None) -> None:
+    def log_graph(self, model: Any, input_array: Any = None) -> None:  # noqa: B027
         """Record the model's graph, where the logger can."""
 
-    def save(self) -> None:
+    def save(self) -> None:  # noqa: B027
         """Bring what was logged to disk."""
 
     def finalize(self, status: str) -> None:
         """The run ended ("success", "failed", ...): save everything and close files."""
         self.save()
 
-    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:  # noqa: B027
         """A checkpoint callback has saved a checkpoint."""
 
 
@@ -89,7 +89,7 @@ class DummyExperiment:
 
 
 class DummyLogger(Logger):
-    """Stands in for the user's loggers where nothing shall be logged (`fast_dev_run`): it takes every call."""
+    """Stands in for loggers where nothing shall be logged (`fast_dev_run`): it takes every call."""
 
     def __init__(self) -> None:
         super().__init__()

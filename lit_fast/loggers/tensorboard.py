@@ -23,26 +23,28 @@ from lit_fast.loggers.utilities import (
     write_yaml,
 )
 
-# Events that may wait for the writer thread before `log_metrics` would have to wait too (torch's default is 10).
+# Events that may wait for the writer thread before `log_metrics` would have to wait too (torch's default is
+# 10).
 _MAX_QUEUE = 1000
 
 
 class TensorBoardLogger(Logger):
     """Writes event files and `hparams.yaml` to `<save_dir>/<name>/version_<N>/`.
 
-    All numbers of one `log_metrics` call go into one event. The calling thread serializes the event and puts it on a
-    queue; tensorboard's thread writes it, at most `flush_secs` (120) seconds later to disk.
+    All numbers of one `log_metrics` call go into one event. The calling thread serializes the event and puts
+    it on a queue; tensorboard's thread writes it, at most `flush_secs` (120) seconds later to disk.
 
     Args:
         save_dir: directory of all experiments.
         name: name of the experiment; "" or None leaves out that level.
-        version: a number N, or a string that is used as the folder's name; the next free number when left out.
-        log_graph: write the module's graph, traced with `example_input_array`.
-        default_hp_metric: write the metric `hp_metric` = -1 with hyperparameters that come without metrics, so that
-            TensorBoard lists the run.
+        version: a number N, or a string that is used as the folder's name; the next free number when left
+        out. log_graph: write the module's graph, traced with `example_input_array`.
+        default_hp_metric: write the metric `hp_metric` = -1 with hyperparameters that come without
+            metrics, so that TensorBoard lists the run.
         prefix: put before every metric's name, joined by "-".
         sub_dir: folder for the event files inside the version's folder.
-        kwargs: passed to `torch.utils.tensorboard.SummaryWriter` (`max_queue`, `flush_secs`, `filename_suffix` ...).
+        kwargs: passed to `torch.utils.tensorboard.SummaryWriter` (`max_queue`, `flush_secs`,
+            `filename_suffix` ...).
 
     Raises:
         MisconfigurationException: tensorboard is not installed (when the first file is written).
@@ -114,17 +116,17 @@ class TensorBoardLogger(Logger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The `torch.utils.tensorboard.SummaryWriter` behind this logger; made, with its file, at first use."""
+        """The `torch.utils.tensorboard.SummaryWriter` behind this logger, made with its file at first use."""
         if self._experiment is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise MisconfigurationException(
-                    "TensorBoardLogger needs tensorboard, which is not installed; run: pip install tensorboard, "
-                    "or use CSVLogger."
+                    "TensorBoardLogger needs tensorboard, which is not installed; run: pip install "
+                    "tensorboard, or use CSVLogger."
                 ) from error
             options = {"max_queue": _MAX_QUEUE, **self._kwargs}
-            self._experiment = SummaryWriter(log_dir=self.log_dir, **options)  # type: ignore[no-untyped-call]
+            self._experiment = SummaryWriter(log_dir=self.log_dir, **options)
         return self._experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -158,10 +160,12 @@ class TensorBoardLogger(Logger):
             try:
                 values = [scalar(tag=name, simple_value=value) for name, value in scalars.items()]
             except TypeError:
-                name, value = next(item for item in scalars.items() if not isinstance(item[1], bool | int | float))
+                name, value = next(
+                    item for item in scalars.items() if not isinstance(item[1], bool | int | float)
+                )
                 raise ValueError(
-                    f"TensorBoardLogger was given {name!r} = {value!r} ({type(value).__name__}); allowed are numbers, "
-                    f"0-dim tensors and dicts of them."
+                    f"TensorBoardLogger was given {name!r} = {value!r} ({type(value).__name__}); allowed are "
+                    f"numbers, 0-dim tensors and dicts of them."
                 ) from None
             add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -200,8 +204,8 @@ class TensorBoardLogger(Logger):
         example = getattr(model, "example_input_array", None) if input_array is None else input_array
         if not isinstance(example, Tensor | tuple):
             warnings.warn(
-                f"TensorBoardLogger(log_graph=True): an example input is a tensor or a tuple of forward's arguments, "
-                f"and this is {type(example).__name__}; set `example_input_array` in the module. No graph is written.",
+                f"TensorBoardLogger(log_graph=True) writes no graph: the example input is to be a tensor or "
+                f"a tuple of forward's arguments, and is {type(example).__name__}; set `example_input_array`.",
                 stacklevel=2,
             )
             return

@@ -53,12 +53,9 @@ def flatten(params: Mapping[Any, Any], parent: str = "") -> dict[str, Any]:
         {'net/width': 8, 'steps/0/lr': 1}
     """
     flat: dict[str, Any] = {}
-    for key, value in params.items():
+    for key, given in params.items():
         name = f"{parent}/{key}" if parent else str(key)
-        if is_dataclass(value) and not isinstance(value, type):
-            value = asdict(value)
-        elif isinstance(value, Namespace):
-            value = vars(value)
+        value = _fields(given)
         if isinstance(value, Mapping):
             flat.update(flatten(value, name))
         elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
@@ -70,12 +67,11 @@ def flatten(params: Mapping[Any, Any], parent: str = "") -> dict[str, Any]:
 
 
 def primitives(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Values that TensorBoard's hparams plugin takes: numbers, booleans and strings; all else by its `str`."""
+    """Values that TensorBoard's hparams plugin takes: numbers, booleans, strings; others by their `str`."""
     plain: dict[str, Any] = {}
     for name, value in params.items():
-        if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-            value = value.item()
-        plain[name] = value if isinstance(value, _PLAIN) else str(value)
+        scalar = value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
+        plain[name] = scalar if isinstance(scalar, _PLAIN) else str(scalar)
     return plain
 
 
@@ -85,10 +81,7 @@ def to_plain(value: Any) -> Any:
         return value
     if isinstance(value, Enum):
         return value.name
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, Namespace):
-        value = vars(value)
+    value = _fields(value)
     if isinstance(value, Mapping):
         return {to_plain(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -100,6 +93,13 @@ def to_plain(value: Any) -> Any:
     return str(value)
 
 
+def _fields(value: Any) -> Any:
+    """A dataclass or namespace as a dictionary; everything else as it is."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return vars(value) if isinstance(value, Namespace) else value
+
+
 def write_yaml(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     """Write `values` to a YAML file that any safe loader reads back.
 
@@ -109,7 +109,7 @@ def write_yaml(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     text = "{}\n"
     if values:
         try:
-            import yaml
+            import yaml  # type: ignore[import-untyped]
         except ImportError as error:
             raise MisconfigurationException(
                 f"Writing {os.fspath(path)} needs PyYAML, which is not installed; run: pip install pyyaml"
