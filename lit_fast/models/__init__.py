@@ -1,0 +1,23 @@
+"""Language models that `lit-fast pretrain` trains: ordinary LightningModules, eager PyTorch, no own kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_fast.models.bigram import Bigram
+    from lit_fast.models.gpt import GPT
+    from lit_fast.models.language_model import LanguageModel
+    from lit_fast.models.llama import Llama
+
+__all__ = ["GPT", "Bigram", "LanguageModel", "Llama"]
+
+_HOME = {"GPT": "gpt", "Bigram": "bigram", "LanguageModel": "language_model", "Llama": "llama"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
