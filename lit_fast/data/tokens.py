@@ -134,7 +134,7 @@ class TokenData:
         return _map_tokens(self.folder / f"{split}.bin", self.header["dtype"])
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
-        """Length in bytes of every token, shape (vocab_size,): the byte-level alphabet has a character a byte."""
+        """Length in bytes of every token, shape (vocab_size,): one character stands for a byte."""
         import numpy as np
 
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
@@ -154,7 +154,7 @@ class TokenData:
         train = split == "train"
         if train and len(dataset) < batch_size:
             raise DataError(
-                f"{len(dataset)} windows of {block_size} tokens are less than one batch of {batch_size}: give "
+                f"{len(dataset)} windows of {block_size} tokens are less than a batch of {batch_size}: give "
                 "more text, or a smaller --batch_size or --model.block_size."
             )
         return DataLoader(

@@ -1,4 +1,4 @@
-"""Language models that `lit-fast pretrain` trains: ordinary LightningModules, eager PyTorch, no own kernels."""
+"""Language models that `lit-fast pretrain` trains: ordinary LightningModules, in eager PyTorch."""
 
 from __future__ import annotations
 

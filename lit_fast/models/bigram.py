@@ -27,7 +27,7 @@ class Bigram:
 
     Example:
         >>> bigram = Bigram(np.array([0, 1, 0, 1, 0, 2]), vocab_size=3)
-        >>> round(sum(bigram.probability(np.full(3, 0), np.arange(3))), 9)
+        >>> round(float(bigram.probability(np.full(3, 0), np.arange(3)).sum()), 9)
         1.0
     """
 

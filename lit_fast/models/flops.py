@@ -41,7 +41,7 @@ def flops_per_token(matmul_parameters: int, layers: int, attention_width: int, b
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of `device` at a Trainer `precision` ("bf16-mixed", "32-true" ...); None where not known."""
+    """Peak FLOP/s of `device` at a Trainer `precision` ("bf16-mixed", "32-true" ...); None: not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -158,7 +158,7 @@ def check_heads(embedding_dim: int, num_heads: int) -> int:
 
 
 def scaled_init(module: nn.Module, num_layers: int, residual_suffixes: tuple[str, ...]) -> None:
-    """GPT-2's initialization: matrices N(0, 0.02), but N(0, 0.02 / sqrt(2 L)) where they write to the residual.
+    """GPT-2's initialization: matrices N(0, 0.02), but N(0, 0.02 / sqrt(2 L)) before the residual.
 
     Biases become 0; norms keep their ones. Source: Radford et al. 2019, section 2.3.
     """

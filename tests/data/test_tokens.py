@@ -211,6 +211,6 @@ def test_loaders_shuffle_training_only(data):
 def test_too_little_text_for_a_window_or_a_batch(data):
     with pytest.raises(DataError, match="less than one window of 100000"):
         data.dataset("train", 100_000)
-    with pytest.raises(DataError, match="less than one batch of 100000"):
+    with pytest.raises(DataError, match="less than a batch of 100000"):
         data.dataloader("train", 16, 100_000)
     assert isinstance(data.dataset("train", 16), TokenDataset)
