@@ -1,0 +1,237 @@
+"""What a trainer's step costs, against the hand-written eager loop that has none of its features.
+
+Linear(32, 2), batch 4, AdamW as torch gives it, one thread, data in memory. The time of a step is the slope
+between a whole `fit` of N steps and one of 2N, so that start, end and checkpoint cancel. Everything runs under
+a pseudo-terminal, where the progress bar draws. Lightning runs in a process of its own, beside its own
+hand-written loop, and only ratios are compared.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import re
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import harness
+from benchmarks.harness import Row
+
+QUICK = True
+HAND, ADOPTED, FULL_CSV, FULL_TB, BARE = (
+    "hand loop",
+    "hand loop + adopt",
+    "full, CSV",
+    "full, TensorBoard",
+    "bare",
+)
+MARK = "@@ {} @@"
+LOG_EVERY = 50
+
+
+# ---- the worker: one framework, all of its cases interleaved ----
+
+
+def make_loader(steps: int) -> Any:
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    class InMemory(Dataset[torch.Tensor]):
+        batches = torch.randn(64, 4, 32, generator=torch.Generator().manual_seed(0)).unbind()
+
+        def __len__(self) -> int:
+            return steps
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            return self.batches[index % 64]
+
+    return DataLoader(InMemory(), batch_size=None)
+
+
+def hand_loop(steps: int, adopted: bool) -> None:
+    import torch
+
+    layer = torch.nn.Linear(32, 2)
+    optimizer: Any = torch.optim.AdamW(layer.parameters())
+    if adopted:
+        from lit_fast.optim import adopt
+
+        optimizer = adopt(optimizer)
+        assert optimizer.compiled, optimizer.reason
+    for batch in make_loader(steps):
+        optimizer.zero_grad()
+        loss = layer(batch).sum()
+        loss.backward()
+        optimizer.step()
+
+
+def trained(framework: str, steps: int, root: Path, features: str | None) -> Path:
+    """A whole fit; returns its folder; `features` is a full one's logger, None is everything off."""
+    import torch
+
+    package = importlib.import_module("lightning.pytorch" if framework == "lightning" else "lit_fast.pytorch")
+    loggers = importlib.import_module(f"{package.__name__}.loggers")
+
+    class Model(package.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(32, 2)
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            loss: torch.Tensor = self.layer(batch).sum()
+            if features:
+                self.log("loss", loss, prog_bar=True)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    folder = Path(tempfile.mkdtemp(dir=root))
+    on = features is not None
+    logger: Any = {None: None, FULL_CSV: loggers.CSVLogger, FULL_TB: loggers.TensorBoardLogger}[features]
+    trainer = package.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=logger(folder) if on else False,
+        enable_checkpointing=on,
+        enable_progress_bar=on,
+        enable_model_summary=on,
+        default_root_dir=folder,
+    )
+    trainer.fit(Model(), make_loader(steps))
+    assert trainer.global_step == steps
+    return folder
+
+
+def logged_steps(folder: Path) -> list[int]:
+    """The step numbers at which "loss" was written, from the event file or from metrics.csv."""
+    events = sorted(folder.rglob("events.out.tfevents.*"))
+    if events:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        reader = EventAccumulator(str(events[0].parent), size_guidance={"scalars": 0})
+        reader.Reload()
+        return [event.step for event in reader.Scalars("loss")]
+    with next(folder.rglob("metrics.csv")).open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get("loss")]
+
+
+def worker(framework: str, steps: int, rounds: int, out: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        runs: dict[str, Callable[[int], Any]] = {HAND: lambda n: hand_loop(n, adopted=False)}
+        if framework == "lit_fast":
+            runs[ADOPTED] = lambda n: hand_loop(n, adopted=True)
+        for case, features in ((FULL_CSV, FULL_CSV), (FULL_TB, FULL_TB), (BARE, None)):
+            runs[case] = lambda n, features=features: trained(framework, n, root, features)
+        folders: dict[str, Path] = {}
+        seconds: dict[str, float] = dict.fromkeys(runs, 0.0)
+
+        def slope(case: str) -> Callable[[], float]:
+            def measure() -> float:
+                times = []
+                for count in (steps, 2 * steps):
+                    print(MARK.format(case), flush=True)
+                    start = time.perf_counter()
+                    folders[case] = runs[case](count)
+                    times.append(time.perf_counter() - start)
+                    print(MARK.format("end"), flush=True)
+                seconds[case] += sum(times)
+                return (times[1] - times[0]) / steps * 1e6
+
+            return measure
+
+        measured = harness.Rounds({case: slope(case) for case in runs}, rounds)
+        found = {
+            "us": {case: measured.median(case) for case in runs},
+            "against hand": {case: measured.ratio(case, HAND) for case in runs},
+            "against adopted": {case: measured.ratio(case, ADOPTED) for case in runs if ADOPTED in runs},
+            "logged steps": {case: logged_steps(folders[case]) for case in (FULL_CSV, FULL_TB)},
+            "seconds": seconds,
+        }
+        out.write_text(json.dumps(found))
+
+
+# ---- the parent: terminal, reading of the screen, verdict ----
+
+
+def redraws(screen: bytes) -> dict[str, int]:
+    """How often each case went back to the start of a line; a newline's own carriage return not counted."""
+    counts: dict[str, int] = {}
+    for case, text in re.findall(rb"@@ ([^@]+) @@(.*?)@@ end @@", screen, re.DOTALL):
+        again = len(re.findall(rb"\r(?!\n)", text))
+        counts[case.decode()] = counts.get(case.decode(), 0) + again
+    return counts
+
+
+def run_worker(python: str, framework: str, steps: int, rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name) / "found.json"
+        program = [python, "-m", "benchmarks.step_overhead", "--worker", framework, "--out", str(out)]
+        code, screen = harness.in_terminal([*program, "--steps", str(steps), "--rounds", str(rounds)])
+        if code:
+            raise SystemExit(f"{' '.join(program)} failed:\n{screen.decode(errors='replace')[-4000:]}")
+        found: dict[str, Any] = json.loads(out.read_text())
+    drawn = redraws(screen)
+    found["redraws per second"] = {
+        case: drawn.get(case, 0) / seconds for case, seconds in found["seconds"].items()
+    }
+    return found
+
+
+def rows_of(ours: dict[str, Any], steps: int) -> list[Row]:
+    rows = [Row(f"{case}: time of a step", us, "us") for case, us in ours["us"].items()]
+    full = {FULL_CSV: 0.5, FULL_TB: 0.5, BARE: 0.42}
+    rows += [
+        Row(f"{case} / {HAND}", ours["against hand"][case], "x", ("<=", limit))
+        for case, limit in full.items()
+    ]
+    own = {FULL_CSV: 1.15, FULL_TB: 1.15, BARE: 1.0}
+    rows += [
+        Row(f"{case} / {ADOPTED}", ours["against adopted"][case], "x", ("<=", limit))
+        for case, limit in own.items()
+    ]
+    expected = list(range(LOG_EVERY, 2 * steps + 1, LOG_EVERY))
+    for case in (FULL_CSV, FULL_TB):
+        wrong = len(set(expected) ^ set(ours["logged steps"][case]))
+        rows.append(Row(f"{case}: rows not at steps 50, 100, ...", wrong, "rows", ("<=", 0)))
+        rows.append(Row(f"{case}: redraws", ours["redraws per second"][case], "per s", (">=", 1)))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--steps", type=int, default=3000, help="N of the slope (default %(default)s)")
+    parser.add_argument("--worker", choices=("lit_fast", "lightning"), help="used by this program itself")
+    parser.add_argument("--out", type=Path, help="used by this program itself")
+    options = parser.parse_args(argv)
+    if options.worker:
+        worker(options.worker, options.steps, options.rounds, options.out)
+        return 0
+    rows = rows_of(run_worker(sys.executable, "lit_fast", options.steps, options.rounds), options.steps)
+    version = harness.lightning_version(options.lightning_python)
+    if options.lightning_python:
+        theirs = run_worker(
+            options.lightning_python, "lightning", options.steps // 3, max(3, options.rounds // 2)
+        )
+        for case in (FULL_CSV, FULL_TB, BARE):
+            rows.append(Row(f"Lightning, {case}: time of a step", theirs["us"][case], "us"))
+            rows.append(Row(f"Lightning, {case} / {HAND}", theirs["against hand"][case], "x"))
+    return harness.finish(
+        "step_overhead", "Step overhead, Linear(32, 2), batch 4, AdamW", rows, options, version
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
