@@ -11,6 +11,7 @@ import torch
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.precision import Precision, resolve_precision
+from lit_fast.states import GradClipAlgorithmType
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class TrainerConfig:
     enable_model_summary: bool
     accumulate_grad_batches: int
     gradient_clip_val: float | None
-    gradient_clip_algorithm: str
+    gradient_clip_algorithm: GradClipAlgorithmType | None
     inference_mode: bool
     profiler: Any
     default_root_dir: Path
@@ -112,8 +113,9 @@ def resolve_config(**given: Any) -> TrainerConfig:
     clip = given["gradient_clip_val"]
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float)):
         raise MisconfigurationException(f"Trainer(gradient_clip_val={clip!r}): allowed is a number or None.")
-    algorithm = given["gradient_clip_algorithm"] or "norm"
-    if str(algorithm).lower() not in ("norm", "value"):
+    algorithm = given["gradient_clip_algorithm"]
+    algorithm = getattr(algorithm, "value", algorithm)
+    if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
         raise MisconfigurationException(
             f"Trainer(gradient_clip_algorithm={algorithm!r}): allowed are 'norm' and 'value'."
         )
@@ -140,7 +142,7 @@ def resolve_config(**given: Any) -> TrainerConfig:
         enable_model_summary=_default_true(given["enable_model_summary"]),
         accumulate_grad_batches=given["accumulate_grad_batches"],
         gradient_clip_val=float(clip) if clip else None,  # 0 switches clipping off, as in Lightning
-        gradient_clip_algorithm=str(algorithm).lower(),
+        gradient_clip_algorithm=None if algorithm is None else GradClipAlgorithmType(str(algorithm).lower()),
         inference_mode=bool(given["inference_mode"]),
         profiler=given["profiler"],
         default_root_dir=Path(os.fspath(given["default_root_dir"] or Path.cwd())).expanduser(),

@@ -17,6 +17,7 @@ from lit_fast.hooks import is_overridden
 from lit_fast.loop import length_of
 from lit_fast.module import LightningModule
 from lit_fast.plan import positional_arguments
+from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -29,7 +30,9 @@ class EvaluationLoop:
         self.trainer = trainer
         self.loaders: list[Any] | None = None
         self.limits: list[int | None] = []
+        self._seen: list[int] = []  # batches of each loader in this run, which counts what is logged per batch
         self.batch_idx = 0
+        self.batches_run = 0  # in the validation that runs or ran last, over all loaders
         self.rng_before: dict[str, Any] = {}  # what a checkpoint holds that is written while validation runs
         self._training_modes: dict[torch.nn.Module, bool] = {}
 
@@ -53,6 +56,7 @@ class EvaluationLoop:
                 )
         self.loaders = loaders
         limit = self.trainer.config.limit_val_batches
+        self._seen = [0] * len(loaders)
         self.limits = [batch_limit("limit_val_batches", limit, length_of(loader)) for loader in loaders]
 
     @property
@@ -63,7 +67,7 @@ class EvaluationLoop:
             return [limit if sanity == -1 else min(sanity, limit) for limit in limits]
         return limits
 
-    def run_in_fit(self) -> None:
+    def run_in_fit(self, release_gradients: bool) -> None:
         """Validation in the middle of a fit: afterwards the training state is as before."""
         log = self.trainer._metric_log
         batch = log.batch
@@ -71,6 +75,8 @@ class EvaluationLoop:
         self.rng_before = rng.capture()
         self.trainer._stage = "validate"
         try:
+            if release_gradients:
+                self.trainer._call_module("on_validation_model_zero_grad")
             self.run()
         finally:
             self.trainer._stage = "train"
@@ -82,30 +88,29 @@ class EvaluationLoop:
 
         trainer = self.trainer
         trainer._stage = "sanity_check"
+        trainer._metric_log.sanity_checking = True
         with isolate_rng():
             trainer._call_callbacks("on_sanity_check_start")
-            self.load_data()
             self.run()
             trainer._call_callbacks("on_sanity_check_end")
         trainer._metric_log.drop_values()
-        trainer._metric_log.stage = "train"
+        trainer._metric_log.sanity_checking, trainer._metric_log.stage = False, "train"
         trainer._stage = "train"
 
     def run(self) -> list[dict[str, float]]:
         """All loaders once; returns the logged values of each, as `Trainer.validate` does."""
         trainer = self.trainer
-        self.load_data()
-        if not sum(self.num_batches):
-            return []
         log = trainer._metric_log
         log.stage, log.epoch_end = "validate", False
         no_grad = torch.inference_mode() if trainer.config.inference_mode else torch.no_grad()
         profiler = trainer._profiler
         with no_grad, profiler.phase("validation") if profiler is not None else nullcontext():
-            return self._run()
+            self.load_data()
+            return self._run() if sum(self.num_batches) else []
 
     def _run(self) -> list[dict[str, float]]:
         trainer, log = self.trainer, self.trainer._metric_log
+        self.batches_run = 0
         trainer._call_module("on_validation_model_eval")
         trainer._call("on_validation_start")
         trainer._call("on_validation_epoch_start")
@@ -121,7 +126,7 @@ class EvaluationLoop:
         if not trainer.sanity_checking:
             trainer._log_metrics(logged)
         results = _by_loader(log, logged, len(self.loaders))
-        if trainer.validating:
+        if trainer.validating and trainer.state.fn == TrainerFn.FITTING:
             trainer._progress.stage = "validated"
         trainer._call("on_validation_end")
         trainer._call_module("on_validation_model_train")
@@ -150,6 +155,10 @@ class EvaluationLoop:
             output = step(batch, batch_idx, *where)
             for hook in ends:
                 hook(output, batch, batch_idx, *where)
+            if log.evaluates_steps and not trainer.sanity_checking:
+                trainer._log_metrics(log.collect(suffix), step=self._seen[index])
+            self._seen[index] += not trainer.sanity_checking
+            self.batches_run += 1
             if trainer._interrupt is not None:
                 trainer._raise_interrupt()
 

@@ -26,20 +26,22 @@ class Progress:
     """Where a fit stands. Written by the loop, read by everyone (the progress bar from its own thread)."""
 
     __slots__ = (
-        "batch_idx", "boundary", "epoch", "global_step", "is_last_batch", "stage", "stepped_before", "total",
-        "total_before",
+        "batch_idx", "boundary", "epoch", "global_step", "is_last_batch", "scheduled", "scheduled_before", "stage",
+        "stepped_before", "total", "total_before",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.epoch = 0  # epochs finished
         self.global_step = 0  # optimizer steps taken
         self.batch_idx = -1  # batch of this epoch that runs or ran last
-        self.total: int | None = 0  # batches in this epoch, None: unknown
+        self.total: int | None = None  # batches in this epoch, None: unknown
         self.total_before = 0  # batches of all epochs before this one
         self.stepped_before = 0  # windows completed in all epochs before this one
+        self.scheduled = 0  # steps of learning rate schedulers taken
+        self.scheduled_before = 0  # ... in all epochs before this one
         self.is_last_batch = False
         self.boundary = NOW
-        self.stage = "start"  # how far: start (of an epoch), batch (stepped), validated, epoch_end (in its hooks)
+        self.stage = "start"  # how far: start (of an epoch), batch (in a step), stepped, validated, epoch_end (in its hooks)
 
 
 class EpochLoop:
@@ -82,7 +84,7 @@ class FitLoop:
         self.position: DataPosition | None = None
         self.val_check_batch: int | float = math.inf
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
-        self.pending_plateau: dict[str, float] | None = None  # metrics of an epoch whose plateau schedulers are due
+        self.pending_metrics: dict[str, Any] = {}  # what plateau schedulers watch, of an epoch that a checkpoint ended
 
     # -- before the first step
 
@@ -94,6 +96,8 @@ class FitLoop:
             DataError: what was given cannot be iterated.
         """
         trainer, config = self.trainer, self.trainer.config
+        if config.limit_train_batches == 0:
+            return
         self.loader = trainer._request_loader("train_dataloader")
         if not isinstance(self.loader, Iterable):
             raise DataError(
@@ -132,8 +136,13 @@ class FitLoop:
 
     def run(self) -> None:
         trainer, progress = self.trainer, self.progress
-        if progress.total == 0 or self._finished():
+        if self.loader is None or progress.total == 0 or self._finished():
             return
+        if progress.stage == "epoch_end":  # resumed from a checkpoint that was written in the last hooks of an epoch
+            self.step_plateau_schedulers(self.pending_metrics)
+            progress.epoch, progress.stage = progress.epoch + 1, "start"
+            if self._finished():
+                return
         trainer._call("on_train_start")
         while True:
             if progress.stage == "start":
@@ -150,6 +159,7 @@ class FitLoop:
     def _start_epoch(self) -> None:
         progress = self.progress
         progress.stepped_before = self.windows_completed()
+        progress.scheduled_before = progress.scheduled
         progress.total_before += progress.batch_idx + 1
         progress.batch_idx, progress.is_last_batch = -1, False
         assert self.position is not None
@@ -163,10 +173,11 @@ class FitLoop:
         start = progress.batch_idx + 1
         batches = self._batches(start)
         self.trainer._restore_rng()
-        if progress.stage == "batch" and self._visit():  # resumed between a step and what was due after it
+        if progress.stage in ("batch", "stepped") and self._visit():  # resumed between a step and what was due after it
             return
         if progress.is_last_batch:
             return
+        self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
         progress.stage = "batch"
         progress.boundary = self._next_boundary()
         for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, progress.total), strict=False):
@@ -212,6 +223,7 @@ class FitLoop:
     def _visit(self) -> bool:
         """Everything that may be due after a step: logging, validation, stopping. True ends the epoch."""
         trainer, progress = self.trainer, self.progress
+        progress.stage = "stepped"
         progress.is_last_batch = progress.is_last_batch or progress.batch_idx + 1 == progress.total
         window_open = self._window_is_open()
         stopping = trainer.should_stop and self._may_stop()
@@ -222,7 +234,7 @@ class FitLoop:
             if trainer._interrupt is not None:
                 trainer._raise_interrupt()
         if self._validation_is_due(stopping):
-            self._validate(window_open)
+            trainer._evaluation.run_in_fit(release_gradients=not window_open)
             stopping = trainer.should_stop and self._may_stop()
         if self._steps_reached() or stopping or progress.is_last_batch:
             return True
@@ -274,11 +286,6 @@ class FitLoop:
             return self.progress.is_last_batch
         return self._validation_count() % int(self.val_check_batch) == 0
 
-    def _validate(self, window_open: bool) -> None:
-        if not window_open:
-            self.trainer._call_module("on_validation_model_zero_grad")
-        self.trainer._evaluation.run_in_fit()
-
     def _steps_reached(self) -> bool:
         return self.max_steps != -1 and self.progress.global_step >= self.max_steps
 
@@ -294,13 +301,6 @@ class FitLoop:
         return self._steps_reached() or self._epochs_reached() or (self.trainer.should_stop and self._may_stop())
 
     # -- the end of an epoch
-
-    def resume_plateau_schedulers(self) -> None:
-        """Catch up on what a checkpoint written at the end of an epoch could not hold yet."""
-        metrics, self.pending_plateau = self.pending_plateau, None
-        self.progress.epoch -= 1
-        self.step_plateau_schedulers(metrics or {})
-        self.progress.epoch += 1
 
     def _skip_rest_of_epoch(self) -> None:
         assert self.plans is not None

@@ -82,7 +82,7 @@ class Slot:
     """One logged name of one hook. `write` keeps the newest value; subclasses also reduce over the epoch."""
 
     __slots__ = (
-        "dtype", "fresh", "log", "name", "newest", "on_epoch", "on_step", "options", "prog_bar", "reduction", "suffix",
+        "dtype", "fresh", "loader", "log", "name", "newest", "on_epoch", "on_step", "options", "prog_bar", "reduction", "suffix",
     )
 
     def __init__(
@@ -91,7 +91,7 @@ class Slot:
         self.name, self.options, self.log = name, options, log
         self.on_step, self.on_epoch, self.reduction = on_step, on_epoch, reduction
         self.prog_bar: bool = options[0]
-        self.suffix = ""
+        self.suffix = self.loader = ""  # which validation loader: in its name, and at all
         self.dtype = torch.float32
         self.fresh = False
         self.newest: Any = None
@@ -212,6 +212,8 @@ class MetricLog:
         self.current: Table | None = None
         self.batch: Any = None
         self.stage = "train"
+        self.evaluates_steps = False  # does anything log single validation batches?
+        self.sanity_checking = False  # then the values of several loaders are not published, as in Lightning
         self.epoch_end = False  # reading gives epoch values (True) or the newest step's
         self._stages: dict[str, dict[str, Table]] = {}
         self._sizes: tuple[Any, int] = (None, 0)
@@ -232,8 +234,10 @@ class MetricLog:
 
     def batch_size(self) -> int:
         """Samples in the running batch, found once per batch."""
+        if self.batch is None:
+            return 1
         batch, size = self._sizes
-        if batch is not self.batch or batch is None:
+        if batch is not self.batch:
             size = batch_size_of(self.batch)
             self._sizes = (self.batch, size)
         return size
@@ -269,9 +273,10 @@ class MetricLog:
                 f"self.log({name!r}, on_step=True) is not possible inside `{table.hook}`, which runs once an epoch; "
                 f"leave on_step out."
             )
-        if table.rule is not None and not table.rule.step_allowed and not on_epoch:
+        if not on_step and not on_epoch:
             raise MisconfigurationException(
-                f"self.log({name!r}, on_epoch=False) inside `{table.hook}` would log nothing; leave on_epoch out."
+                f"self.log({name!r}, on_step=False, on_epoch=False) inside `{table.hook}` would log nothing; leave one "
+                f"of them out."
             )
         reduction = _reduction(reduce_fx, name)
         make: type[Slot] = Slot
@@ -280,7 +285,9 @@ class MetricLog:
         elif on_epoch:
             make = MeanSlot if reduction == "mean" else ReduceSlot
         slot = make(name, options, self, on_step, on_epoch, reduction)
+        slot.loader = table.suffix
         slot.suffix = table.suffix if add_dataloader_idx else ""
+        self.evaluates_steps = self.evaluates_steps or (on_step and self.stage == "validate")
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             slot.dtype = torch.float64
         table.slots[name] = slot
@@ -293,14 +300,19 @@ class MetricLog:
         tables = list(self._stages.get(stage or self.stage, {}).values())
         return [slot for table in tables for slot in list(table.slots.values()) if slot.fresh]
 
-    def collect(self) -> dict[str, Any]:
-        """Bring the three published dictionaries up to date; returns what the loggers should get now."""
+    def collect(self, suffix: str | None = None) -> dict[str, Any]:
+        """Bring the three published dictionaries up to date; returns what the loggers should get now.
+
+        `suffix` restricts it to one validation loader.
+        """
         training = self.stage == "train"
         logged: dict[str, Any] = {}
         for slot in self.slots():
-            if not (slot.on_epoch if self.epoch_end else slot.on_step):
+            if not (slot.on_epoch if self.epoch_end else slot.on_step) or suffix not in (None, slot.loader):
                 continue
-            value = slot.epoch_value() if self.epoch_end else slot.step_value()
+            if slot.loader and self.sanity_checking:
+                continue
+            value = _rounded(slot.epoch_value(), slot.dtype) if self.epoch_end else slot.step_value()
             if value is None:
                 continue
             name = slot.name + slot.suffix
@@ -308,11 +320,11 @@ class MetricLog:
             fork += slot.suffix
             if slot.options[1] is not False:
                 logged[fork] = value
+                self._logged[fork] = (value, slot.dtype)
             if training or self.epoch_end:
                 self._callback[name] = self._callback[fork] = (value, slot.dtype)
             if slot.prog_bar:
                 self._prog_bar[fork] = value
-        self._logged.update(logged)
         return logged
 
     def end_epoch(self) -> None:
@@ -322,7 +334,6 @@ class MetricLog:
             for slot in table.slots.values():
                 if slot.fresh:
                     slot.reset()
-        self.epoch_end = False
 
     def callback_metrics(self) -> dict[str, Tensor]:
         self.collect()
@@ -330,7 +341,7 @@ class MetricLog:
 
     def logged_metrics(self) -> dict[str, Tensor]:
         self.collect()
-        return {name: _tensor(value, torch.float32) for name, value in self._logged.items()}
+        return {name: _tensor(*value) for name, value in self._logged.items()}
 
     def progress_bar_metrics(self) -> dict[str, float]:
         """Numbers for a person: reading a device value waits for it, here and nowhere else."""
@@ -356,6 +367,11 @@ class MetricLog:
 def to_float(value: Any) -> float:
     """A logged value as a Python float; waits for the device where the value is still there."""
     return value.item() if isinstance(value, Tensor) else value
+
+
+def _rounded(value: Any, dtype: torch.dtype) -> Any:
+    """An epoch's value in the precision that callbacks see it in, so that a log file agrees with them."""
+    return torch.tensor(value, dtype=dtype).item() if isinstance(value, float) else value
 
 
 def _tensor(value: Any, dtype: torch.dtype) -> Tensor:

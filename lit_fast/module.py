@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -332,6 +333,34 @@ class LightningModule(HyperparametersMixin, nn.Module):
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward for manual optimization, with the hooks and the precision of the Trainer."""
         self.trainer._manual_backward(loss, *args, **kwargs)
+
+    def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Until `untoggle_optimizer`, parameters that belong to the other optimizers alone require no gradient."""
+        chosen = getattr(optimizer, "optimizer", optimizer)
+        required: dict[nn.Parameter, bool] = {}
+        for other in self.trainer.optimizers:
+            for group in other.param_groups:
+                for parameter in group["params"]:
+                    required.setdefault(parameter, parameter.requires_grad)
+                    parameter.requires_grad = False
+        for group in chosen.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad = required[parameter]
+        self.__dict__["_toggled"] = required
+
+    def untoggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Give every parameter back what `toggle_optimizer` took."""
+        for parameter, requires_grad in self.__dict__.pop("_toggled", {}).items():
+            parameter.requires_grad = requires_grad
+
+    @contextmanager
+    def toggled_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> Iterator[None]:
+        """`toggle_optimizer` for the length of a `with` block."""
+        self.toggle_optimizer(optimizer)
+        try:
+            yield
+        finally:
+            self.untoggle_optimizer(optimizer)
 
     def freeze(self) -> None:
         """Stop training: no gradients, evaluation mode."""

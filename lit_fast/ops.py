@@ -108,7 +108,7 @@ def gradient_norm(param_groups: ParamGroups, grad_scale: float = 1.0) -> Tensor:
     result = _core.gradient_norm(param_groups, grad_scale, NO_CLIPPING, NO_CLIPPING, False)
     if isinstance(result, str):
         raise KernelError(f"gradient_norm: {result}.")
-    return torch.tensor(result, dtype=torch.float32)
+    return torch.scalar_tensor(result, dtype=torch.float32)
 
 
 def clip_gradients_(
@@ -125,7 +125,7 @@ def clip_gradients_(
     result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, True)
     if isinstance(result, str):
         raise KernelError(f"clip_gradients_: {result}.")
-    return None if result is None else torch.tensor(result, dtype=torch.float32)
+    return None if result is None else torch.scalar_tensor(result, dtype=torch.float32)
 
 
 release_gradients = _core.release_gradients  # (param_groups): every p.grad becomes None

@@ -307,9 +307,9 @@ class Plans:
         if value is None:
             return ()
         if self.in_place_clipping:
-            self._note("clip", "Trainer", f"by {algorithm} {value}, in place: a hook can see the gradients afterwards")
+            self._note("clip", "Trainer", f"by {getattr(algorithm, 'value', 'norm')} {value}, in place: a hook can see the gradients afterwards")
             return (self.wrap("optimizer", lambda: clip_in_place(optimizer, value, algorithm)),)
-        self._note("clip", "Trainer", f"by {algorithm} {value}, in registers during the optimizer's step")
+        self._note("clip", "Trainer", f"by {getattr(algorithm, 'value', 'norm')} {value}, in registers during the optimizer's step")
         return ()
 
     def _bind_update(self) -> Bound:
@@ -341,7 +341,7 @@ class Plans:
             return ()
 
         def on_train_batch_end(output: Any, batch: Any, batch_idx: int) -> None:
-            outputs = _outputs(output, losses) if self.automatic else output
+            outputs = _outputs(output, losses) if self.automatic else _manual_outputs(output)
             for hook in hooks:
                 hook(outputs, batch, batch_idx)
 
@@ -477,6 +477,23 @@ def _outputs(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict[s
     return {}
 
 
+def _manual_outputs(output: Any) -> dict[str, Any]:
+    """The same in manual optimization, where `training_step` need not return anything.
+
+    Raises:
+        MisconfigurationException: it returned something that is no tensor, dict or None.
+    """
+    if output is None:
+        return {}
+    if isinstance(output, Tensor):
+        return {"loss": output.detach()}
+    if hasattr(output, "items"):
+        return dict(output)
+    raise MisconfigurationException(
+        f"training_step returned {type(output).__name__}; in manual optimization a tensor, a dict or None is allowed."
+    )
+
+
 # -- small callables, each bound once
 
 
@@ -526,13 +543,14 @@ def _every(frequency: int, advance: Callable[[], None]) -> Callable[[int], None]
 
 def _at_epoch_end(frequency: int, advance: Callable[[], None], progress: Progress) -> Callable[[int], None]:
     def schedule(batch_idx: int) -> None:
-        if progress.is_last_batch and (progress.epoch + 1) % frequency == 0:
+        last = progress.is_last_batch or batch_idx + 1 == progress.total
+        if last and (progress.epoch + 1) % frequency == 0:
             advance()
 
     return schedule
 
 
-def clip_in_place(optimizer: Optimizer, value: float, algorithm: str) -> None:
+def clip_in_place(optimizer: Optimizer, value: float, algorithm: str | None) -> None:
     """Clip the gradients of one optimizer as torch does, rewriting them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if algorithm == "value":

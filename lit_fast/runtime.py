@@ -221,11 +221,8 @@ class Runtime:
 
     def _begin_fit(self, module: LightningModule, checkpoint: Any) -> None:
         """From the model on its device to a bound plan, right before the first epoch."""
-        from lit_fast.loop import Progress
-
-        if checkpoint is None and self._progress.stage != "start":
-            self._progress.__init__()  # type: ignore[misc]  # a run that was interrupted begins anew
-        assert isinstance(self._progress, Progress)
+        if self._progress.stage != "start":  # the last fit was interrupted: its epoch begins anew
+            self._progress.stage = "start"
         self.config.precision.convert_module(module)
         module.to(self.config.device)
         self._configure_optimizers(module)
@@ -236,19 +233,18 @@ class Runtime:
         if checkpoint is not None:
             checkpoint_state.restore_training(self, checkpoint)
         module.train()
-        if self.enable_validation and self.config.num_sanity_val_steps and checkpoint is None:
+        mid_epoch = self._progress.stage in ("batch", "stepped", "validated")
+        if self.enable_validation and self.config.num_sanity_val_steps and not mid_epoch:
             self._evaluation.sanity_check()
+        self._metric_log.epoch_end = True  # what is logged before the first step is of the epoch
         self.fit_loop.load_data()
         every = self.config.check_val_every_n_epoch
         if self.enable_validation and (every is None or (self._progress.epoch + 1) % every == 0):
+            self._stage = "validate"
             self._evaluation.load_data()
-        if self.fit_loop.pending_plateau is not None:
-            self.fit_loop.resume_plateau_schedulers()
+            self._stage = "train"
 
     def _end_fit(self, module: LightningModule) -> None:
-        for logger in self.loggers:
-            logger.save()
-            logger.finalize("success")
         if self._profiler is not None:
             self._profiler.stop()
         self._call("on_fit_end")
@@ -260,6 +256,8 @@ class Runtime:
         for callback in self.callbacks:
             callback.teardown(self, module, stage)
         module.teardown(stage)
+        for logger in self.loggers:
+            logger.finalize("success")
 
     def _failed(self, error: BaseException) -> None:
         """An exception ends the run: whoever asked is told, and what was logged is written."""
@@ -283,10 +281,22 @@ class Runtime:
 
     def _scheduler_step(self, config: LRSchedulerConfig) -> Callable[..., None]:
         """One step of a scheduler, through the module's hook only where it is overridden."""
-        module, scheduler = self.lightning_module, config.scheduler
+        module, scheduler, progress = self.lightning_module, config.scheduler, self._progress
         if is_overridden("lr_scheduler_step", module, LightningModule):
-            return lambda metric=None: module.lr_scheduler_step(scheduler, metric)
-        return lambda metric=None: scheduler.step() if metric is None else scheduler.step(metric)
+            log, table = self._metric_log, self._metric_log.table("lr_scheduler_step", "train")
+
+            def overridden(metric: Any = None) -> None:
+                log.current = table
+                module.lr_scheduler_step(scheduler, metric)
+                progress.scheduled += 1
+
+            return overridden
+
+        def advance(metric: Any = None) -> None:
+            scheduler.step() if metric is None else scheduler.step(metric)
+            progress.scheduled += 1
+
+        return advance
 
     def _keep_freed_memory(self) -> str:
         if not self.config.keep_freed_memory:
@@ -433,17 +443,20 @@ class Runtime:
 
     # -- logging
 
-    def _log_metrics(self, metrics: dict[str, Any]) -> None:
-        """Send values to every logger, under the number of optimizer steps taken (or a logged "step")."""
+    def _log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Send values to every logger, under `step`, a logged "step", or the number of optimizer steps taken."""
         if not metrics or not self.loggers:
             return
         values = {name: to_float(value) for name, value in metrics.items()}
-        step = values.pop("step", None)
-        values.setdefault("epoch", self.current_epoch)
-        number = self.fit_loop.windows_completed() if step is None else int(step)
+        if step is None and "step" in values:
+            step = int(values.pop("step"))
+        elif step is None:
+            values.setdefault("epoch", self.current_epoch)
+            step = self.fit_loop.windows_completed()
         with self._profiler.phase("logging") if self._profiler is not None else nullcontext():
             for logger in self.loggers:
-                logger.log_metrics(values, step=number)
+                logger.log_metrics(values, step=step)
+                logger.save()
 
     def _log_hyperparameters(self, module: LightningModule) -> None:
         if not self.config.enable_autolog_hparams:
@@ -453,7 +466,9 @@ class Runtime:
             if owner is not None and getattr(owner, "_log_hyperparams", False):
                 merged.update(owner.hparams_initial)
         for logger in self.loggers:
-            logger.log_hyperparams(merged)
+            if merged:
+                logger.log_hyperparams(merged)
+            logger.log_graph(module)
             logger.save()
 
     def _print_results(self, results: list[dict[str, float]]) -> None:

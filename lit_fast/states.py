@@ -1,4 +1,4 @@
-"""What a Trainer is doing: the enumerations and the record that callbacks read as `trainer.state`."""
+"""The enumerations of the API, and the record that callbacks read as `trainer.state`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ class TrainerStatus(_Name):
     RUNNING = "running"
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
+
+
+class GradClipAlgorithmType(str, Enum):
+    """How gradients are clipped; equal to its value, so "norm" and "value" compare with it."""
+
+    VALUE = "value"
+    NORM = "norm"
 
 
 class RunningStage(_Name):

@@ -196,6 +196,7 @@ class Trainer(Runtime):
             self._prepare(module, "validate", ckpt_path, weights_only)
             module.to(self.config.device)
             self.config.precision.convert_module(module)
+            self._log_hyperparameters(module)
             results = self._evaluation.run()
             self._tear_down(module, "validate")
             if verbose:
@@ -255,7 +256,7 @@ class Trainer(Runtime):
     def _clip_in_place(self, optimizer: Any, value: float | None, algorithm: str | None) -> None:
         value = self.config.gradient_clip_val if value is None else value
         if value:
-            clip_in_place(optimizer, value, str(algorithm or self.config.gradient_clip_algorithm).lower())
+            clip_in_place(optimizer, value, algorithm or self.config.gradient_clip_algorithm)
 
     def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         module = self.lightning_module

@@ -35,10 +35,10 @@ INTENDED = {
 def as_ours(name: str, theirs: dict[str, Any]) -> dict[str, Any]:
     """Lightning's record with the intended difference `logged_step` applied."""
     out = dict(theirs)
-    if "logged" in theirs and name != "log_step_key":
+    if "logged" in theirs:
         rows = []
         for row in theirs["logged"]:
-            counts_optimizer_steps = row["stage"] == "train" or "epoch" in row["metrics"]
+            counts_optimizer_steps = "epoch" in row["metrics"]  # a step that was logged, or counted, has no epoch
             during_fit = not name.startswith("validate")
             shift = 1 if counts_optimizer_steps and during_fit else 0
             rows.append({**row, "step": row["step"] + shift})

@@ -74,17 +74,14 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
     epoch, stage, batches = progress.epoch, progress.stage, progress.batch_idx + 1
     ended = stage == "start" and batches > 0  # the epoch's end is behind us, `epoch` counts it already
     whole = progress.is_last_batch
-    state: dict[str, Any] = {"format": FORMAT, "plateau": None}
-    if stage == "epoch_end" or ended:
-        if whole:  # go on with the next epoch
-            watched = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-            if stage == "epoch_end" and watched:  # they step after the hooks that save
-                metrics = trainer.callback_metrics
-                state["plateau"] = {name: float(metrics[name]) for name in watched if name in metrics}
-            epoch, stage = epoch + (not ended), "start"
-        else:  # a limit stopped the epoch inside; more steps go on from there
-            epoch, stage = epoch - ended, "validated"
-    starts_epoch = stage == "start"
+    state: dict[str, Any] = {"format": FORMAT, "metrics": {}}
+    if not whole and (stage == "epoch_end" or ended):  # a limit stopped the epoch inside; more steps go on from there
+        epoch, stage = epoch - ended, "validated"
+    elif stage == "epoch_end":  # plateau schedulers step after the hooks that save: a resume does it
+        watched = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+        metrics = trainer.callback_metrics if watched else {}
+        state["metrics"] = {name: float(metrics[name]) for name in watched if name in metrics}
+    starts_epoch = stage in ("start", "epoch_end")
     steps = loop.windows_completed()
     state |= {
         "epoch": epoch,
@@ -93,8 +90,9 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "is_last_batch": not starts_epoch and whole,
         "stepped_before": steps if starts_epoch else progress.stepped_before,
         "total_before": progress.total_before + (batches if starts_epoch else 0),
+        "scheduled": progress.scheduled,
         "data": None if starts_epoch or loop.position is None else loop.position.state_dict(batches),
-        "rng": trainer._evaluation.rng_before if trainer.validating and stage == "batch" else rng.capture(),
+        "rng": trainer._evaluation.rng_before if trainer.validating and stage == "stepped" else rng.capture(),
     }
     return state
 
@@ -105,6 +103,9 @@ def _loops(trainer: Trainer) -> dict[str, Any]:
     done = progress.batch_idx + 1
     total = progress.total_before + done
     steps = progress.global_step
+    inside = progress.stage == "batch"  # Lightning counts a batch as completed, and as stepped, only afterwards
+    stepped = trainer.fit_loop.windows_completed()
+    stepped -= progress.stage in ("batch", "stepped", "validated") and stepped > progress.stepped_before
     in_epoch = max(0, trainer.fit_loop.windows_completed() - progress.stepped_before)
     ended = progress.stage == "start" and done > 0
     started = progress.epoch + (0 if ended or done == 0 else 1)
@@ -113,19 +114,25 @@ def _loops(trainer: Trainer) -> dict[str, Any]:
     def counts(value: int, *names: str) -> dict[str, int]:
         return dict.fromkeys(names or ("ready", "completed", "started", "processed"), value)
 
-    def batch_counts(overall: int, current: int) -> dict[str, Any]:
-        return {"total": counts(overall), "current": counts(current), "is_last_batch": progress.is_last_batch}
+    def batch_counts(overall: int, current: int, open_batches: int = 0, last: bool = False) -> dict[str, Any]:
+        total, now = counts(overall), counts(current)
+        total["completed"] -= open_batches
+        now["completed"] -= open_batches
+        return {"total": total, "current": now, "is_last_batch": last}
 
     def pair(overall: int, current: int, *names: str) -> dict[str, Any]:
         return {"total": counts(overall, *names), "current": counts(current, *names)}
 
+    validated = trainer._evaluation.batches_run
     automatic = trainer.lightning_module.automatic_optimization
     epochs = {"ready": started, "completed": progress.epoch, "started": started, "processed": processed}
     fit_loop = {
         "state_dict": {},
-        "epoch_loop.state_dict": {"_batches_that_stepped": trainer.fit_loop.windows_completed()},
-        "epoch_loop.batch_progress": batch_counts(total, done),
-        "epoch_loop.scheduler_progress": pair(0, 0, "ready", "completed"),
+        "epoch_loop.state_dict": {"_batches_that_stepped": stepped},
+        "epoch_loop.batch_progress": batch_counts(total, done, inside, trainer.is_last_batch),
+        "epoch_loop.scheduler_progress": pair(
+            progress.scheduled, progress.scheduled - progress.scheduled_before, "ready", "completed"
+        ),
         "epoch_loop.automatic_optimization.state_dict": {},
         "epoch_loop.automatic_optimization.optim_progress": {
             "optimizer": {
@@ -140,10 +147,10 @@ def _loops(trainer: Trainer) -> dict[str, Any]:
             0 if automatic else steps, 0 if automatic else steps, "ready", "completed"
         ),
         "epoch_loop.val_loop.state_dict": {},
-        "epoch_loop.val_loop.batch_progress": {"total": counts(0), "current": counts(0), "is_last_batch": False},
+        "epoch_loop.val_loop.batch_progress": batch_counts(0, validated, last=validated > 0),
         "epoch_progress": {"total": dict(epochs), "current": epochs},
     }
-    idle = {"state_dict": {}, "batch_progress": {"total": counts(0), "current": counts(0), "is_last_batch": False}}
+    idle = {"state_dict": {}, "batch_progress": batch_counts(0, 0)}
     predict = {"state_dict": {}, "batch_progress": {"total": counts(0), "current": counts(0)}}
     return {"fit_loop": fit_loop, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
 
@@ -324,8 +331,9 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     progress.epoch, progress.stage = ours["epoch"], ours["stage"]
     progress.batch_idx, progress.is_last_batch = ours["batch_idx"], ours["is_last_batch"]
     progress.stepped_before, progress.total_before = ours["stepped_before"], ours["total_before"]
+    progress.scheduled = ours["scheduled"]
     trainer.fit_loop.pending_data = ours["data"]
-    trainer.fit_loop.pending_plateau = ours["plateau"]
+    trainer.fit_loop.pending_metrics = ours["metrics"]
     trainer._pending_rng = ours["rng"]
 
 
