@@ -171,9 +171,10 @@ def run(settings: Namespace, argv: list[str]) -> int:
     )
     try:
         trainer.fit(model, train, val, ckpt_path="last" if settings.resume else None)
-    except KeyboardInterrupt:
-        return _interrupted(console, monitor, argv)
-    if trainer.interrupted:
+    except SystemExit as end:
+        # The Trainer ends a script at Ctrl-C, after it has saved; SIGTERM goes on to end the process.
+        if not isinstance(end.__cause__, KeyboardInterrupt):
+            raise
         return _interrupted(console, monitor, argv)
     report(console, settings, data, model, trainer, monitor, val)
     return 0
@@ -213,7 +214,7 @@ def build_trainer(
         every=options["log_every_n_steps"] or 50,
         flops_per_token=model.flops_per_token(),
     )
-    # One file, replaced atomically; the monitor writes the same one at the last step and at Ctrl-C.
+    # One file, replaced atomically; the monitor writes it at the last step, the Trainer at Ctrl-C.
     saver = ModelCheckpoint(
         dirpath=checkpoints,
         every_n_train_steps=settings.checkpoint_every,

@@ -14,13 +14,15 @@ from lit_fast.callbacks.callback import Callback
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Order and names of the profiler's phases in the table; one not listed comes after these under its own name.
+# The profiler's phases in the table's order; those of one name share a row, one not listed keeps its own name.
 PHASES = {
     "data": "data",
     "forward": "forward",
     "backward": "backward",
     "optimizer": "optimizer",
+    "schedulers": "learning-rate schedule",
     "hooks": "hooks and logging",
+    "logging": "hooks and logging",
     "checkpoint": "checkpoint",
     "validation": "validation",
     "other": "other",
@@ -28,12 +30,12 @@ PHASES = {
 
 
 class PretrainMonitor(Callback):
-    """Puts tokens/s and MFU on the progress bar, keeps the loss curve, saves at the last step and at Ctrl-C.
+    """Puts tokens/s and MFU on the progress bar, keeps the loss curve, saves at the last step.
 
     Its state goes into checkpoints, so that the curve of a resumed run is whole.
 
     Args:
-        checkpoint: where the checkpoint of the last step, or of an interrupt, is written.
+        checkpoint: where the checkpoint of the last step is written.
         every: batches between two points of the curve, and between two readings of the speed.
         flops_per_token: model FLOPs of a token; with `peak_flops` (FLOP/s of the device) it gives the MFU.
         peak_flops: None where the device's peak is not known: no MFU then.
@@ -84,10 +86,6 @@ class PretrainMonitor(Callback):
             self.val_curve.append((trainer.global_step, float(trainer.callback_metrics["val_loss"])))
         self._since = (time.perf_counter(), self.tokens)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt) and trainer.global_step:
-            trainer.save_checkpoint(self.checkpoint)
-
     def state_dict(self) -> dict[str, Any]:
         return {
             "train_curve": [[step, float(loss)] for step, loss in self.train_curve],
@@ -110,11 +108,14 @@ def phase_rows(phases: Mapping[str, float], wall: float) -> list[tuple[str, floa
         >>> phase_rows({"backward": 2.0, "forward": 1.0}, wall=4.0)
         [('forward', 1.0), ('backward', 2.0), ('unexplained', 1.0)]
     """
-    order = [*PHASES, *(name for name in phases if name not in PHASES)]
-    rows = [(PHASES.get(name, name), phases[name]) for name in order if name in phases]
-    rest = wall - sum(seconds for _, seconds in rows)
+    rows: dict[str, float] = {}
+    for phase in [*PHASES, *(phase for phase in phases if phase not in PHASES)]:
+        if phase in phases:
+            name = PHASES.get(phase, phase)
+            rows[name] = rows.get(name, 0.0) + phases[phase]
+    rest = wall - sum(rows.values())
     # Below a microsecond it is rounding of the sum.
-    return rows if abs(rest) < 1e-6 else [*rows, ("unexplained", rest)]
+    return list(rows.items()) if abs(rest) < 1e-6 else [*rows.items(), ("unexplained", rest)]
 
 
 def phase_table(phases: Mapping[str, float], wall: float, steps: int) -> Table:
