@@ -1,7 +1,7 @@
 """What a trainer's step costs, against the hand-written eager loop that has none of its features.
 
-Linear(32, 2), batch 4, AdamW as torch gives it, one thread, data in memory. The time of a step is the slope
-between a whole `fit` of N steps and one of 2N, so that start, end and checkpoint cancel. Everything runs under
+Linear(32, 2), batch 4, AdamW as torch gives it, one thread, data in memory. A step takes the slope
+between a whole `fit` of N steps and one of 2N: start, end and checkpoint cancel. Everything runs under
 a pseudo-terminal, where the progress bar draws. Lightning runs in a process of its own, beside its own
 hand-written loop, and only ratios are compared.
 """
