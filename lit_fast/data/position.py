@@ -1,0 +1,203 @@
+"""Exact position in the data: save in the middle of an epoch, go on with the very batches that were still to come.
+
+What an epoch's order depends on is drawn when it begins: a `DataLoader` draws the seed of its workers, a
+`RandomSampler` its own. So the state of the generators at those moments is remembered. To go on, it is put back, the
+order is drawn again, and the index stream (numbers, not data) is advanced past the batches that were consumed.
+
+How each kind of data goes on, and what that reads:
+
+| Data                                             | Goes on by                                                     |
+|--------------------------------------------------|----------------------------------------------------------------|
+| list or tuple of batches                         | its index                                                      |
+| loader, or dataset, with state_dict              | its own state                                                  |
+| DataLoader over a map-style dataset              | skipping indices: no sample is read                            |
+| ... with workers                                 | the same, and each worker's random state; fewer than           |
+|                                                  | num_workers batches are read again                             |
+| ... whose dataset draws from a generator it owns, in workers; IterableDataset; any other iterable |
+|                                                  | replay: every batch before the position is fetched again       |
+
+One iteration costs nothing here: `iter(position)` hands out the loader's own iterator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from lit_fast.data.loader_source import LoaderSource
+from lit_fast.data.sources import ReplaySource, SequenceSource, Source, StatefulSource
+from lit_fast.errors import DataError
+
+_VERSION = 1
+
+
+class DataPosition:
+    """One source of training batches, and the place in it.
+
+    Args:
+        dataloader: A `torch.utils.data.DataLoader`, a list or tuple of batches, an object with `state_dict` and
+            `load_state_dict`, or any other iterable.
+
+    The order on resume is: `load_state_dict`, then `lit_fast.checkpoint.rng.restore`, then `iter`. An `iter` that goes
+    on inside an epoch leaves the process-wide generators as it finds them.
+
+    Example:
+        >>> import torch
+        >>> def loader():
+        ...     return torch.utils.data.DataLoader(range(10), batch_size=2, shuffle=True)
+        >>> _ = torch.manual_seed(0)
+        >>> position = DataPosition(loader())
+        >>> batches = iter(position)
+        >>> seen = [next(batches), next(batches)]
+        >>> state = position.state_dict()
+        >>> expected = [batch.tolist() for batch in batches]
+        >>> resumed = DataPosition(loader())
+        >>> resumed.load_state_dict(state)
+        >>> [batch.tolist() for batch in resumed] == expected
+        True
+    """
+
+    def __init__(self, dataloader: Any) -> None:
+        self.dataloader = dataloader
+        self._source = _source_of(dataloader)
+        self._epoch: int | None = None
+        self._begun = False
+        self._finished = False
+        self._resume: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Begin an epoch, or go on inside the one that was loaded.
+
+        Returns the raw iterator: `next` on it runs no code of ours.
+
+        Raises:
+            DataError: The data does not give the batches that it gave before; the message says what differs.
+        """
+        state, self._resume = self._resume, None
+        self._begun, self._finished = True, False
+        if state is None:
+            return self._source.begin()
+        iterator = self._source.resume(state)
+        if state["finished"]:
+            return self._source.begin()
+        return iterator
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the samplers that have a `set_epoch` (and the loader itself, if it has one) which epoch begins."""
+        self._epoch = epoch
+        loader = self.dataloader
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        told: set[int] = set()
+        for target in (
+            loader,
+            getattr(loader, "sampler", None),
+            batch_sampler,
+            getattr(batch_sampler, "sampler", None),
+        ):
+            call = getattr(target, "set_epoch", None)
+            if callable(call) and id(target) not in told:
+                told.add(id(target))
+                call(epoch)
+
+    def end_epoch(self) -> None:
+        """Say that the consumer wants no more of this epoch, whether or not batches are left in it.
+
+        A `state_dict` taken from then on makes the next run begin a new epoch.
+        """
+        self._finished = self._begun
+
+    @property
+    def handed_out(self) -> int:
+        """Batches of this epoch that the iterator has given so far, those of earlier runs included.
+
+        After `load_state_dict` and before `iter`: the index of the batch that will come first.
+        """
+        if not self._begun:
+            return 0 if self._resume is None or self._resume["finished"] else int(self._resume["consumed"])
+        return self._source.handed_out()
+
+    @property
+    def prefetch_safe(self) -> bool:
+        """Whether a consumer may fetch one batch early without changing any random number that anyone draws.
+
+        True where fetching runs no code of the user's in this process: lists, and DataLoaders with workers whose
+        samplers are torch's own.
+        """
+        return self._source.prefetch_safe
+
+    def explain(self) -> str:
+        """One sentence: how a run that is resumed goes on, and what that costs or cannot do."""
+        return self._source.explain()
+
+    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+        """The position, a few tens of kilobytes, loadable with `weights_only=True`.
+
+        Args:
+            consumed: Batches of this epoch that the consumer is done with, those of earlier runs included. It is less
+                than `handed_out` where the consumer has fetched ahead; the batches between come again on resume.
+                None: all that were handed out.
+
+        Raises:
+            DataError: `consumed` is more than was handed out, or lags further behind than is kept track of.
+        """
+        if not self._begun:
+            # nothing has been drawn since the state was loaded, or since the beginning: it is still the position
+            return self._resume if self._resume is not None else {"version": _VERSION, "begun": False}
+        handed_out = self._source.handed_out()
+        consumed = handed_out if consumed is None else consumed
+        if not 0 <= consumed <= handed_out:
+            raise DataError(
+                f"consumed={consumed} batches of an epoch that has handed out {handed_out}; give the number of "
+                "batches of this epoch that training is done with"
+            )
+        return {
+            "version": _VERSION,
+            "begun": True,
+            "kind": self._source.kind,
+            "epoch": self._epoch,
+            "consumed": consumed,
+            "finished": self._finished,
+            **self._source.state(consumed, self._finished),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the next `iter` go on where `state` was taken.
+
+        Raises:
+            DataError: The data differs from that of the saved run (its kind, its length, batch size or sampler).
+        """
+        if state.get("version") != _VERSION:
+            raise DataError(
+                f"a position in the data of version {state.get('version')!r}, while {_VERSION} is known here; resume "
+                "with the version of lit_fast that wrote the checkpoint"
+            )
+        self._begun = self._finished = False
+        self._resume = None
+        if not state["begun"]:
+            return
+        if state["kind"] != self._source.kind:
+            raise DataError(
+                f"the checkpoint was written while training on {state['kind']}, and the data given now is "
+                f"{self._source.kind}; resume with the same kind of data"
+            )
+        if not state["finished"]:
+            self._source.check(state)
+        if state["epoch"] is not None:
+            self.set_epoch(state["epoch"])
+        self._resume = state
+
+
+def _source_of(data: Any) -> Source:
+    if callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None)):
+        return StatefulSource(data)
+    if isinstance(data, DataLoader) and LoaderSource.fits(data):
+        return LoaderSource(data)
+    if type(data) in (list, tuple):
+        return SequenceSource(data)
+    if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise DataError(
+            f"a {type(data).__name__} cannot be iterated over; give a DataLoader, a list of batches or an iterable"
+        )
+    return ReplaySource(data)
