@@ -144,6 +144,7 @@ class FitLoop:
             if self._finished():
                 return
         trainer._call("on_train_start")
+        trainer._restore_rng()  # as the checkpoint holds them, after everything that only a resumed run does
         while True:
             if progress.stage == "start":
                 self._start_epoch()
@@ -172,7 +173,6 @@ class FitLoop:
         progress = self.progress
         start = progress.batch_idx + 1
         batches = self._batches(start)
-        self.trainer._restore_rng()
         if progress.stage in ("batch", "stepped") and self._visit():  # resumed between a step and what was due after it
             return
         if progress.is_last_batch:
