@@ -122,8 +122,8 @@ class TensorBoardLogger(Logger):
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise MisconfigurationException(
-                    "TensorBoardLogger needs tensorboard, which is not installed; run: pip install "
-                    "tensorboard, or use CSVLogger."
+                    "TensorBoardLogger needs tensorboard, which is not installed; run: pip "
+                    "install tensorboard, or use CSVLogger."
                 ) from error
             options = {"max_queue": _MAX_QUEUE, **self._kwargs}
             self._experiment = SummaryWriter(log_dir=self.log_dir, **options)
@@ -204,8 +204,9 @@ class TensorBoardLogger(Logger):
         example = getattr(model, "example_input_array", None) if input_array is None else input_array
         if not isinstance(example, Tensor | tuple):
             warnings.warn(
-                f"TensorBoardLogger(log_graph=True) writes no graph: the example input is to be a tensor or "
-                f"a tuple of forward's arguments, and is {type(example).__name__}; set `example_input_array`.",
+                f"TensorBoardLogger(log_graph=True) writes no graph: the example input must be a tensor "
+                f"or a tuple of forward's arguments, and is {type(example).__name__}; set the module's "
+                f"example_input_array.",
                 stacklevel=2,
             )
             return

@@ -102,7 +102,8 @@ def render(track: Track, metrics: dict[str, Any], look: Look, width: int) -> str
     from rich.cells import cell_len, set_cell_size
 
     dot, more = (" • ", "…") if look.unicode else (" | ", "~")
-    count = f"{track.completed}/{track.total:.0f}" if math.isfinite(track.total) else f"{track.completed}/--"
+    total = f"{track.total:.0f}" if math.isfinite(track.total) else "--"
+    count = f"{track.completed:>{len(total)}}/{total}"  # padded, so that the line does not jump
     clock = f"{duration(track.elapsed)}{dot}{duration(track.remaining)}"
     speed = speed_text(track.speed)
     values = look.delimiter.join(metric_texts(metrics, look.metrics_format))
