@@ -206,7 +206,7 @@ class _Sink:
 
 def _local_path(path: PathLike) -> str:
     name = os.fspath(path)
-    if not isinstance(name, str) or not name:
+    if not name:
         raise CheckpointError(f"a checkpoint needs a file name, got {path!r}")
     if "://" in name:
         raise CheckpointError(f"the checkpoint {name!r} is remote; only local files are read and written")

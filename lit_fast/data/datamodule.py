@@ -1,0 +1,234 @@
+"""`LightningDataModule`: data sets, their loaders, and how they are prepared, in one class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lit_fast.errors import CheckpointError, MisconfigurationException
+from lit_fast.hparams import HyperparametersMixin
+
+if TYPE_CHECKING:
+    from lit_fast.trainer import Trainer
+
+_DataModule = TypeVar("_DataModule", bound="LightningDataModule")
+
+
+class LightningDataModule(HyperparametersMixin):
+    """Data for a Trainer: define the `*_dataloader` methods that the run needs, and `setup` to make the data sets.
+
+    The Trainer calls `prepare_data` once on each machine (download, tokenize: write files, keep no state), then
+    `setup(stage)` in every process, then the loaders of the stage, and `teardown(stage)` at the end. What `state_dict`
+    returns is kept in every checkpoint and comes back through `load_state_dict`.
+
+    Example:
+        >>> import torch
+        >>> class Numbers(LightningDataModule):
+        ...     def __init__(self, size: int = 8):
+        ...         super().__init__()
+        ...         self.save_hyperparameters()
+        ...
+        ...     def train_dataloader(self):
+        ...         return torch.utils.data.DataLoader(range(self.hparams.size), batch_size=4)
+        >>> [batch.tolist() for batch in Numbers(6).train_dataloader()]
+        [[0, 1, 2, 3], [4, 5]]
+    """
+
+    CHECKPOINT_HYPER_PARAMS_KEY = "datamodule_hyper_parameters"
+    CHECKPOINT_HYPER_PARAMS_NAME = "datamodule_hparams_name"
+    CHECKPOINT_HYPER_PARAMS_TYPE = "datamodule_hparams_type"
+
+    name: str | None = None
+    # Class attributes too, so that a subclass that forgets super().__init__() works
+    trainer: Trainer | None = None
+    prepare_data_per_node = True
+    allow_zero_length_dataloader_with_multiple_devices = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes and ignores any arguments, so that a subclass may pass all of its own on."""
+        super().__init__()
+
+    @classmethod
+    def from_datasets(
+        cls: type[_DataModule],
+        train_dataset: Any = None,
+        val_dataset: Any = None,
+        test_dataset: Any = None,
+        predict_dataset: Any = None,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        **datamodule_kwargs: Any,
+    ) -> _DataModule:
+        """A data module around data sets: the training data is shuffled (unless iterable), the rest is not.
+
+        Args:
+            train_dataset, val_dataset, test_dataset, predict_dataset: A data set, or a list or dict of data sets for
+                a list or dict of loaders. None leaves that loader undefined.
+            batch_size: Samples in a batch.
+            num_workers: Worker processes of each loader.
+            datamodule_kwargs: For the class's `__init__`, which is also given `batch_size` and `num_workers` if it
+                takes them.
+
+        Raises:
+            MisconfigurationException: A data set is neither a `Dataset` nor a sequence or mapping of them.
+        """
+        given = {"batch_size": batch_size, "num_workers": num_workers}
+        parameters = inspect.signature(cls.__init__).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        accepted = {name: value for name, value in given.items() if takes_any or name in parameters}
+        datamodule = cls(**{**accepted, **datamodule_kwargs})
+        for stage, data in (
+            ("train", train_dataset),
+            ("val", val_dataset),
+            ("test", test_dataset),
+            ("predict", predict_dataset),
+        ):
+            if data is not None:
+                loaders = _Loaders(data, batch_size, num_workers, stage)
+                setattr(datamodule, f"{stage}_dataloader", loaders)
+        return datamodule
+
+    def prepare_data(self) -> None:
+        """Write what the data sets need to disk; runs in one process, so state set here is not seen by others."""
+
+    def setup(self, stage: str) -> None:
+        """Make the data sets. `stage` is "fit", "validate", "test" or "predict"."""
+
+    def teardown(self, stage: str) -> None:
+        """Let go of what `setup` made."""
+
+    def train_dataloader(self) -> Any:
+        """The training data: a loader, or a list or dict of loaders."""
+        raise self._undefined("train")
+
+    def val_dataloader(self) -> Any:
+        """The validation data: a loader, or a list of loaders."""
+        raise self._undefined("val")
+
+    def test_dataloader(self) -> Any:
+        """The test data: a loader, or a list of loaders."""
+        raise self._undefined("test")
+
+    def predict_dataloader(self) -> Any:
+        """The data to predict on: a loader, or a list of loaders."""
+        raise self._undefined("predict")
+
+    def _undefined(self, stage: str) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"{type(self).__name__} has no {stage}_dataloader; define the method, or pass "
+            f"{stage}_dataloaders=... to the Trainer instead of the data module"
+        )
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Change a batch before it moves to the device."""
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Move a batch; override it for a type that `lit_fast.data.move` does not know how to move."""
+        from lit_fast.data.transfer import move
+
+        return move(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Change a batch on the device."""
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to keep in checkpoints: tensors, numbers, strings and containers of them."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned when the checkpoint was written."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Called when a run stops with an exception, Ctrl-C included."""
+
+    @classmethod
+    def load_from_checkpoint(
+        cls: type[_DataModule],
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> _DataModule:
+        """A data module made from the hyperparameters and the state in a checkpoint.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: As for `torch.load`; None means the CPU.
+            hparams_file: Not read here: the checkpoint holds the hyperparameters.
+            weights_only: None and True refuse pickled code; False only for a file whose maker one trusts.
+            kwargs: Arguments for `__init__`, before those of the checkpoint.
+
+        Raises:
+            CheckpointError: The file cannot be read, or its hyperparameters do not fit `__init__`.
+        """
+        from lit_fast.checkpoint import io
+
+        if hparams_file is not None:
+            raise MisconfigurationException(
+                f"hparams_file={hparams_file!r}: hyperparameters are read from the checkpoint alone; "
+                "pass what differs as keyword arguments"
+            )
+        checkpoint = io.load(checkpoint_path, map_location or "cpu", weights_only is not False)
+        values = {**checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **kwargs}
+        parameters = inspect.signature(cls.__init__).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            values = {name: value for name, value in values.items() if name in parameters}
+        try:
+            datamodule = cls(**values)
+        except TypeError as error:
+            raise CheckpointError(
+                f"{cls.__name__} cannot be made from the hyperparameters in {str(checkpoint_path)!r} "
+                f"({', '.join(values) or 'there are none'}): {error}; call save_hyperparameters() in its __init__, "
+                "or pass the missing arguments here"
+            ) from error
+        if cls.__qualname__ in checkpoint:
+            datamodule.load_state_dict(checkpoint[cls.__qualname__])
+        return datamodule
+
+
+class _Loaders:
+    """A `*_dataloader` method for given data sets; an object and not a closure, so that it can be pickled."""
+
+    def __init__(self, data: Any, batch_size: int, num_workers: int, stage: str) -> None:
+        self._data, self._batch_size, self._num_workers, self._stage = data, batch_size, num_workers, stage
+        for item in _items(data):
+            # anything with samples by number serves: torch takes a list of tensors for one data set as well
+            if not isinstance(item, Dataset) and not hasattr(item, "__getitem__"):
+                raise MisconfigurationException(
+                    f"{stage}_dataset is a {type(data).__name__} holding a {type(item).__name__}; give a "
+                    "torch.utils.data.Dataset, or a list or dict of them"
+                )
+
+    def __call__(self) -> Any:
+        data = self._data
+        if isinstance(data, Mapping):
+            return {name: self._loader(item) for name, item in data.items()}
+        if _is_several(data):
+            return [self._loader(item) for item in data]
+        return self._loader(data)
+
+    def _loader(self, data: Any) -> DataLoader[Any]:
+        return DataLoader(
+            data,
+            batch_size=self._batch_size,
+            shuffle=self._stage == "train" and not isinstance(data, IterableDataset),
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _is_several(data: Any) -> bool:
+    return isinstance(data, Sequence) and not isinstance(data, Dataset | str)
+
+
+def _items(data: Any) -> list[Any]:
+    if isinstance(data, Mapping):
+        return list(data.values())
+    return list(data) if _is_several(data) else [data]
