@@ -79,12 +79,12 @@ class _default_dtype(AbstractContextManager[None]):
 
 
 def _cast_floats(batch: Any, dtype: torch.dtype) -> Any:
-    from lit_fast.data.transfer import map_tensors
+    from lit_fast.data.transfer import walk
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    def cast(item: Any) -> Any:
+        return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
 
-    return map_tensors(batch, cast)
+    return walk(batch, cast)
 
 
 _ALIASES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
