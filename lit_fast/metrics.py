@@ -26,7 +26,7 @@ _REDUCTIONS = ("mean", "sum", "min", "max")
 def _scalar(value: Any, name: str) -> Number:
     """Take a snapshot of one logged value; an error names the metric when it is not a single number."""
     if isinstance(value, Tensor):
-        if value.device.type == "cpu":
+        if value.is_cpu:
             try:
                 return value.item()
             except RuntimeError:
