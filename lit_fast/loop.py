@@ -7,6 +7,7 @@ another step may be due. It is computed once per visit; setting `trainer.should_
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
@@ -98,17 +99,24 @@ class FitLoop:
         trainer, config = self.trainer, self.trainer.config
         if config.limit_train_batches == 0:
             return
-        self.loader = trainer._request_loader("train_dataloader")
-        if not isinstance(self.loader, Iterable):
-            raise DataError(
-                f"The training data is {type(self.loader).__name__}, which cannot be iterated; pass a DataLoader or "
-                f"any iterable of batches."
-            )
-        self.position = DataPosition(self.loader)
-        length = length_of(self.loader)
-        self.progress.total = batch_limit("limit_train_batches", config.limit_train_batches, length)
-        self.val_check_batch = self._val_check_batch(length)
+        if self.loader is None:  # `estimated_stepping_batches` may have asked for it before
+            loader = trainer._request_loader("train_dataloader")
+            if not isinstance(loader, Iterable):
+                raise DataError(
+                    f"The training data is {type(loader).__name__}, which cannot be iterated; pass a DataLoader or "
+                    f"any iterable of batches."
+                )
+            length = length_of(loader)
+            if length == 0:
+                raise DataError(
+                    f"The training data is empty: len({type(loader).__name__}) is 0. Pass data with at least one batch "
+                    f"(drop_last=True leaves none of a dataset smaller than batch_size), or limit_train_batches=0."
+                )
+            self.progress.total = batch_limit("limit_train_batches", config.limit_train_batches, length)
+            self.val_check_batch = self._val_check_batch(length)
+            self.loader, self.position = loader, DataPosition(loader)
         if self.pending_data is not None:
+            assert self.position is not None
             self.position.load_state_dict(self.pending_data)
             self.pending_data = None
 
@@ -178,23 +186,24 @@ class FitLoop:
         if progress.is_last_batch:
             return
         self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
-        progress.stage = "batch"
-        progress.boundary = self._next_boundary()
-        for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, progress.total), strict=False):
+        self._go_on()
+        total = progress.total if length_of(self.loader) is not None else None
+        for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, total), strict=False):
             progress.batch_idx = batch_idx
             plan.run(plan, batch, batch_idx)
             if batch_idx >= progress.boundary and self._visit():
-                break
+                return
+        self._ended_early()
 
     def _batches(self, start: int) -> Iterator[Any]:
         """The batches from `start` on; what comes back is the loader's own iterator wherever that is enough."""
         assert self.position is not None
         batches = iter(self.position)
-        total = self.progress.total
-        if total is None:
-            batches = self._knowing_the_last(batches)
-        elif total != length_of(self.loader):
+        total, length = self.progress.total, length_of(self.loader)
+        if total is not None and total != length:
             batches = islice(batches, max(0, total - start))
+        if length is None:
+            batches = self._knowing_the_last(batches)
         if self.trainer.config.device.type != "cpu":
             batches = self.trainer._to_device_ahead(batches)
         return self.trainer._profiler.wrap_batches(batches) if self.trainer._profiler is not None else batches
@@ -209,6 +218,29 @@ class FitLoop:
             progress.is_last_batch = True
             progress.boundary = NOW
             yield batch
+
+    def _ended_early(self) -> None:
+        """The data gave fewer batches than it has by its own account.
+
+        Raises:
+            DataError: it gave none at all.
+        """
+        progress = self.progress
+        if progress.batch_idx < 0:
+            raise DataError(
+                f"The training data ({type(self.loader).__name__}) gave no batch in epoch {progress.epoch}. An iterator, "
+                f"such as a generator, can be read only once: pass an object whose __iter__ begins anew, or "
+                f"max_epochs=1."
+            )
+        warnings.warn(
+            f"The training data ({type(self.loader).__name__}) ended after {progress.batch_idx + 1} of the "
+            f"{progress.total} batches that its length promises; the epoch ends there"
+            f"{', without a step for its open accumulation window' if self._window_is_open() else ''}. Correct its "
+            f"__len__, or set limit_train_batches.",
+            stacklevel=2,
+        )
+        self._skip_rest_of_epoch()
+        self._visit()
 
     # -- between two steps
 
@@ -238,9 +270,16 @@ class FitLoop:
             stopping = trainer.should_stop and self._may_stop()
         if self._steps_reached() or stopping or progress.is_last_batch:
             return True
+        self._go_on()
+        return False
+
+    def _go_on(self) -> None:
+        """Into the next steps, up to the next boundary."""
+        progress, trainer = self.progress, self.trainer
         progress.stage = "batch"
         progress.boundary = self._next_boundary()
-        return False
+        if trainer._interrupt is not None or trainer.should_stop:  # between the two lines above
+            progress.boundary = NOW
 
     def _window_is_open(self) -> bool:
         assert self.plans is not None
@@ -313,6 +352,8 @@ class FitLoop:
         trainer._metric_log.collect()
         trainer._metric_log.epoch_end = True
         progress.stage = "epoch_end"
+        if progress.is_last_batch and self.position is not None:
+            self.position.end_epoch()
         trainer._call_epoch_end("on_train_epoch_end")
         if progress.is_last_batch:
             self.step_plateau_schedulers(trainer.callback_metrics)

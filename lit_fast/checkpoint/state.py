@@ -91,7 +91,7 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "stepped_before": steps if starts_epoch else progress.stepped_before,
         "total_before": progress.total_before + (batches if starts_epoch else 0),
         "scheduled": progress.scheduled,
-        "data": None if starts_epoch or loop.position is None else loop.position.state_dict(batches),
+        "data": None if loop.position is None else loop.position.state_dict(None if starts_epoch else batches),
         "rng": trainer._evaluation.rng_before if trainer.validating and stage == "stepped" else rng.capture(),
     }
     return state
