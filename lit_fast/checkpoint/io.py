@@ -334,8 +334,8 @@ def _check_records(file: Any, source: str) -> None:
         ) from error
     if sum(record.file_size for record in records) > size or any(map(_is_foreign, records)):
         raise CheckpointError(
-            f"{source!r} is damaged or not a checkpoint: torch.save neither compresses nor overlaps records, and "
-            "writes no folders; take an earlier one"
+            f"{source!r} is damaged or not a checkpoint: torch.save neither compresses nor overlaps records, "
+            "and writes no folders; take an earlier one"
         )
     if not any(record.CRC for record in records):
         return

@@ -19,11 +19,12 @@ _DataModule = TypeVar("_DataModule", bound="LightningDataModule")
 
 
 class LightningDataModule(HyperparametersMixin):
-    """Data for a Trainer: define the `*_dataloader` methods that the run needs, and `setup` to make the data sets.
+    """Data for a Trainer: define the `*_dataloader` methods that the run needs, and `setup` to make the data
+    sets.
 
-    The Trainer calls `prepare_data` once on each machine (download, tokenize: write files, keep no state), then
-    `setup(stage)` in every process, then the loaders of the stage, and `teardown(stage)` at the end. What `state_dict`
-    returns is kept in every checkpoint and comes back through `load_state_dict`.
+    The Trainer calls `prepare_data` once on each machine (download, tokenize: write files, keep no state),
+    then `setup(stage)` in every process, then the loaders of the stage, and `teardown(stage)` at the end.
+    What `state_dict` returns is kept in every checkpoint and comes back through `load_state_dict`.
 
     Example:
         >>> import torch
@@ -66,12 +67,12 @@ class LightningDataModule(HyperparametersMixin):
         """A data module around data sets: the training data is shuffled (unless iterable), the rest is not.
 
         Args:
-            train_dataset, val_dataset, test_dataset, predict_dataset: A data set, or a list or dict of data sets for
-                a list or dict of loaders. None leaves that loader undefined.
+            train_dataset, val_dataset, test_dataset, predict_dataset: A data set, or a list or dict of data
+                sets for a list or dict of loaders. None leaves that loader undefined.
             batch_size: Samples in a batch.
             num_workers: Worker processes of each loader.
-            datamodule_kwargs: For the class's `__init__`, which is also given `batch_size` and `num_workers` if it
-                takes them.
+            datamodule_kwargs: For the class's `__init__`, which is also given `batch_size` and `num_workers`
+                if it takes them.
 
         Raises:
             MisconfigurationException: A data set is neither a `Dataset` nor a sequence or mapping of them.
@@ -93,7 +94,7 @@ class LightningDataModule(HyperparametersMixin):
         return datamodule
 
     def prepare_data(self) -> None:
-        """Write what the data sets need to disk; runs in one process, so state set here is not seen by others."""
+        """Write what the data sets need to disk. Runs in one process: others do not see what it sets."""
 
     def setup(self, stage: str) -> None:
         """Make the data sets. `stage` is "fit", "validate", "test" or "predict"."""
@@ -185,8 +186,8 @@ class LightningDataModule(HyperparametersMixin):
         except TypeError as error:
             raise CheckpointError(
                 f"{cls.__name__} cannot be made from the hyperparameters in {str(checkpoint_path)!r} "
-                f"({', '.join(values) or 'there are none'}): {error}; call save_hyperparameters() in its __init__, "
-                "or pass the missing arguments here"
+                f"({', '.join(values) or 'there are none'}): {error}; call save_hyperparameters() in its "
+                "__init__, or pass the missing arguments here"
             ) from error
         if cls.__qualname__ in checkpoint:
             datamodule.load_state_dict(checkpoint[cls.__qualname__])

@@ -1,7 +1,8 @@
-"""A `DataLoader` over a map-style dataset: its position, without reading what was read before; see `position.py`.
+"""A `DataLoader` over a map-style dataset: its position, without reading what was read before; see
+`position.py`.
 
-The loader's index sampler is stood in for by `_IndexStream` while `iter(loader)` runs, and only then: the iterator
-that comes out is torch's own, and draws from the sampler's own iterator behind a C-level chain.
+The loader's index sampler is stood in for by `_IndexStream` while `iter(loader)` runs, and only then: the
+iterator that comes out is torch's own, and draws from the sampler's own iterator behind a C-level chain.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ _KNOWN_SAMPLERS = (
 
 
 class _IndexStream:
-    """Stands in for the loader's index sampler (it yields what one batch, or without batching one sample, is).
+    """Stands in for the loader's index sampler (it yields what one batch, or without batching one sample,
+    is).
 
     Args:
         source: The sampler.
@@ -53,7 +55,8 @@ class _IndexStream:
         skip: Items to leave out, when going on.
         draw: State of the generators when the saved run drew its first item; None begins an epoch.
         first: Fingerprint of the saved run's first item.
-        seed: State of the generator that the loader draws its workers' seed from, if that was in another epoch.
+        seed: State of the generator that the loader draws its workers' seed from, if that was in another
+            epoch.
     """
 
     def __init__(
@@ -102,7 +105,8 @@ class _IndexStream:
             return
         self._begun = True
         if self.watch is not None:
-            # no worker is at work now: new ones have no task yet, and old ones have answered that theirs are done
+            # no worker is at work now: new ones have no task yet, and old ones have answered that theirs are
+            # done
             self.fetched_before = self.watch.fetched()
         if self._resuming:
             assert self.draw is not None
@@ -128,14 +132,16 @@ class _IndexStream:
         left = rest[0][0] if rest else left
         if left < self.skip:
             raise DataError(
-                f"the checkpoint is {self.skip} batches into an epoch, and the sampler now gives only {left}; resume "
-                "with the data of the saved run, or from a checkpoint written at the end of an epoch"
+                f"the checkpoint is {self.skip} batches into an epoch, and the sampler now gives only "
+                f"{left}; resume with the data of the saved run, or from a checkpoint written at the end of "
+                "an epoch"
             )
         if not rng.equal(before, rng.capture(cuda=False)):
             warnings.warn(
                 f"{self._name} draws from the process-wide generators all through an epoch, between "
-                "the draws of the training itself: what is left of this epoch repeats only without workers, and if "
-                "the sampler keeps nothing of what it drew; seed a generator of its own in __iter__ to resume exactly",
+                "the draws of the training itself: what is left of this epoch repeats only without workers, "
+                "and if the sampler keeps nothing of what it drew; seed a generator of its own in __iter__ "
+                "to resume exactly",
                 stacklevel=6,
             )
 
@@ -143,8 +149,9 @@ class _IndexStream:
         if self.first is not None and fingerprint is not None and self.first != fingerprint:
             raise DataError(
                 f"{self._name} gives this epoch another order than it gave the saved run, from the "
-                "same random state: its data changed, or it keeps a state of its own from epoch to epoch; give it a "
-                "set_epoch method that fixes the order, or resume from a checkpoint written at the end of an epoch"
+                "same random state: its data changed, or it keeps a state of its own from epoch to epoch; "
+                "give it a set_epoch method that fixes the order, or resume from a checkpoint written at the "
+                "end of an epoch"
             )
 
 
@@ -221,7 +228,8 @@ class LoaderSource:
             elif running is not self._iterator:
                 self._watch = None  # workers that were started before this position took over
             stream.watch = self._watch
-            # DataLoader forbids setting these attributes, for they must not change between epochs; they do not
+            # DataLoader forbids setting these attributes, for they must not change between epochs; they do
+            # not
             loader.__dict__[name] = stream
             undo.callback(loader.__dict__.__setitem__, name, sampler)
             if running is not None:
@@ -268,8 +276,8 @@ class LoaderSource:
         for _ in range(state["consumed"] - skip):
             if next(iterator, _END) is _END:
                 raise DataError(
-                    f"the checkpoint is {state['consumed']} batches into an epoch, which ended before; resume with the "
-                    "data of the saved run"
+                    f"the checkpoint is {state['consumed']} batches into an epoch, which ended before; "
+                    "resume with the data of the saved run"
                 )
         if state["all_consumed"]:
             # else a batch that was fetched ahead comes again, and with it what its indices draw
@@ -283,8 +291,8 @@ class LoaderSource:
         if then != self._workers:
             if workers is None or workers["drawn"] or workers["hidden"]:
                 warnings.warn(
-                    f"num_workers was {then} and is {self._workers}: the batches repeat, but random numbers drawn "
-                    f"while loading them do not; set num_workers={then} to resume exactly",
+                    f"num_workers was {then} and is {self._workers}: the batches repeat, but random numbers "
+                    f"drawn while loading them do not; set num_workers={then} to resume exactly",
                     stacklevel=6,
                 )
             return consumed, None
@@ -292,8 +300,8 @@ class LoaderSource:
             return consumed, None
         if not workers["watched"]:
             warnings.warn(
-                "the loader's persistent workers had been started before training took the loader over, so their "
-                "random state is not known: what they draw does not repeat",
+                "the loader's persistent workers had been started before training took the loader over, so "
+                "their random state is not known: what they draw does not repeat",
                 stacklevel=6,
             )
             return consumed, None
@@ -306,8 +314,9 @@ class LoaderSource:
             warn_of_replay(consumed, "the dataset draws in its workers from a generator of its own")
             if self._persistent and workers["epochs_before"]:
                 warnings.warn(
-                    "the dataset's own generator in persistent workers goes on from epoch to epoch, and is not saved: "
-                    "what it draws does not repeat; draw from torch's, numpy's or Python's own to resume exactly",
+                    "the dataset's own generator in persistent workers goes on from epoch to epoch, and is "
+                    "not saved: what it draws does not repeat; draw from torch's, numpy's or Python's own to "
+                    "resume exactly",
                     stacklevel=6,
                 )
             return 0, None
@@ -335,8 +344,8 @@ class LoaderSource:
         state: State = {"count": self._workers, "watched": watch is not None, "drawn": False, "hidden": False}
         if watch is None or before is None:
             return state
-        # Tasks go to the workers in turn, so after `rounds` each has done as many; what is left of a round is fetched
-        # again, so that every worker goes on with the tasks that it would have had.
+        # Tasks go to the workers in turn, so after `rounds` each has done as many; what is left of a round is
+        # fetched again, so that every worker goes on with the tasks that it would have had.
         rounds = (consumed - self._skip) // self._workers
         state.update(
             drawn=watch.drawn,
@@ -349,8 +358,9 @@ class LoaderSource:
             state["states"] = watch.states(before + rounds)
             if state["states"] is None:
                 raise DataError(
-                    f"consumed={consumed} is too far behind the {self.handed_out()} batches that were handed out: "
-                    "the workers' random states of that moment are gone; save before fetching so far ahead"
+                    f"consumed={consumed} is too far behind the {self.handed_out()} batches that were handed "
+                    "out: the workers' random states of that moment are gone; save before fetching so far "
+                    "ahead"
                 )
         return state
 
@@ -370,15 +380,15 @@ class LoaderSource:
 
     def explain(self) -> str:
         if not self._workers:
-            return "a resumed run skips the indices of the batches before its position, and reads no sample again"
+            return "a resumed run skips the indices of the batches before its position and reads no sample"
         if self._watch is not None and self._watch.hidden:
             return (
-                "the dataset draws in its workers from a generator of its own: a resumed run fetches every batch "
-                "before its position again (replay)"
+                "the dataset draws in its workers from a generator of its own: a resumed run fetches every "
+                "batch before its position again (replay)"
             )
         return (
-            f"a resumed run skips the indices of the batches before its position and restores the random state of its "
-            f"{self._workers} workers, reading at most {self._workers - 1} batches again"
+            "a resumed run skips the indices of the batches before its position and restores the random "
+            f"state of its {self._workers} workers, reading at most {self._workers - 1} batches again"
         )
 
 

@@ -1,20 +1,20 @@
-"""Exact position in the data: save in the middle of an epoch, go on with the very batches that were still to come.
+"""Exact position in the data: save in the middle of an epoch, go on with the very batches that were still to
+come.
 
 What an epoch's order depends on is drawn when it begins: a `DataLoader` draws the seed of its workers, a
-`RandomSampler` its own. So the state of the generators at those moments is remembered. To go on, it is put back, the
-order is drawn again, and the index stream (numbers, not data) is advanced past the batches that were consumed.
+`RandomSampler` its own. So the state of the generators at those moments is remembered. To go on, it is put
+back, the order is drawn again, and the index stream (numbers, not data) is advanced past the batches that
+were consumed.
 
-How each kind of data goes on, and what that reads:
+How each kind of data goes on:
 
-| Data                                             | Goes on by                                                     |
-|--------------------------------------------------|----------------------------------------------------------------|
-| list or tuple of batches                         | its index                                                      |
-| loader, or dataset, with state_dict              | its own state                                                  |
-| DataLoader over a map-style dataset              | skipping indices: no sample is read                            |
-| ... with workers                                 | the same, and each worker's random state; fewer than           |
-|                                                  | num_workers batches are read again                             |
-| ... whose dataset draws from a generator it owns, in workers; IterableDataset; any other iterable |
-|                                                  | replay: every batch before the position is fetched again       |
+- A list or tuple of batches: at its index.
+- A loader, or a dataset read in this process, with `state_dict` and `load_state_dict`: by its own state.
+- A DataLoader over a map-style dataset: the indices are skipped, and no sample is read.
+- The same with workers: also each worker's random state is restored; fewer than `num_workers` batches are
+  read again, so that every worker goes on with the tasks that it would have had.
+- A dataset that draws, in workers, from a generator of its own; an IterableDataset; any other iterable: by
+  replay, which fetches every batch before the position again and says so.
 
 One iteration costs nothing here: `iter(position)` hands out the loader's own iterator.
 """
@@ -37,11 +37,11 @@ class DataPosition:
     """One source of training batches, and the place in it.
 
     Args:
-        dataloader: A `torch.utils.data.DataLoader`, a list or tuple of batches, an object with `state_dict` and
-            `load_state_dict`, or any other iterable.
+        dataloader: A `torch.utils.data.DataLoader`, a list or tuple of batches, an object with `state_dict`
+            and `load_state_dict`, or any other iterable.
 
-    The order on resume is: `load_state_dict`, then `lit_fast.checkpoint.rng.restore`, then `iter`. An `iter` that goes
-    on inside an epoch leaves the process-wide generators as it finds them.
+    The order on resume is: `load_state_dict`, then `lit_fast.checkpoint.rng.restore`, then `iter`. An `iter`
+    that goes on inside an epoch leaves the process-wide generators as it finds them.
 
     Example:
         >>> import torch
@@ -85,7 +85,7 @@ class DataPosition:
         return iterator
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the samplers that have a `set_epoch` (and the loader itself, if it has one) which epoch begins."""
+        """Tell the samplers, and the loader itself, that have a `set_epoch` which epoch begins."""
         self._epoch = epoch
         loader = self.dataloader
         batch_sampler = getattr(loader, "batch_sampler", None)
@@ -122,8 +122,8 @@ class DataPosition:
     def prefetch_safe(self) -> bool:
         """Whether a consumer may fetch one batch early without changing any random number that anyone draws.
 
-        True where fetching runs no code of the user's in this process: lists, and DataLoaders with workers whose
-        samplers are torch's own.
+        True where fetching runs no code of the user's in this process: lists, and DataLoaders with workers
+        whose samplers are torch's own.
         """
         return self._source.prefetch_safe
 
@@ -131,47 +131,52 @@ class DataPosition:
         """One sentence: how a run that is resumed goes on, and what that costs or cannot do."""
         return self._source.explain()
 
-    def state_dict(self, consumed: int | None = None) -> dict[str, Any]:
+    def state_dict(self, consumed: int | None = None, finished: bool | None = None) -> dict[str, Any]:
         """The position, a few tens of kilobytes, loadable with `weights_only=True`.
 
         Args:
-            consumed: Batches of this epoch that the consumer is done with, those of earlier runs included. It is less
-                than `handed_out` where the consumer has fetched ahead; the batches between come again on resume.
-                None: all that were handed out.
+            consumed: Batches of this epoch that the consumer is done with, those of earlier runs included. It
+                is less than `handed_out` where the consumer has fetched ahead; the batches between come again
+                on resume. None: all that were handed out.
+            finished: Whether the next run is to begin a new epoch, not to go on inside this one. None: what
+                `end_epoch` said.
 
         Raises:
             DataError: `consumed` is more than was handed out, or lags further behind than is kept track of.
         """
         if not self._begun:
-            # nothing has been drawn since the state was loaded, or since the beginning: it is still the position
+            # nothing has been drawn since the state was loaded, or since the beginning: it is still the
+            # position
             return self._resume if self._resume is not None else {"version": _VERSION, "begun": False}
         handed_out = self._source.handed_out()
         consumed = handed_out if consumed is None else consumed
         if not 0 <= consumed <= handed_out:
             raise DataError(
-                f"consumed={consumed} batches of an epoch that has handed out {handed_out}; give the number of "
-                "batches of this epoch that training is done with"
+                f"consumed={consumed} batches of an epoch that has handed out {handed_out}; give the number "
+                "of batches of this epoch that training is done with"
             )
+        finished = self._finished if finished is None else finished
         return {
             "version": _VERSION,
             "begun": True,
             "kind": self._source.kind,
             "epoch": self._epoch,
             "consumed": consumed,
-            "finished": self._finished,
-            **self._source.state(consumed, self._finished),
+            "finished": finished,
+            **self._source.state(consumed, finished),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the next `iter` go on where `state` was taken.
 
         Raises:
-            DataError: The data differs from that of the saved run (its kind, its length, batch size or sampler).
+            DataError: The data differs from that of the saved run (its kind, its length, batch size or
+            sampler).
         """
         if state.get("version") != _VERSION:
             raise DataError(
-                f"a position in the data of version {state.get('version')!r}, while {_VERSION} is known here; resume "
-                "with the version of lit_fast that wrote the checkpoint"
+                f"a position in the data of version {state.get('version')!r}, while {_VERSION} is known "
+                "here; resume with the version of lit_fast that wrote the checkpoint"
             )
         self._begun = self._finished = False
         self._resume = None
@@ -198,6 +203,7 @@ def _source_of(data: Any) -> Source:
         return SequenceSource(data)
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise DataError(
-            f"a {type(data).__name__} cannot be iterated over; give a DataLoader, a list of batches or an iterable"
+            f"a {type(data).__name__} cannot be iterated over; give a DataLoader, a list of batches or an "
+            "iterable"
         )
     return ReplaySource(data)

@@ -1,4 +1,4 @@
-"""The generators that the order and the content of data depend on: the process-wide ones, and the data's own."""
+"""The generators that data depends on: the process-wide ones, and those that it owns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lit_fast.errors import DataError
 
 State = dict[str, Any]
 
-# Objects that a search for generators looks at, and how deep: samplers, datasets and transforms nest a few levels;
-# the limits keep a dataset that holds its samples in lists from being walked through.
+# Objects that a search for generators looks at, and how deep: samplers, datasets and transforms nest a few
+# levels; the limits keep a dataset that holds its samples in lists from being walked through.
 _MAX_OBJECTS = 2_000
 _MAX_DEPTH = 5
 _MAX_ITEMS = 64
@@ -97,7 +97,7 @@ class Randomness:
 
 
 def changes(before: State, after: State) -> State:
-    """The entries of `after` that differ from `before`, two levels deep: between two draws most stay as they were."""
+    """The entries of `after` that differ from `before`, two levels deep: most states stay as they were."""
     return {
         group: {
             key: value for key, value in after[group].items() if not rng.equal(value, before[group].get(key))
@@ -112,7 +112,7 @@ def apply(before: State, changed: State) -> State:
 
 
 def check_shape(saved: State, now: State) -> None:
-    """Raise DataError if a property of the data that decides what batches it gives differs from the saved run's."""
+    """Raise DataError if a property that decides what batches the data gives is not the saved run's."""
     differences = [
         f"{name} was {saved[name]!r} and is {now[name]!r}"
         for name in saved
@@ -120,8 +120,8 @@ def check_shape(saved: State, now: State) -> None:
     ]
     if differences:
         raise DataError(
-            f"the checkpoint is in the middle of an epoch over other data: {'; '.join(differences)}. Resume with the "
-            "data of the saved run, or from a checkpoint that was written at the end of an epoch"
+            f"the checkpoint is in the middle of an epoch over other data: {'; '.join(differences)}. Resume "
+            "with the data of the saved run, or from a checkpoint that was written at the end of an epoch"
         )
 
 

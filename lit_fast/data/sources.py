@@ -19,8 +19,8 @@ from lit_fast.errors import DataError
 class Source(Protocol):
     """One kind of data.
 
-    `begin` returns a raw iterator over an epoch; `resume` one over what was left of it, and nothing at all where the
-    state was taken at an epoch's end. `resume` leaves the process-wide generators as it finds them.
+    `begin` returns a raw iterator over an epoch; `resume` one over what was left of it, and nothing at all
+    where the state was taken at an epoch's end. `resume` leaves the process-wide generators as it finds them.
     """
 
     @property
@@ -68,7 +68,7 @@ class SequenceSource:
 
 
 class Counted:
-    """Counts what an iterator gives and tells when its first item is asked for; no Python code runs per item."""
+    """Counts what an iterator gives, tells when its first item is asked for; runs no Python code per item."""
 
     def __init__(self, iterator: Iterator[Any], on_first: Callable[[], None] = lambda: None) -> None:
         self.on_first = on_first
@@ -83,7 +83,7 @@ class Counted:
 
     @property
     def count(self) -> int:
-        return int(self._pairs.__reduce__()[1][1])  # type: ignore[index]
+        return int(self._pairs.__reduce__()[1][1])
 
 
 class StatefulSource:
@@ -120,8 +120,8 @@ class StatefulSource:
     def state(self, consumed: int, finished: bool) -> State:
         if consumed < self.handed_out() and not finished:
             raise DataError(
-                f"{consumed} batches were consumed and {self.handed_out()} handed out, and a loader with its own "
-                "state_dict knows only the latter; do not fetch ahead from it (see prefetch_safe)"
+                f"{consumed} batches were consumed and {self.handed_out()} handed out, and a loader with its "
+                "own state_dict knows only the latter; do not fetch ahead from it (see prefetch_safe)"
             )
         return {"loader": self._data.state_dict(), "exhausted": self._counted.exhausted}
 
@@ -133,9 +133,11 @@ class StatefulSource:
 
 
 class ReplaySource:
-    """Any iterable, and DataLoaders over an IterableDataset: the batches before the position are fetched again.
+    """Any iterable, and DataLoaders over an IterableDataset: the batches before the position are fetched
+    again.
 
-    An `IterableDataset` that has `state_dict` and `load_state_dict` itself, read in this process, goes on by them.
+    An `IterableDataset` that has `state_dict` and `load_state_dict` itself, read in this process, goes on by
+    them.
     """
 
     prefetch_safe = False
@@ -179,9 +181,9 @@ class ReplaySource:
         random = self._random = Randomness(data=self._data)
         if self._persistent and state["drawn"]:
             warnings.warn(
-                "persistent workers over an IterableDataset carry their random state from epoch to epoch, which is "
-                "not saved: from the second epoch on, what they draw does not repeat; set persistent_workers=False "
-                "to resume exactly",
+                "persistent workers over an IterableDataset carry their random state from epoch to epoch, "
+                "which is not saved: from the second epoch on, what they draw does not repeat; set "
+                "persistent_workers=False to resume exactly",
                 stacklevel=4,
             )
         if self._dataset is not None:
@@ -210,15 +212,16 @@ class ReplaySource:
         fetched += sum(1 for _ in itertools.islice(self._counted.items, batches - fetched))
         if not rng.equal(after_first, rng.capture(cuda=False)):
             warnings.warn(
-                f"{self.kind} draws from the process-wide generators between the steps, which draw from them too: "
-                "batches to come repeat only if they do not depend on what was drawn for earlier ones (a shuffle "
-                "buffer does); draw from a generator that the data owns, or in workers, to resume exactly",
+                f"{self.kind} draws from the process-wide generators between the steps, which draw from them "
+                "too: batches to come repeat only if they do not depend on what was drawn for earlier ones "
+                "(a shuffle buffer does); draw from a generator that the data owns, or in workers, to resume "
+                "exactly",
                 stacklevel=5,
             )
         if fetched < batches:
             raise DataError(
-                f"the checkpoint is {batches} batches into an epoch, and the data ended after {fetched}; resume with "
-                "the data of the saved run, and with an iterator that nothing has read from yet"
+                f"the checkpoint is {batches} batches into an epoch, and the data ended after {fetched}; "
+                "resume with the data of the saved run, and with an iterator that nothing has read from yet"
             )
         self._offset = state["consumed"] - batches
         if state["all_consumed"]:

@@ -1,9 +1,9 @@
 """A batch's way to the device: a walk through its structure, and copies that overlap with computing.
 
-On a GPU the copy runs on a stream of its own, from pinned memory, while the kernels of the step before are still
-running. The host usually runs ahead of the GPU, so this overlaps even without fetching a batch early
-(`PrefetchToDevice(..., ahead=0)`); `ahead=1` helps where the step waits for the GPU, at the price that the next batch
-is read from the data before this one is trained on.
+On a GPU the copy runs on a stream of its own, from pinned memory, while the kernels of the step before are
+still running. The host usually runs ahead of the GPU, so this overlaps even without fetching a batch early
+(`PrefetchToDevice(..., ahead=0)`); `ahead=1` helps where the step waits for the GPU, at the price that the
+next batch is read from the data before this one is trained on.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _PLAIN = (str, bytes, int, float, complex, bool, type(None))
 def move(batch: Any, device: torch.device, non_blocking: bool = False) -> Any:
     """The batch with every tensor in it on `device`; the same object where nothing had to move.
 
-    Walks through mappings, lists, tuples, named tuples and dataclass instances, and calls `to(device)` of any other
-    object that has it (a `PackedSequence`, a graph). Anything else is left as it is.
+    Walks through mappings, lists, tuples, named tuples and dataclass instances, and calls `to(device)` of any
+    other object that has it (a `PackedSequence`, a graph). Anything else is left as it is.
 
     Args:
         batch: What the loader gave; it is not changed.
@@ -97,7 +97,9 @@ def _walk_dataclass(batch: Any, function: Callable[[Any], Any]) -> Any:
         return batch
     moved = copy.copy(batch)
     for name, value in changed.items():
-        object.__setattr__(moved, name, value)  # also where the dataclass is frozen, or makes no sense half moved
+        object.__setattr__(
+            moved, name, value
+        )  # also where the dataclass is frozen, or makes no sense half moved
     return moved
 
 
@@ -110,12 +112,13 @@ def _to(item: Any, device: torch.device, non_blocking: bool) -> Any:
 
 
 class PrefetchToDevice:
-    """Gives the batches of an iterator on `device`; to a GPU they are copied on a side stream, from pinned memory.
+    """Gives the batches of an iterator on `device`; to a GPU they are copied on a side stream, from pinned
+    memory.
 
     Args:
         iterator: Where the batches come from.
-        device: Where to. On anything but CUDA the batches are moved as they are asked for, and none is fetched early
-            unless `ahead` says so.
+        device: Where to. On anything but CUDA the batches are moved as they are asked for, and none is
+            fetched early unless `ahead` says so.
         ahead: Batches to fetch and copy before they are asked for, 0 or more. Fetching early is visible where
             reading the data draws random numbers in this process: see `DataPosition.prefetch_safe`.
 
@@ -137,7 +140,9 @@ class PrefetchToDevice:
         self._ahead = ahead
         self._queue: collections.deque[tuple[Any, torch.cuda.Event | None]] = collections.deque()
         self._error: BaseException | None = None
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> PrefetchToDevice:
         return self
@@ -153,7 +158,8 @@ class PrefetchToDevice:
         batch, copied = queue.popleft()
         if copied is not None:
             batch = self._receive(batch, copied)
-        # the fetch follows the wait: its copy is queued behind the last one and overlaps with the step to come
+        # the fetch follows the wait: its copy is queued behind the last one and overlaps with the step to
+        # come
         while len(queue) < self._ahead and self._error is None:
             self._fetch()
         self.given += 1
@@ -176,7 +182,7 @@ class PrefetchToDevice:
         # The side stream need not wait for the current one: what it writes is fresh memory of its own pool.
         with torch.cuda.stream(side):
             batch = walk(batch, lambda item: _to(item, self._device, True) if _is_plain(item) else item)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(side)
         self._queue.append((batch, copied))
 
@@ -195,7 +201,7 @@ class PrefetchToDevice:
 
 
 def _is_plain(item: Any) -> bool:
-    """Whether a tensor can be pinned and recorded; what moves itself, sparse and nested tensors go the slow way."""
+    """Whether an item can be pinned and recorded; sparse tensors and what moves itself go the slow way."""
     return type(item) is torch.Tensor and item.layout is torch.strided and not item.is_nested
 
 

@@ -1,9 +1,10 @@
 """The random state of each DataLoader worker, followed from inside the workers.
 
-A worker's random state decides whether an epoch can be entered in the middle. `WorkerWatch` travels into the workers
-as the loader's `worker_init_fn` and `collate_fn`, and keeps in shared memory, for the last few batches that each
-worker fetched, the state of its generators after the batch. Until a worker has drawn for the first time it only
-compares. All of its cost, about 60 us a batch, is in the worker; the training process pays nothing.
+A worker's random state decides whether an epoch can be entered in the middle. `WorkerWatch` travels into the
+workers as the loader's `worker_init_fn` and `collate_fn`, and keeps in shared memory, for the last few
+batches that each worker fetched, the state of its generators after the batch. Until a worker has drawn for
+the first time it only compares. All of its cost, about 60 us a batch, is in the worker; the training process
+pays nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _KEPT_BEYOND_PREFETCH = (
 
 
 def pack() -> torch.Tensor | None:
-    """This process's torch, Python and numpy states as one uint8 tensor; None if numpy runs a foreign generator."""
+    """This process's torch, Python and numpy states as one uint8 tensor; None for other numpy generators."""
     version, words, gauss = random.getstate()
     head = _PYTHON.pack(version, *words, gauss is not None, gauss or 0.0)
     numpy = sys.modules.get("numpy")
@@ -63,7 +64,8 @@ def unpack(state: torch.Tensor) -> None:
 def _shared(shape: tuple[int, ...], dtype: torch.dtype, value: int) -> torch.Tensor:
     """A tensor that worker processes write and this one reads."""
     tensor = torch.full(shape, value, dtype=dtype)
-    return tensor.share_memory_()  # type: ignore[no-any-return, no-untyped-call]
+    shared: torch.Tensor = tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return shared
 
 
 class WorkerWatch:
@@ -74,7 +76,8 @@ class WorkerWatch:
         collate_fn: The loader's own `collate_fn`.
         num_workers: Worker processes.
         prefetch: Batches that a worker fetches ahead.
-        initial: One state for each worker, from `states`, which it takes on after `init_fn`; None keeps its own.
+        initial: One state for each worker, from `states`, which it takes on after `init_fn`; None keeps its
+            own.
     """
 
     def __init__(
@@ -89,11 +92,11 @@ class WorkerWatch:
         self.initial = initial
         self.slots = prefetch + _KEPT_BEYOND_PREFETCH
         width = _PYTHON.size + _NUMPY.size + 4 * _NUMPY_WORDS + torch.get_rng_state().numel()
-        # Written by one worker each, read by the training process after a queue has handed it that worker's batch.
+        # Each row is written by one worker, and read here after a queue has handed over that worker's batch.
         self._fetched = _shared((num_workers,), torch.int64, 0)  # batches
-        self._drawn_at = torch.full(
-            (num_workers,), -1, dtype=torch.int64
-        ).share_memory_()  # batches before a draw
+        self._drawn_at = _shared(
+            (num_workers,), torch.int64, -1
+        )  # batches before the first that drew; -1: none
         self._hidden = _shared((num_workers,), torch.int64, 0)
         self._labels = _shared((num_workers, self.slots), torch.int64, -1)
         self._states = _shared((num_workers, self.slots, width), torch.uint8, 0)
@@ -155,7 +158,8 @@ class WorkerWatch:
             self._write(worker, count, state)
         if not self._hidden[worker]:
             now = [rng.capture_generator(generator) for generator in self._own.values()]
-            # generators made on first use show up after the first batch; later ones are looked for ever more rarely
+            # generators made on first use show up after the first batch; later ones are looked for ever more
+            # rarely
             made = count & (count - 1) == 0 and self._found_more()
             if made or not rng.equal(now, self._own_last):
                 self._hidden[worker] = 1
@@ -182,7 +186,7 @@ class WorkerWatch:
 
     @property
     def hidden(self) -> bool:
-        """Whether a worker drew from a generator whose state cannot be carried over: one that the dataset owns."""
+        """Whether a worker drew from a generator whose state is not followed: one that the dataset owns."""
         return bool(self._hidden.any())
 
     def states(self, fetched: torch.Tensor) -> list[torch.Tensor | None] | None:

@@ -92,7 +92,7 @@ def test_generators_of_a_users_own(make: object, tmp_path: pathlib.Path) -> None
             return torch.rand(3, generator=generator).tolist()
         if isinstance(generator, random.Random):
             return [generator.gauss(0, 1) for _ in range(3)]
-        return generator.normal(size=3).tolist() + generator.permutation(9).tolist()  # type: ignore[attr-defined]
+        return [generator.normal(size=3).tolist(), generator.permutation(9).tolist()]  # type: ignore[attr-defined]
 
     generator = make()  # type: ignore[operator]
     assert rng.is_generator(generator)

@@ -1,4 +1,4 @@
-"""`LightningDataModule` without a Trainer: its loaders, its hooks' defaults, its hyperparameters and state."""
+"""`LightningDataModule` without a Trainer: its loaders, hooks, hyperparameters and state."""
 
 from __future__ import annotations
 
@@ -47,9 +47,14 @@ def test_from_datasets_makes_loaders() -> None:
         _Six(), val_dataset=[_Six(), _Six()], test_dataset={"a": _Six()}, batch_size=4
     )
     train = module.train_dataloader()
-    assert isinstance(train, DataLoader) and isinstance(train.sampler, RandomSampler) and train.batch_size == 4
+    assert (
+        isinstance(train, DataLoader) and isinstance(train.sampler, RandomSampler) and train.batch_size == 4
+    )
     first, second = module.val_dataloader()
-    assert isinstance(first.sampler, SequentialSampler) and [b.tolist() for b in second] == [[0, 1, 2, 3], [4, 5]]
+    assert isinstance(first.sampler, SequentialSampler) and [b.tolist() for b in second] == [
+        [0, 1, 2, 3],
+        [4, 5],
+    ]
     assert list(module.test_dataloader()) == ["a"]
     with pytest.raises(MisconfigurationException, match="no predict_dataloader"):
         module.predict_dataloader()
@@ -77,10 +82,18 @@ def test_a_loader_that_is_not_defined_is_named(stage: str) -> None:
 def test_hooks_do_nothing_by_default() -> None:
     module = LightningDataModule("any", argument=1)
     batch = {"x": torch.ones(2)}
-    assert module.on_before_batch_transfer(batch, 0) is batch and module.on_after_batch_transfer(batch, 0) is batch
+    assert (
+        module.on_before_batch_transfer(batch, 0) is batch
+        and module.on_after_batch_transfer(batch, 0) is batch
+    )
     assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
     assert module.transfer_batch_to_device(batch, torch.device("meta"), 0)["x"].is_meta
-    module.prepare_data(), module.setup("fit"), module.teardown("fit"), module.on_exception(KeyboardInterrupt())
+    (
+        module.prepare_data(),
+        module.setup("fit"),
+        module.teardown("fit"),
+        module.on_exception(KeyboardInterrupt()),
+    )
     module.load_state_dict({})
     assert module.state_dict() == {} and module.name is None and module.trainer is None
     assert module.prepare_data_per_node and not module.allow_zero_length_dataloader_with_multiple_devices
