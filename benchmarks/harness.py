@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import math
 import os
 import platform
 import pty
@@ -17,10 +18,11 @@ import select
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -49,31 +51,65 @@ class Row:
         return "" if self.limit is None else f"{self.limit[0]} {self.limit[1]:g}"
 
 
-class Rounds:
-    """Values of several cases, measured one after the other in each round."""
+class Time(NamedTuple):
+    """Seconds by the clock on the wall, and of all threads of the process on a processor.
 
-    def __init__(self, measures: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 1) -> None:
-        self.values: dict[str, list[float]] = {name: [] for name in measures}
+    Where others use the machine too, the second one is steadier; the first is what a user waits.
+    """
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> Time:
+        return cls(time.perf_counter(), time.process_time())
+
+    def slope(self, longer: Time, steps: int, unit: float) -> Time:
+        """What each of `steps` more steps added, where `longer` took that many more; times `unit`."""
+        return Time(*((b - a) / steps * unit for a, b in zip(self, longer, strict=True)))
+
+
+def elapsed(function: Callable[[], Any]) -> Time:
+    start = Time.now()
+    function()
+    end = Time.now()
+    return Time(end.wall - start.wall, end.cpu - start.cpu)
+
+
+Measure: TypeAlias = Callable[[], "float | Time"]
+
+
+class Rounds:
+    """Several cases, measured one after the other in each round; a figure is a number or a Time.
+
+    With `cpu`, the answers below are about the processor's time.
+    """
+
+    def __init__(self, measures: Mapping[str, Measure], rounds: int, warmup: int = 1) -> None:
+        self.figures: dict[str, list[Time]] = {name: [] for name in measures}
         names = list(measures)
         for index in range(-warmup, rounds):
             # Turning the order each round keeps one case from always following the same other one.
             turn = index % len(names)
             for name in names[turn:] + names[:turn]:
-                value = measures[name]()
+                figure = measures[name]()
                 if index >= 0:
-                    self.values[name].append(value)
+                    self.figures[name].append(figure if isinstance(figure, Time) else Time(figure, math.nan))
 
-    def median(self, name: str) -> float:
-        return statistics.median(self.values[name])
+    def values(self, name: str, cpu: bool = False) -> list[float]:
+        return [figure.cpu if cpu else figure.wall for figure in self.figures[name]]
 
-    def ratio(self, name: str, base: str) -> float:
+    def median(self, name: str, cpu: bool = False) -> float:
+        return statistics.median(self.values(name, cpu))
+
+    def ratio(self, name: str, base: str, cpu: bool = False) -> float:
         """Median over rounds of `name` divided by `base` of the same round."""
-        pairs = zip(self.values[name], self.values[base], strict=True)
+        pairs = zip(self.values(name, cpu), self.values(base, cpu), strict=True)
         return statistics.median(value / other for value, other in pairs)
 
-    def difference(self, name: str, base: str) -> float:
+    def difference(self, name: str, base: str, cpu: bool = False) -> float:
         """Median over rounds of `name` minus `base` of the same round."""
-        pairs = zip(self.values[name], self.values[base], strict=True)
+        pairs = zip(self.values(name, cpu), self.values(base, cpu), strict=True)
         return statistics.median(value - other for value, other in pairs)
 
 

@@ -13,15 +13,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.harness import Row
+from benchmarks.harness import Row, Time
 
 QUICK = True
 
 IMPORT = """
 import time, torch
-start = time.perf_counter()
+start = time.perf_counter(), time.process_time()
 import {package}; {package}.Trainer
-print("@@%.6f@@" % (time.perf_counter() - start))
+print("@@%.6f %.6f@@" % (time.perf_counter() - start[0], time.process_time() - start[1]))
 """
 
 DATA = """
@@ -36,7 +36,7 @@ HAND_LOOP = (
 layer = torch.nn.Linear(32, 2)
 optimizer = torch.optim.AdamW(layer.parameters())
 for batch in loader:
-    print("@@%.6f@@" % time.time())
+    print("@@%.6f %.6f@@" % (time.time(), time.process_time()))
     optimizer.zero_grad()
     layer(batch).sum().backward()
     optimizer.step()
@@ -56,7 +56,7 @@ class Model(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         if batch_idx == 0:
-            print("@@%.6f@@" % time.time())
+            print("@@%.6f %.6f@@" % (time.time(), time.process_time()))
         return self.layer(batch).sum()
 
     def configure_optimizers(self):
@@ -67,24 +67,25 @@ L.Trainer(max_epochs=1).fit(Model(), loader)
 )
 
 
-def told(python: str, program: str, folder: Path) -> float:
-    """The number that a program prints between @@ and @@, run under a pseudo-terminal."""
+def told(python: str, program: str, folder: Path) -> Time:
+    """The two numbers that a program prints between @@ and @@, run under a pseudo-terminal."""
     code, screen = harness.in_terminal([python, "-W", "ignore", "-c", program], cwd=folder)
     if code:
         raise SystemExit(f"a process failed:\n{screen.decode(errors='replace')[-3000:]}")
-    return float(screen.split(b"@@")[1])
+    return Time(*map(float, screen.split(b"@@")[1].split()))
 
 
-def import_seconds(python: str, package: str, folder: Path) -> Callable[[], float]:
+def import_seconds(python: str, package: str, folder: Path) -> Callable[[], Time]:
     return lambda: told(python, IMPORT.format(package=package), folder)
 
 
-def first_step_seconds(python: str, program: str, folder: Path) -> Callable[[], float]:
+def first_step_seconds(python: str, program: str, folder: Path) -> Callable[[], Time]:
     """From the start of the process to the first step; both clocks are the machine's."""
 
-    def measure() -> float:
+    def measure() -> Time:
         start = time.time()
-        return told(python, program, folder) - start
+        first = told(python, program, folder)
+        return Time(first.wall - start, first.cpu)
 
     return measure
 
@@ -106,20 +107,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             measured = harness.Rounds(start, options.rounds)
             ours = package == "lit_fast"
             label = "" if ours else "Lightning, "
-            rows += [
-                Row(
-                    f"{label}import {package}; {package}.Trainer, beyond import torch",
-                    measured.median("import") * 1e3,
-                    "ms",
-                    ("<=", 150) if ours else None,
-                ),
-                Row(
-                    f"{label}process start to first training step, beyond the hand loop",
-                    measured.difference("trainer", "hand loop"),
-                    "s",
-                    ("<=", 0.4) if ours else None,
-                ),
-            ]
+            importing = f"{label}import {package}; {package}.Trainer, beyond import torch"
+            first_step = f"{label}process start to first training step, beyond the hand loop"
+            for note, cpu in (("", False), (", processor time", True)):
+                promised = ours and not cpu
+                milliseconds = measured.median("import", cpu) * 1e3
+                seconds = measured.difference("trainer", "hand loop", cpu)
+                rows += [
+                    Row(importing + note, milliseconds, "ms", ("<=", 150) if promised else None),
+                    Row(first_step + note, seconds, "s", ("<=", 0.4) if promised else None),
+                ]
     return harness.finish(
         "import_time", "Start", rows, options, harness.lightning_version(options.lightning_python)
     )
