@@ -12,6 +12,7 @@ Settings come, each over the one before, from the preset's YAML file (`lit_fast/
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -159,11 +160,11 @@ def run(settings: Namespace, argv: list[str]) -> int:
 
     trainer_options = settings.trainer.as_dict()
     model = build_model(settings, data, trainer_options)
-    _open_folder(settings, out, console)
-    trainer, monitor = build_trainer(settings, model, trainer_options, checkpoints)
     block_size = model.block_size
     train = data.dataloader("train", block_size, settings.batch_size, settings.num_workers)
     val = data.dataloader("val", block_size, settings.val_batch_size or settings.batch_size)
+    _open_folder(settings, out, console)
+    trainer, monitor = build_trainer(settings, model, trainer_options, checkpoints)
     parameters = sum(p.numel() for p in model.parameters())
     console.print(
         f"{type(model).__name__}, {parameters:,} parameters, {block_size} tokens of context, "
@@ -318,6 +319,8 @@ def _describe_data(console: Any, settings: Namespace, data: TokenData, seconds: 
 
 def _open_folder(settings: Namespace, out: Path, console: Any) -> None:
     """Make the run's folder and write its settings; an earlier run in it is moved aside, not overwritten."""
+    import yaml
+
     if (out / "config.yaml").exists() and not settings.resume:
         number = 1
         while (moved := out.with_name(f"{out.name}-{number}")).exists():
@@ -325,12 +328,10 @@ def _open_folder(settings: Namespace, out: Path, console: Any) -> None:
         out.rename(moved)
         console.print(f"{out} held an earlier run: moved to {moved} (--resume goes on with a run instead).")
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    kept = settings.clone()
-    kept.resume = False
-    kept.pop("config", None)
-    (out / "config.yaml").write_text(
-        build_parser().dump(kept, skip_none=False, skip_validation=True), encoding="utf-8"
-    )
+    kept = {name: value for name, value in settings.as_dict().items() if name not in ("config", "resume")}
+    # Through JSON, tuples become lists, which YAML can write plainly.
+    plain = yaml.safe_dump(json.loads(json.dumps(kept)), sort_keys=False)
+    (out / "config.yaml").write_text(plain, encoding="utf-8")
 
 
 def _interrupted(console: Any, monitor: PretrainMonitor, argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from lit_fast.callbacks.callback import Callback
 if TYPE_CHECKING:
     from rich.table import Table
 
-# The profiler's phases in the table's order; those of one name share a row, one not listed keeps its own name.
+# The profiler's phases in the table's order; those of one name share a row, one not listed keeps its name.
 PHASES = {
     "data": "data",
     "forward": "forward",
