@@ -42,7 +42,7 @@ class Progress:
         self.scheduled_before = 0  # ... in all epochs before this one
         self.is_last_batch = False
         self.boundary = NOW
-        self.stage = "start"  # how far: start (of an epoch), batch (in a step), stepped, validated, epoch_end (in its hooks)
+        self.stage = "start"  # how far: start (of an epoch), batch (in a step), stepped, validated, scheduled, epoch_end (in its hooks)
 
 
 class EpochLoop:
@@ -85,7 +85,6 @@ class FitLoop:
         self.position: DataPosition | None = None
         self.val_check_batch: int | float = math.inf
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
-        self.pending_metrics: dict[str, Any] = {}  # what plateau schedulers watch, of an epoch that a checkpoint ended
 
     # -- before the first step
 
@@ -147,7 +146,7 @@ class FitLoop:
         if self.loader is None or progress.total == 0 or self._finished():
             return
         if progress.stage == "epoch_end":  # resumed from a checkpoint that was written in the last hooks of an epoch
-            self.step_plateau_schedulers(self.pending_metrics)
+            self.step_plateau_schedulers("epoch", trainer)
             progress.epoch, progress.stage = progress.epoch + 1, "start"
             if self._finished():
                 return
@@ -183,6 +182,8 @@ class FitLoop:
         batches = self._batches(start)
         if progress.stage in ("batch", "stepped") and self._visit():  # resumed between a step and what was due after it
             return
+        if progress.stage == "validated" and not self._window_is_open():  # ... or between validation and what follows it
+            self.step_plateau_schedulers("step", self.trainer)
         if progress.is_last_batch:
             return
         self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
@@ -268,6 +269,8 @@ class FitLoop:
         if self._validation_is_due(stopping):
             trainer._evaluation.run_in_fit(release_gradients=not window_open)
             stopping = trainer.should_stop and self._may_stop()
+        if not window_open:
+            self.step_plateau_schedulers("step", trainer)
         if self._steps_reached() or stopping or progress.is_last_batch:
             return True
         self._go_on()
@@ -291,6 +294,8 @@ class FitLoop:
         assert self.plans is not None
         trainer, progress = self.trainer, self.progress
         if trainer.should_stop or trainer._interrupt is not None or not self.plans.automatic:
+            return NOW
+        if any(config.reduce_on_plateau and config.interval == "step" for config in trainer.lr_scheduler_configs):
             return NOW
         done, window = progress.batch_idx + 1, self.plans.window
         candidates: list[int] = [progress.total - 1] if progress.total is not None else []
@@ -356,7 +361,7 @@ class FitLoop:
             self.position.end_epoch()
         trainer._call_epoch_end("on_train_epoch_end")
         if progress.is_last_batch:
-            self.step_plateau_schedulers(trainer.callback_metrics)
+            self.step_plateau_schedulers("epoch", trainer)
         trainer._log_metrics(trainer._metric_log.collect())
         trainer._metric_log.end_epoch()
         trainer._metric_log.batch = None
@@ -365,15 +370,17 @@ class FitLoop:
         if trainer._interrupt is not None:
             trainer._raise_interrupt()
 
-    def step_plateau_schedulers(self, metrics: dict[str, Any]) -> None:
-        """Epoch-wise schedulers that watch a metric, once its value for the epoch is known."""
-        for config in self.trainer.lr_scheduler_configs:
-            if not config.reduce_on_plateau or not self.trainer.lightning_module.automatic_optimization:
+    def step_plateau_schedulers(self, interval: str, trainer: Trainer) -> None:
+        """Schedulers that watch a metric: after an epoch, once its value is known, or after a step and its validation."""
+        done = (self.progress.epoch if interval == "epoch" else self.progress.batch_idx) + 1
+        for config in trainer.lr_scheduler_configs:
+            if not config.reduce_on_plateau or not trainer.lightning_module.automatic_optimization:
                 continue
-            if config.interval == "epoch" and (self.progress.epoch + 1) % config.frequency == 0:
-                value = metrics.get(config.monitor)
+            if config.interval == interval and done % config.frequency == 0:
+                metrics = trainer.callback_metrics
+                value = metrics.get(config.monitor or "")
                 if value is not None:
-                    self.trainer._scheduler_step(config)(value)
+                    trainer._scheduler_step(config)(value)
                 elif config.strict:
                     raise MisconfigurationException(
                         f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged; logged were: "

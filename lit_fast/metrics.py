@@ -82,8 +82,9 @@ class Slot:
     """One logged name of one hook. `write` keeps the newest value; subclasses also reduce over the epoch."""
 
     __slots__ = (
-        "dtype", "fresh", "loader", "log", "name", "newest", "on_epoch", "on_step", "options", "prog_bar", "reduction", "suffix",
-    )
+        "dtype", "fresh", "loader", "log", "name", "newest", "on_epoch", "on_step", "options", "prog_bar", "reduction",
+        "restored", "suffix",
+    )  # fmt: skip
 
     def __init__(
         self, name: str, options: tuple[Any, ...], log: MetricLog, on_step: bool, on_epoch: bool, reduction: str
@@ -93,7 +94,7 @@ class Slot:
         self.prog_bar: bool = options[0]
         self.suffix = self.loader = ""  # which validation loader: in its name, and at all
         self.dtype = torch.float32
-        self.fresh = False
+        self.fresh = self.restored = False
         self.newest: Any = None
 
     def write(self, value: Any, batch_size: int | None) -> None:
@@ -217,8 +218,10 @@ class MetricLog:
         self.epoch_end = False  # reading gives epoch values (True) or the newest step's
         self._stages: dict[str, dict[str, Table]] = {}
         self._sizes: tuple[Any, int] = (None, 0)
-        self._callback: dict[str, Any] = {}
+        self._callback: dict[str, Any] = {}  # (value, dtype) since somebody last read them
+        self._callback_tensors: dict[str, Tensor] = {}
         self._logged: dict[str, Any] = {}
+        self._logged_tensors: dict[str, Tensor] = {}
         self._prog_bar: dict[str, Any] = {}
 
     # -- writing
@@ -256,6 +259,11 @@ class MetricLog:
                 f"a step or in an epoch hook, or write to the logger itself: self.logger.experiment."
             )
         known = table.slots.get(name)
+        if known is not None and known.restored:  # from a checkpoint, where a reduction stands by its name
+            known.restored = False
+            if known.options == (*options[:4], _reduction(reduce_fx, name), add_dataloader_idx):
+                known.options = options
+                return known
         if known is not None:
             raise MisconfigurationException(
                 f"self.log({name!r}, ...) was called twice in `{table.hook}` with different options: first "
@@ -279,11 +287,9 @@ class MetricLog:
                 f"of them out."
             )
         reduction = _reduction(reduce_fx, name)
-        make: type[Slot] = Slot
+        make = _slot_class(on_epoch, reduction)
         if hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset"):
             make = MetricSlot
-        elif on_epoch:
-            make = MeanSlot if reduction == "mean" else ReduceSlot
         slot = make(name, options, self, on_step, on_epoch, reduction)
         slot.loader = table.suffix
         slot.suffix = table.suffix if add_dataloader_idx else ""
@@ -330,18 +336,20 @@ class MetricLog:
     def end_epoch(self) -> None:
         """Forget the stage's epoch: what was published stays readable."""
         self.collect()
+        self._sizes = (None, 0)
         for table in self._stages.get(self.stage, {}).values():
             for slot in table.slots.values():
                 if slot.fresh:
                     slot.reset()
 
     def callback_metrics(self) -> dict[str, Tensor]:
+        """The newest values as tensors, in one dictionary that callbacks may also write to."""
         self.collect()
-        return {name: _tensor(*value) for name, value in self._callback.items()}
+        return _published(self._callback, self._callback_tensors)
 
     def logged_metrics(self) -> dict[str, Tensor]:
         self.collect()
-        return {name: _tensor(*value) for name, value in self._logged.items()}
+        return _published(self._logged, self._logged_tensors)
 
     def progress_bar_metrics(self) -> dict[str, float]:
         """Numbers for a person: reading a device value waits for it, here and nowhere else."""
@@ -351,6 +359,35 @@ class MetricLog:
                 self._prog_bar[fork] = slot.step_value()
         return {name: to_float(value) for name, value in list(self._prog_bar.items()) if value is not None}
 
+    # -- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running training epoch's values and what callbacks saw last; torchmetrics keep their own state."""
+        slots = [
+            {
+                "hook": table.hook, "suffix": table.suffix, "name": slot.name, "dtype": slot.dtype,
+                "options": (*slot.options[:4], slot.reduction, slot.options[5]),
+                "on_step": slot.on_step, "on_epoch": slot.on_epoch, "reduction": slot.reduction,
+                "values": {key: getattr(slot, key) for key in _VALUES if hasattr(slot, key)},
+            }
+            for table in self._stages.get("train", {}).values()
+            for slot in table.slots.values()
+            if slot.fresh and not isinstance(slot, MetricSlot)
+        ]  # fmt: skip
+        return {"slots": slots, "callback": dict(_published(self._callback, self._callback_tensors))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the epoch that `state` was taken in."""
+        for saved in state["slots"]:
+            table = self.table(saved["hook"] + saved["suffix"], "train")
+            make = _slot_class(saved["on_epoch"], saved["reduction"])
+            slot = make(saved["name"], saved["options"], self, saved["on_step"], saved["on_epoch"], saved["reduction"])
+            for key, value in saved["values"].items():
+                setattr(slot, key, value)
+            slot.dtype, slot.fresh, slot.restored = saved["dtype"], True, True
+            table.slots[saved["name"]] = slot
+        self._callback_tensors.update(state["callback"])
+
     def drop_values(self) -> None:
         """Forget everything that was logged (after the sanity check, or at the start of a run)."""
         for tables in self._stages.values():
@@ -358,15 +395,21 @@ class MetricLog:
                 for slot in table.slots.values():
                     if slot.fresh:
                         slot.reset()
-        self._callback.clear()
-        self._logged.clear()
-        self._prog_bar.clear()
+        for values in (self._callback, self._callback_tensors, self._logged, self._logged_tensors, self._prog_bar):
+            values.clear()
         self.epoch_end = False
 
 
 def to_float(value: Any) -> float:
     """A logged value as a Python float; waits for the device where the value is still there."""
-    return value.item() if isinstance(value, Tensor) else value
+    return float(value.item() if isinstance(value, Tensor) else value)
+
+
+def _published(pending: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, (value, dtype) in pending.items():
+        tensors[name] = value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+    pending.clear()
+    return tensors
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:
@@ -374,8 +417,13 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
     return torch.tensor(value, dtype=dtype).item() if isinstance(value, float) else value
 
 
-def _tensor(value: Any, dtype: torch.dtype) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=dtype)
+_VALUES = ("newest", "total", "weight", "state")  # what a slot gathers, by kind
+
+
+def _slot_class(on_epoch: bool, reduction: str) -> type[Slot]:
+    if not on_epoch:
+        return Slot
+    return MeanSlot if reduction == "mean" else ReduceSlot
 
 
 def _reduction(reduce_fx: Any, name: str) -> str:

@@ -233,9 +233,12 @@ class Runtime:
         if checkpoint is not None:
             checkpoint_state.restore_training(self, checkpoint)
         module.train()
-        mid_epoch = self._progress.stage in ("batch", "stepped", "validated")
+        mid_epoch = self._progress.stage in ("batch", "stepped", "validated", "scheduled")
         if self.enable_validation and self.config.num_sanity_val_steps and not mid_epoch:
             self._evaluation.sanity_check()
+        if self._pending_metrics is not None:
+            self._metric_log.load_state_dict(self._pending_metrics)
+            self._pending_metrics = None
         self._metric_log.epoch_end = True  # what is logged before the first step is of the epoch
         self.fit_loop.load_data()
         every = self.config.check_val_every_n_epoch

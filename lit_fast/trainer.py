@@ -130,7 +130,8 @@ class Trainer(Runtime):
         self._evaluation = EvaluationLoop(self)
         self._should_stop = False
         self._interrupt: int | None = None  # a signal that waits for the end of the running step
-        self._pending_rng: dict[str, Any] | None = None
+        self._pending_rng: dict[str, Any] | None = None  # of a checkpoint, until the first step is near
+        self._pending_metrics: dict[str, Any] | None = None  # the same, until the sanity check is over
         self._sources: dict[str, Any] = {}
         self.ckpt_path: str | None = None
 

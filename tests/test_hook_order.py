@@ -28,6 +28,8 @@ INTENDED = {
     "logged_step": "the step number given to a logger is the number of optimizer steps completed (50, 100, "
     "...); Lightning writes one less (49, 99, ...); the running number of validation batches is the same",
     "uneven_window": "the last, shorter accumulation window is divided by its real length",
+    "open_window": "a checkpoint written inside an accumulation window holds the gradients gathered so far, and a "
+    "resumed run has them; Lightning loses them, and steps with the rest of the window alone",
     "more_keys": "our checkpoints hold every key of Lightning's, and more (random states, place in the data)",
 }
 
@@ -111,6 +113,9 @@ def test_same_as_lightning(
     recorded = (live or GOLDEN)["scenarios"][name]
     theirs = as_ours(name, recorded)
     ours = json.loads(json.dumps(lightning_recorder.run_scenario(framework, name)))
+    if name == "resume_mid_window":  # INTENDED["open_window"]
+        for record in (theirs, ours):
+            record["events"] = [event.removesuffix(" grads") for event in record["events"]]
     if theirs["events"] != ours["events"]:
         pytest.fail("\n" + text_diff(theirs["events"], ours["events"]), pytrace=False)
     for part in ("logged", "seen"):

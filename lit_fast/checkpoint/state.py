@@ -6,11 +6,12 @@ the loop had got. A file written by Lightning resumes too, at the start of the e
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from lit_fast.module import LightningModule
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
+
+AnyModule = TypeVar("AnyModule", bound=LightningModule)
 
 OURS = "lit_fast"
 FORMAT = 1
@@ -74,16 +77,12 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
     epoch, stage, batches = progress.epoch, progress.stage, progress.batch_idx + 1
     ended = stage == "start" and batches > 0  # the epoch's end is behind us, `epoch` counts it already
     whole = progress.is_last_batch
-    state: dict[str, Any] = {"format": FORMAT, "metrics": {}}
     if not whole and (stage == "epoch_end" or ended):  # a limit stopped the epoch inside; more steps go on from there
-        epoch, stage = epoch - ended, "validated"
-    elif stage == "epoch_end":  # plateau schedulers step after the hooks that save: a resume does it
-        watched = [config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
-        metrics = trainer.callback_metrics if watched else {}
-        state["metrics"] = {name: float(metrics[name]) for name in watched if name in metrics}
+        epoch, stage = epoch - ended, "scheduled"
     starts_epoch = stage in ("start", "epoch_end")
     steps = loop.windows_completed()
-    state |= {
+    return {
+        "format": FORMAT,
         "epoch": epoch,
         "stage": stage,
         "batch_idx": -1 if starts_epoch else batches - 1,
@@ -93,8 +92,17 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "scheduled": progress.scheduled,
         "data": None if loop.position is None else loop.position.state_dict(None if starts_epoch else batches),
         "rng": trainer._evaluation.rng_before if trainer.validating and stage == "stepped" else rng.capture(),
+        "metrics": trainer._metric_log.state_dict(),
+        "gradients": _open_gradients(trainer),
     }
-    return state
+
+
+def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What the open accumulation window has gathered so far; empty between two windows, where nobody needs it."""
+    if trainer.fit_loop.plans is None or trainer._progress.batch_idx < 0 or not trainer.fit_loop._window_is_open():
+        return {}
+    parameters = trainer.lightning_module.named_parameters()
+    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
 def _loops(trainer: Trainer) -> dict[str, Any]:
@@ -295,6 +303,40 @@ def load_weights(module: LightningModule, weights: Mapping[str, Any], path: Path
     module.load_state_dict(weights, strict=module.strict_loading)
 
 
+def load_module(
+    cls: type[AnyModule],
+    path: str | Path,
+    map_location: Any,
+    strict: bool | None,
+    weights_only: bool | None,
+    overrides: dict[str, Any],
+) -> AnyModule:
+    """Build a module from the hyperparameters in a checkpoint, and load its weights.
+
+    Raises:
+        CheckpointError: as `io.load` and `load_weights`; or the class needs arguments that the file does not hold.
+    """
+    checkpoint = io.load(path, map_location=map_location or "cpu", weights_only=weights_only is not False)
+    if "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} holds no model ('state_dict' is missing); pass a checkpoint of a Trainer's.")
+    arguments = {**checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **overrides}
+    accepted = inspect.signature(cls.__init__).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
+        arguments = {name: value for name, value in arguments.items() if name in accepted}
+    try:
+        module = cls(**arguments)
+    except TypeError as error:
+        raise CheckpointError(
+            f"{cls.__name__} cannot be built from {path}, which holds the hyperparameters "
+            f"{', '.join(arguments) or 'none'}: {error}. Pass what is missing: load_from_checkpoint(path, name=value)."
+        ) from error
+    if strict is not None:
+        module.strict_loading = strict
+    module.on_load_checkpoint(checkpoint)
+    load_weights(module, checkpoint["state_dict"], Path(path))
+    return module
+
+
 def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Optimizers, schedulers, loop counters, position in the data and random generators.
 
@@ -333,7 +375,10 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     progress.stepped_before, progress.total_before = ours["stepped_before"], ours["total_before"]
     progress.scheduled = ours["scheduled"]
     trainer.fit_loop.pending_data = ours["data"]
-    trainer.fit_loop.pending_metrics = ours["metrics"]
+    trainer._pending_metrics = ours["metrics"]
+    for name, parameter in trainer.lightning_module.named_parameters():
+        if name in ours["gradients"]:
+            parameter.grad = ours["gradients"][name].to(parameter.device)
     trainer._pending_rng = ours["rng"]
 
 
