@@ -15,6 +15,8 @@ from lit_fast.hparams import HyperparametersMixin
 from lit_fast.metrics import MetricLog
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from lit_fast.optim.lightning_optimizer import LightningOptimizer
     from lit_fast.trainer import Trainer
 
@@ -361,6 +363,38 @@ class LightningModule(HyperparametersMixin, nn.Module):
             yield
         finally:
             self.untoggle_optimizer(optimizer)
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A module built with the hyperparameters of a checkpoint (`kwargs` override them), with its weights.
+
+        Args:
+            checkpoint_path: a file that a Trainer wrote, lit_fast's or Lightning's.
+            map_location: where to put the tensors; the CPU by default.
+            strict: whether the weights must match exactly; the module's `strict_loading` by default.
+            weights_only: False executes pickled code in the file; only for a file that you trust.
+
+        Raises:
+            CheckpointError: missing, damaged, holding code, or of another model.
+            MisconfigurationException: `hparams_file` is given, which is not built yet.
+
+        Example::
+
+            model = Regressor.load_from_checkpoint("checkpoints/last.ckpt", width=128)
+        """
+        if hparams_file is not None:
+            raise MisconfigurationException("load_from_checkpoint(hparams_file=...) is not built yet; pass the values.")
+        from lit_fast.checkpoint.state import load_module
+
+        return load_module(cls, checkpoint_path, map_location, strict, weights_only, kwargs)
 
     def freeze(self) -> None:
         """Stop training: no gradients, evaluation mode."""
