@@ -85,7 +85,8 @@ def test_hyperparameters_as_plain_data(tmp_path: Path) -> None:
     yaml = pytest.importorskip("yaml")
     params = {
         "width": 8, "lr": 1e-3, "path": Path("a/b"), "dtype": torch.float32, "betas": (0.9, 0.99),
-        "none": None, "tensor": torch.tensor([1, 2]), "net": {"layers": [{"n": 1}, {"n": 2}]}, "fn": len, "yes": True,
+        "none": None, "tensor": torch.tensor([1, 2]), "net": {"layers": [{"n": 1}, {"n": 2}]},
+        "fn": len, "yes": True,
     }  # fmt: skip
     assert flatten(params)["net/layers/1/n"] == 2
     assert primitives({"t": torch.tensor(2), "l": [1], "s": "x"}) == {"t": 2, "l": "[1]", "s": "x"}
