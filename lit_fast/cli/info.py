@@ -35,7 +35,9 @@ def torch_facts() -> dict[str, Any]:
     facts: dict[str, Any] = {
         "version": torch.__version__,
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)",
-        "parallel backend": "OpenMP" if torch.backends.openmp.is_available() else "own pool",
+        "parallel backend": torch.__config__.parallel_info()
+        .split("ATen parallel backend: ")[-1]
+        .split("\n")[0],
     }
     if not torch.cuda.is_available():
         facts["CUDA devices"] = (
