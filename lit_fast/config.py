@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -64,6 +65,13 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "model_registry": (None,),
     "suggest_integrations": (True, False),  # there is nothing that we suggest
 }
+
+
+def refuse_unknown(unknown: list[str], known: list[str]) -> NoReturn:
+    """Raises: MisconfigurationException, which names the options that the caller may have meant."""
+    close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(sorted(known))}."
+    raise MisconfigurationException(f"Trainer has no option {unknown[0]!r}; {hint}")
 
 
 def resolve_config(**given: Any) -> TrainerConfig:

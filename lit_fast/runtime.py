@@ -85,23 +85,15 @@ def checkpoints_last(callbacks: list[Any]) -> list[Any]:
 
 
 @contextmanager
-def attach_model(trainer: Trainer, model: Any, fn: TrainerFn, dry: bool = False) -> Iterator[LightningModule]:
+def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[LightningModule]:
     """The module, attached to the trainer for one run; on an exception, hooks and loggers hear of it.
 
     A `torch.compile`d module is unwrapped, and its steps are replaced by their compiled versions meanwhile.
     """
-    module = getattr(model, "_orig_mod", model)
-    if not isinstance(module, LightningModule):
-        raise MisconfigurationException(
-            f"trainer.{fn}() was given {type(model).__name__}; it needs a lit_fast.LightningModule (or torch.compile of "
-            f"one). A module written for another package's LightningModule runs under `lit-fast run`."
-        )
+    module = _unwrapped(model, str(fn))
     restore = _compile_steps(model, module) if model is not module else {}
     trainer._module = module
     module.trainer = trainer
-    if dry:
-        yield module
-        return
     trainer._begin(fn)
     try:
         with trainer._signals():
@@ -123,6 +115,32 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn, dry: bool = False)
                 module.__dict__.pop(name, None)
             else:
                 module.__dict__[name] = original
+
+
+@contextmanager
+def borrow_model(trainer: Trainer, model: Any) -> Iterator[LightningModule]:
+    """The module, attached for a look at its plan; afterwards trainer and module are as before."""
+    module = _unwrapped(model, "explain")
+    names = ("_module", "optimizers", "lr_scheduler_configs", "_lightning_optimizers")
+    before, attached_to = {name: trainer.__dict__[name] for name in names}, module._trainer
+    trainer._module = module
+    module.trainer = trainer
+    try:
+        yield module
+    finally:
+        trainer.__dict__.update(before)
+        module.trainer = attached_to
+
+
+def _unwrapped(model: Any, method: str) -> LightningModule:
+    module = getattr(model, "_orig_mod", model)
+    if not isinstance(module, LightningModule):
+        raise MisconfigurationException(
+            f"trainer.{method}() was given {type(model).__name__}; it needs a lit_fast.LightningModule (or "
+            f"torch.compile of one). A module written for another package's LightningModule runs under "
+            f"`lit-fast run`."
+        )
+    return module
 
 
 def _compile_steps(compiled: Any, module: LightningModule) -> dict[str, Any]:
@@ -507,7 +525,13 @@ class Runtime:
             yield
             return
 
+        process = os.getpid()
+
         def wait_for_step(number: int, frame: Any) -> None:
+            if os.getpid() != process:  # a loader's worker, which inherits this: Ctrl-C is its parent's to handle
+                if number == signal.SIGTERM:
+                    os._exit(128 + number)
+                return
             if self._interrupt is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._interrupt = number
@@ -522,11 +546,13 @@ class Runtime:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if self._interrupt is not None:  # it came when there was no step left to wait for
+            signal.raise_signal(self._interrupt)
 
     def _raise_interrupt(self) -> None:
         """End the run between two steps: save first, say how to go on."""
         number, self._interrupt = self._interrupt, None
-        path = checkpoint_state.interrupt_path(self)
+        path = None if self.sanity_checking else checkpoint_state.interrupt_path(self)
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
-from lit_fast.config import resolve_config
+from lit_fast.config import refuse_unknown, resolve_config
 from lit_fast.errors import MisconfigurationException
 from lit_fast.evaluation import EvaluationLoop, can_validate
 from lit_fast.hooks import is_overridden
@@ -18,7 +18,7 @@ from lit_fast.loop import FitLoop, Progress
 from lit_fast.metrics import MetricLog
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans, clip_in_place
-from lit_fast.runtime import Runtime, attach_model, configure_callbacks, configure_loggers
+from lit_fast.runtime import Runtime, attach_model, borrow_model, configure_callbacks, configure_loggers
 from lit_fast.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from lit_fast.strategies import SingleDeviceStrategy
 
@@ -110,8 +110,11 @@ class Trainer(Runtime):
         model_registry: str | None = None,
         suggest_integrations: bool = True,
         keep_freed_memory: bool = True,
+        **unknown: NoReturn,
     ) -> None:
-        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "unknown")}
+        if unknown:
+            refuse_unknown(list(unknown), list(given))
         loggers, given_callbacks = given.pop("logger"), given.pop("callbacks")
         self.config = resolve_config(**given)
         self.strategy = SingleDeviceStrategy(self.config.device)
@@ -237,7 +240,7 @@ class Trainer(Runtime):
         After or during a fit it describes that run; before one, pass the model.
         """
         if model is not None and (self.fit_loop.plans is None or self._module is not model):
-            with attach_model(self, model, TrainerFn.FITTING, dry=True) as module:
+            with borrow_model(self, model) as module:
                 self._check_can_fit(module)
                 self._configure_optimizers(module)
                 plans = Plans(self, module)

@@ -7,6 +7,7 @@ the loop had got. A file written by Lightning resumes too, at the start of the e
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ import torch
 from lit_fast.checkpoint import io, rng
 from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.module import LightningModule
+from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -220,7 +222,7 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
 
 
 def _candidates(trainer: Trainer) -> Iterator[tuple[int, int, int, Path]]:
-    """Checkpoints of this run and of earlier versions of it, as (version, step, time of writing, path)."""
+    """What a fit can go on from, of this run and earlier versions of it: (version, time of writing, step, path)."""
     for callback in trainer.checkpoint_callbacks:
         if not getattr(callback, "dirpath", None):
             continue
@@ -232,11 +234,14 @@ def _candidates(trainer: Trainer) -> Iterator[tuple[int, int, int, Path]]:
             number = re.fullmatch(r"version_(\d+)", folder.parent.name)
             for path in folder.glob("*.ckpt"):
                 try:
-                    step = int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+                    written = path.stat().st_mtime_ns
+                    held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                    step = int(held["global_step"])
                 except Exception as error:
                     warnings.warn(f"ckpt_path='last' passes over {path}: it cannot be read ({error}).", stacklevel=4)
                     continue
-                yield int(number[1]) if number else 0, step, path.stat().st_mtime_ns, path
+                if "optimizer_states" in held or trainer.state.fn != TrainerFn.FITTING:
+                    yield int(number[1]) if number else 0, written, step, path
 
 
 def read(path: Path, weights_only: bool | None) -> dict[str, Any]:
@@ -245,10 +250,18 @@ def read(path: Path, weights_only: bool | None) -> dict[str, Any]:
 
 
 def interrupt_path(trainer: Trainer) -> Path | None:
-    """Where an interrupted run is saved: "last.ckpt" beside the run's other checkpoints."""
+    """Where an interrupted run is saved: "last.ckpt" beside the run's other checkpoints.
+
+    "last-v1.ckpt" ... where that name is taken by a file that this run neither wrote nor went on from.
+    """
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "dirpath", None):
-            return Path(callback.dirpath) / "last.ckpt"
+            ours = [os.path.abspath(p) for p in (getattr(callback, "last_model_path", ""), trainer.ckpt_path) if p]
+            path, version = Path(callback.dirpath).absolute() / "last.ckpt", 0
+            while path.exists() and str(path) not in ours:
+                version += 1
+                path = path.with_name(f"last-v{version}.ckpt")
+            return path
     return None
 
 

@@ -17,7 +17,7 @@ class LightningOptimizer:
     Args:
         optimizer: the user's optimizer.
         run_step: `run_step(closure, **kwargs)` does one step in the Trainer's terms.
-        zero_grad: releases the gradients of the optimizer's parameters.
+        release: sets the gradients of the optimizer's parameters to None.
         siblings: every optimizer of the run, this one included.
     """
 
@@ -25,13 +25,13 @@ class LightningOptimizer:
         self,
         optimizer: Optimizer,
         run_step: Callable[..., Any],
-        zero_grad: Callable[..., None],
+        release: Callable[[], None],
         siblings: Sequence[Optimizer],
     ) -> None:
         self._optimizer = optimizer
         self._run_step = run_step
         self._siblings = siblings
-        self.zero_grad = zero_grad
+        self._release = release
 
     @property
     def optimizer(self) -> Optimizer:
@@ -47,6 +47,13 @@ class LightningOptimizer:
         if closure is not None and not callable(closure):
             raise TypeError(f"optimizer.step(closure={closure!r}): the closure must be callable.")
         return self._run_step(closure, **kwargs)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Release the gradients, or fill them with zeros where `set_to_none` is False."""
+        if set_to_none:
+            self._release()
+        else:
+            self._optimizer.zero_grad(set_to_none=False)
 
     @contextmanager
     def toggle_model(self, sync_grad: bool = True) -> Iterator[None]:
