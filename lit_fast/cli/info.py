@@ -32,12 +32,11 @@ def version(package: str) -> str | None:
 def torch_facts() -> dict[str, Any]:
     import torch
 
+    parallel = torch.__config__.parallel_info()
     facts: dict[str, Any] = {
         "version": torch.__version__,
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads or OMP_NUM_THREADS changes it)",
-        "parallel backend": torch.__config__.parallel_info()
-        .split("ATen parallel backend: ")[-1]
-        .split("\n")[0],
+        "parallel backend": parallel.partition("ATen parallel backend: ")[2].partition("\n")[0],
     }
     if not torch.cuda.is_available():
         facts["CUDA devices"] = (
