@@ -109,7 +109,7 @@ def write_yaml(path: str | os.PathLike[str], values: Mapping[str, Any]) -> None:
     text = "{}\n"
     if values:
         try:
-            import yaml  # type: ignore[import-untyped]
+            import yaml
         except ImportError as error:
             raise MisconfigurationException(
                 f"Writing {os.fspath(path)} needs PyYAML, which is not installed; run: pip install pyyaml"
