@@ -324,7 +324,10 @@ def make_trainer(record: Recorder, root: str, **options: Any) -> Any:
 
 def all_scenarios() -> dict[str, Callable[[Framework, str], Recorder]]:
     import lightning_scenarios
-    import lightning_scenarios_log  # noqa: F401  (registers its own)
+
+    # These register theirs in the first one's table.
+    import lightning_scenarios_log  # noqa: F401
+    import lightning_scenarios_overrides  # noqa: F401
 
     return lightning_scenarios.SCENARIOS
 
