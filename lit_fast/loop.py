@@ -66,7 +66,9 @@ class EpochLoop:
 
     @property
     def _batches_that_stepped(self) -> int:
-        return self._fit_loop.windows_completed()
+        """Windows completed before the batch that runs now: inside its hooks it does not count itself."""
+        progress = self._fit_loop.progress
+        return self._fit_loop.windows_completed(progress.batch_idx + (progress.stage != "batch"))
 
 
 class FitLoop:
@@ -245,12 +247,13 @@ class FitLoop:
 
     # -- between two steps
 
-    def windows_completed(self) -> int:
-        """Windows that ended in an optimizer step so far, which is what the loggers call the step."""
+    def windows_completed(self, batches: int | None = None) -> int:
+        """Windows that ended in an optimizer step so far, which is what the loggers call the step; `batches` of this
+        epoch are counted, all up to the present one where it is None."""
         progress = self.progress
-        done = progress.batch_idx + 1
+        done = progress.batch_idx + 1 if batches is None else batches
         window = self.plans.window if self.plans is not None and self.plans.automatic else 1
-        last = progress.is_last_batch
+        last = progress.is_last_batch and done == progress.batch_idx + 1
         return progress.stepped_before + (math.ceil(done / window) if last else done // window)
 
     def _visit(self) -> bool:

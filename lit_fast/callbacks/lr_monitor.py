@@ -82,20 +82,22 @@ class LearningRateMonitor(Callback):
         every = trainer.log_every_n_steps
         due = every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         if self.logging_interval != "epoch" and (due or trainer.should_stop):
-            self._log(trainer, "step" if self.logging_interval is None else None)
+            # The rate of the step that is about to run stands in one row with what that step logs.
+            self._log(trainer, "step" if self.logging_interval is None else None, steps_ahead=1)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if self.logging_interval != "step":
             self._log(trainer, "epoch" if self.logging_interval is None else None)
 
-    def _log(self, trainer: Any, interval: str | None) -> None:
+    def _log(self, trainer: Any, interval: str | None, steps_ahead: int = 0) -> None:
         values: dict[str, float] = {}
         for scheduled, group, name in self._groups(trainer):
             if interval is None or scheduled is None or scheduled == interval:
                 values.update(self._values(name, group))
         if values:
+            step = trainer.fit_loop.epoch_loop._batches_that_stepped + steps_ahead
             for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.log_metrics(values, step=step)
 
     def _values(self, name: str, group: dict[str, Any]) -> dict[str, float]:
         values = {name: float(group["lr"])}

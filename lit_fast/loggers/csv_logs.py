@@ -31,7 +31,7 @@ class ExperimentWriter:
         self.metrics_keys: list[str] = []
         self.metrics_file_path = os.path.join(log_dir, self.NAME_METRICS_FILE)
         self._file: TextIO | None = None
-        self._hparams_written: dict[str, Any] | None = None
+        self._hparams_written: dict[str, Any] = {}
         os.makedirs(log_dir, exist_ok=True)
         if os.path.exists(self.metrics_file_path):
             warnings.warn(

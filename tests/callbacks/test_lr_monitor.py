@@ -67,7 +67,7 @@ def test_names_of_optimizers_groups_and_schedulers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("interval", "scheduler", "steps"),
-    [(None, "epoch", [0]), (None, "step", [1, 3]), ("step", "epoch", [1, 3]), ("epoch", "step", [0])],
+    [(None, "epoch", [0]), (None, "step", [2, 4]), ("step", "epoch", [2, 4]), ("epoch", "step", [0])],
 )
 def test_intervals(tmp_path: Path, interval: Any, scheduler: str, steps: list[int]) -> None:
     adam = torch.optim.Adam([parameter()], lr=0.3)

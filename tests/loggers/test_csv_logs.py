@@ -41,7 +41,7 @@ def test_a_new_column_fills_up_the_old_rows(tmp_path: Path) -> None:
         {"acc": "0.25", "loss": "2.0", "step": "1"},
         {"acc": "0.5", "loss": "", "step": "2"},
     ]
-    assert sorted(path.name for path in Path(logger.log_dir).iterdir()) == ["hparams.yaml", "metrics.csv"]
+    assert sorted(path.name for path in Path(logger.log_dir).iterdir()) == ["metrics.csv"]
 
 
 def test_goes_on_after_finalize(tmp_path: Path) -> None:
