@@ -62,14 +62,41 @@ const FormulaInfo& formula_info(FormulaId id);
 
 // ---- whole batches on the CPU (dispatch.cpp), parallel over chunks ----
 
+struct Options {
+    double values[kMaxOptions];
+};
+
 struct StepBatch {
     FormulaId formula = FormulaId::count;
     std::vector<StepTask> tasks;
     std::vector<CoefficientBlock> coefficients;
+    std::vector<Options> options;  // beside coefficients, for tasks whose step number only the device knows
 };
 
 double cpu_sum_of_squares(const std::vector<Span>& grads, int threads);
 void cpu_scale(const std::vector<Span>& grads, const GradientScale& scale, int threads);
 void cpu_step(const StepBatch& batch, const GradientScale& scale, int threads);
+
+// ---- whole batches on CUDA (cuda/step.cu): everything is queued on the given stream, nothing waits for the device.
+// The device must be torch's current one; the memory behind all pointers must live on it until the stream is done,
+// which torch's caching allocator guarantees for memory used on its own stream. ----
+
+struct CudaStream {
+    int device = 0;
+    void* stream = nullptr;  // CUstream
+};
+
+struct CudaClip {
+    GradientScale scale;
+    float max_norm = -1.0F;       // negative: no clipping by norm
+    const float* norm = nullptr;  // on the device
+};
+
+std::int64_t cuda_norm_chunks(const std::vector<Span>& grads);
+// partial: [cuda_norm_chunks(grads)] on the device; norm: one number on the device, sqrt(sum) * scale.
+void cuda_norm(const std::vector<Span>& grads, double scale, double* partial, float* norm, const CudaStream& on);
+void cuda_scale(const std::vector<Span>& grads, const CudaClip& clip, const CudaStream& on);
+void cuda_count_steps(const std::vector<float*>& counters, const CudaStream& on);
+void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& on);
 
 }  // namespace lit_fast

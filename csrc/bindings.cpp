@@ -37,6 +37,27 @@ py::object result_object(const lf::StepResult& result) {
     return py::none();
 }
 
+// cuda: (device index, stream handle, norm tensor or None, workspace callable), torch's current ones; None for the CPU.
+struct CudaArgument {
+    lf::CudaContext context;
+    bool given;
+
+    explicit CudaArgument(const py::object& cuda) : given(!cuda.is_none()) {
+        if (!given) return;
+        const auto parts = cuda.cast<py::tuple>();
+        context.on.device = parts[0].cast<int>();
+        context.on.stream = reinterpret_cast<void*>(parts[1].cast<std::uintptr_t>());
+        norm = parts[2];
+        workspace = parts[3];
+        context.norm = norm.ptr();
+        context.workspace = workspace.ptr();
+    }
+    const lf::CudaContext* get() const { return given ? &context : nullptr; }
+
+  private:
+    py::object norm, workspace;
+};
+
 std::unique_ptr<lf::Stepper> make_stepper(const std::string& formula, const py::tuple& option_keys,
                                           const py::tuple& refused_keys, const py::tuple& state_keys,
                                           const py::object& step_key, const py::object& init_state) {
@@ -125,16 +146,29 @@ PYBIND11_MODULE(_core, m) {
                 double max_norm, double clip_value) {
                  const lf::Clipping clipping{grad_scale, max_norm, clip_value};
                  return python_errors(
-                     [&] { return result_object(self.step(param_groups.ptr(), state.ptr(), clipping)); });
+                     [&] { return result_object(self.step(param_groups.ptr(), state.ptr(), clipping, nullptr)); });
              })
-        .def("check_parameters", [](lf::Stepper& self, const py::handle& param_groups) {
-            return python_errors([&] { return self.check_parameters(param_groups.ptr()); });
-        });
+        .def("step_on_cuda",
+             [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, double grad_scale,
+                double max_norm, double clip_value, const py::object& cuda) {
+                 const lf::Clipping clipping{grad_scale, max_norm, clip_value};
+                 const CudaArgument context(cuda);
+                 return python_errors([&] {
+                     return result_object(self.step(param_groups.ptr(), state.ptr(), clipping, context.get()));
+                 });
+             })
+        .def("check_parameters",
+             [](lf::Stepper& self, const py::handle& param_groups, bool on_cuda, int device_index) {
+                 return python_errors(
+                     [&] { return self.check_parameters(param_groups.ptr(), on_cuda, device_index); });
+             });
     m.def("gradient_norm", [](const py::handle& param_groups, double grad_scale, double max_norm, double clip_value,
-                              bool rewrite) {
+                              bool rewrite, const py::object& cuda) {
         const lf::Clipping clipping{grad_scale, max_norm, clip_value};
-        return python_errors(
-            [&] { return result_object(lf::gradient_norm(param_groups.ptr(), clipping, rewrite)); });
+        const CudaArgument context(cuda);
+        return python_errors([&] {
+            return result_object(lf::gradient_norm(param_groups.ptr(), clipping, rewrite, context.get()));
+        });
     });
     m.def("release_gradients", [](const py::handle& param_groups) {
         python_errors([&] { lf::release_gradients(param_groups.ptr()); return 0; });

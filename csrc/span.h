@@ -24,6 +24,7 @@ struct StepTask {
     std::int32_t coefficients = 0;  // index into the batch's coefficient blocks
     std::int32_t layout = 0;        // Layout
     bool stateless = false;
+    const float* step = nullptr;    // this step's number where only the device knows it
 };
 
 }  // namespace lit_fast

@@ -118,24 +118,61 @@ bool as_number(PyObject* value, double& out) {
     return true;
 }
 
-StepResult norm_of(const std::vector<Span>& grads, std::int64_t elements, const Clipping& clipping) {
-    double sum = 0.0;
-    run(elements, [&](int threads) { sum = cpu_sum_of_squares(grads, threads); });
-    StepResult result;
-    result.has_norm = true;
-    result.norm = static_cast<float>(std::sqrt(sum) * std::fabs(clipping.grad_scale));
-    return result;
+// Why a tensor cannot be worked on where `cuda` says, or "".
+std::string misplaced(const TensorView& view, const CudaContext* cuda) {
+    if (cuda == nullptr) return view.device == Device::cpu ? "" : "is not on the CPU like the others";
+    if (view.device != Device::cuda || view.device_index != cuda->on.device) {
+        return "is not on CUDA device " + std::to_string(cuda->on.device) + " like the others";
+    }
+    return "";
 }
 
-GradientScale scale_for(const Clipping& clipping, const StepResult& result) {
+GradientScale scale_without_norm(const Clipping& clipping) {
     GradientScale scale;
     scale.scale = static_cast<float>(clipping.grad_scale);
-    if (clipping.max_norm >= 0.0) {
-        scale.scale *= clip_coefficient(result.norm, static_cast<float>(clipping.max_norm));
-    }
     if (clipping.clip_value >= 0.0) scale.limit = static_cast<float>(clipping.clip_value);
     return scale;
 }
+
+// Gradients, norm, and clip coefficient on the CPU.
+GradientScale cpu_clip(const std::vector<Span>& grads, std::int64_t elements, const Clipping& clipping, bool with_norm,
+                       StepResult& result) {
+    GradientScale scale = scale_without_norm(clipping);
+    if (with_norm) {
+        double sum = 0.0;
+        run(elements, [&](int threads) { sum = cpu_sum_of_squares(grads, threads); });
+        result.has_norm = true;
+        result.norm = static_cast<float>(std::sqrt(sum) * std::fabs(clipping.grad_scale));
+    }
+    if (clipping.max_norm >= 0.0) {
+        scale.scale *= clip_coefficient(result.norm, static_cast<float>(clipping.max_norm));
+    }
+    return scale;
+}
+
+#if LIT_FAST_HAS_CUDA
+void* pointer_of(PyObject* tensor) {
+    TensorView view;
+    std::string cause;
+    if (!torch_side().reader.read(tensor, view, cause)) throw KernelError("a CUDA tensor cannot be read: " + cause);
+    return view.data;
+}
+
+// The same, queued; the workspace is kept in `refs` until the queueing is done.
+CudaClip cuda_clip(const std::vector<Span>& grads, const Clipping& clipping, bool with_norm, const CudaContext& cuda,
+                   References& refs) {
+    CudaClip clip;
+    clip.scale = scale_without_norm(clipping);
+    if (!with_norm) return clip;
+    PyObject* chunks = refs.keep(checked(PyLong_FromLongLong(cuda_norm_chunks(grads) + 1)));
+    PyObject* partial = refs.keep(checked(PyObject_CallOneArg(cuda.workspace, chunks)));
+    auto* norm = static_cast<float*>(pointer_of(cuda.norm));
+    cuda_norm(grads, std::fabs(clipping.grad_scale), static_cast<double*>(pointer_of(partial)), norm, cuda.on);
+    clip.max_norm = static_cast<float>(clipping.max_norm);
+    clip.norm = norm;
+    return clip;
+}
+#endif
 
 }  // namespace
 
@@ -195,6 +232,40 @@ bool Stepper::read_options(PyObject* group, double* options, std::string& refusa
     return true;
 }
 
+bool Stepper::lacks_state(PyObject* entry) const {
+    for (int k = 0; k < info_->state_count; ++k) {
+        PyObject* value = get_item(entry, PyTuple_GET_ITEM(mapping_.state_keys, k));
+        if (value == nullptr || value == Py_None) return true;
+    }
+    return false;
+}
+
+// step: this step's number, or 0 where only the device knows it (then task.step points to it).
+bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal) {
+    const TensorReader& reader = torch_side().reader;
+    PyObject* counter = get_item(entry, mapping_.step_key);
+    TensorView view;
+    std::string cause;
+    if (counter == nullptr || !reader.plain(counter) || !reader.read(counter, view, cause) ||
+        view.dtype != Dtype::float32 || view.numel != 1 ||
+        (view.device != Device::cpu && !misplaced(view, cuda_).empty())) {
+        refusal = "the state " + text_of(mapping_.step_key) + " is not one float32 number on the CPU or beside its parameter";
+        return false;
+    }
+    Py_INCREF(counter);
+    refs_.keep(counter);
+    written_.push_back(counter);
+    auto* value = static_cast<float*>(view.data);
+    if (view.device == Device::cpu) {
+        counters_.push_back({value, *value + 1.0F});
+        step = counters_.back().next;
+    } else {
+        device_counters_.push_back(value);
+        task.step = value;
+    }
+    return true;
+}
+
 bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* options, PyObject* state,
                                 std::string& refusal) {
     const TensorReader& reader = torch_side().reader;
@@ -221,8 +292,10 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
         refusal = "a parameter or gradient cannot be read: " + cause;
         return false;
     }
-    if (p.device != Device::cpu || g.device != Device::cpu) {
-        refusal = "a parameter or gradient is on a device without a compiled kernel";
+    for (const TensorView* view : {&p, &g}) {
+        cause = misplaced(*view, cuda_);
+        if (cause.empty()) continue;
+        refusal = "a parameter or gradient " + cause;
         return false;
     }
     if (!p.dense() || !p.same_layout(g)) {
@@ -241,16 +314,13 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
     if (!task.stateless) {
         PyObject* entry = get_item(state, param);
         const bool absent = entry == nullptr || !PyDict_Check(entry) || PyDict_GET_SIZE(entry) == 0;
-        for (int k = 0; k < info_->state_count; ++k) {
-            PyObject* value = absent ? nullptr : get_item(entry, PyTuple_GET_ITEM(mapping_.state_keys, k));
-            if (value != nullptr && value != Py_None) continue;
+        if (absent || lacks_state(entry)) {
             PyObject* arguments[] = {state, group, param};
             Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
             new_states_.push_back({param, absent});
             first = true;
-            break;
+            entry = get_item(state, param);
         }
-        entry = get_item(state, param);
         for (int k = 0; k < info_->state_count; ++k) {
             PyObject* key = PyTuple_GET_ITEM(mapping_.state_keys, k);
             PyObject* value = entry != nullptr && PyDict_Check(entry) ? get_item(entry, key) : nullptr;
@@ -272,20 +342,7 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
             task.state[k] = s.data;
             written_.push_back(value);
         }
-        if (info_->counts_steps) {
-            PyObject* counter = get_item(entry, mapping_.step_key);
-            if (counter == nullptr || !reader.plain(counter) || !reader.read(counter, s, cause) ||
-                s.device != Device::cpu || s.dtype != Dtype::float32 || s.numel != 1) {
-                refusal = "the state " + text_of(mapping_.step_key) + " is not one float32 number on the CPU";
-                return false;
-            }
-            Py_INCREF(counter);
-            refs_.keep(counter);
-            written_.push_back(counter);
-            auto* value = static_cast<float*>(s.data);
-            counters_.push_back({value, *value + 1.0F});
-            step = counters_.back().next;
-        }
+        if (info_->counts_steps && !read_counter(entry, task, step, refusal)) return false;
     }
     task.layout = layout_of(p.dtype, g.dtype, state_dtype);
     if (task.layout < 0) {
@@ -294,8 +351,11 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
     }
     const std::int64_t width = p.dtype == Dtype::float32 ? torch_side().vector_width : 2 * torch_side().vector_width;
     task.body = info_->has_remainder(options) ? p.numel - p.numel % width : p.numel;
+    if (cuda_ != nullptr) task.body = p.numel;
     if (last_step_ != step || last_first_ != first) {
         batch_.coefficients.push_back(info_->coefficients(options, step, first));
+        batch_.options.emplace_back();
+        std::copy_n(options, kMaxOptions, batch_.options.back().values);
         last_step_ = step;
         last_first_ = first;
     }
@@ -310,8 +370,10 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
 bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refusal) {
     batch_.tasks.clear();
     batch_.coefficients.clear();
+    batch_.options.clear();
     grads_.clear();
     counters_.clear();
+    device_counters_.clear();
     new_states_.clear();
     written_.clear();
     elements_ = 0;
@@ -328,15 +390,10 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
 }
 
 bool Stepper::memory_is_disjoint(std::string& refusal) {
-    struct Range {
-        const char *begin, *end;
-        bool written;
-    };
-    std::vector<Range> ranges;
-    ranges.reserve(batch_.tasks.size() * 5);
+    ranges_.clear();
     const auto add = [&](const void* data, std::int64_t bytes, bool written) {
         const auto* begin = static_cast<const char*>(data);
-        if (bytes > 0) ranges.push_back({begin, begin + bytes, written});
+        if (bytes > 0) ranges_.push_back({begin, begin + bytes, written});
     };
     for (std::size_t i = 0; i < batch_.tasks.size(); ++i) {
         const StepTask& task = batch_.tasks[i];
@@ -349,9 +406,10 @@ bool Stepper::memory_is_disjoint(std::string& refusal) {
         }
     }
     for (const StepCounter& counter : counters_) add(counter.value, sizeof(float), true);
-    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+    for (const float* counter : device_counters_) add(counter, sizeof(float), true);
+    std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
     const char *written_end = nullptr, *any_end = nullptr;
-    for (const Range& range : ranges) {
+    for (const Range& range : ranges_) {
         if (range.begin < (range.written ? any_end : written_end)) {
             refusal = "parameters, gradients or states share memory";
             return false;
@@ -376,27 +434,43 @@ void Stepper::undo_new_states(PyObject* state) {
     }
 }
 
-StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping& clipping) {
+StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping& clipping, const CudaContext* cuda) {
     struct Release {
         References& refs;
         ~Release() { refs.clear(); }
     } release{refs_};
+    cuda_ = cuda;
     StepResult result;
     if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
     if (!collect(param_groups, state, result.refusal)) {
         undo_new_states(state);
         return result;
     }
-    if (clipping.max_norm >= 0.0) result = norm_of(grads_, elements_, clipping);
-    const GradientScale scale = scale_for(clipping, result);
-    for (const StepCounter& counter : counters_) *counter.value = counter.next;
-    run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
+    const bool with_norm = clipping.max_norm >= 0.0;
+    if (cuda == nullptr) {
+        const GradientScale scale = cpu_clip(grads_, elements_, clipping, with_norm, result);
+        for (const StepCounter& counter : counters_) *counter.value = counter.next;
+        run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
+    } else {
+#if LIT_FAST_HAS_CUDA
+        const CudaClip clip = cuda_clip(grads_, clipping, with_norm, *cuda, refs_);
+        for (const StepCounter& counter : counters_) *counter.value = counter.next;
+        cuda_count_steps(device_counters_, cuda->on);
+        cuda_step(batch_, clip, cuda->on);
+#else
+        throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");
+#endif
+    }
     increment_versions(written_);
     return result;
 }
 
-std::string Stepper::check_parameters(PyObject* param_groups) {
+std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int device_index) {
     std::string refusal;
+    CudaContext there;
+    there.on.device = device_index;
+    const CudaContext* cuda = on_cuda ? &there : nullptr;
+    if (on_cuda && !LIT_FAST_HAS_CUDA) return "this build has no CUDA kernels (" LIT_FAST_CUDA_REASON ")";
     for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
         double options[kMaxOptions] = {};
         if (!refusal.empty() || !read_options(group, options, refusal)) return;
@@ -408,8 +482,8 @@ std::string Stepper::check_parameters(PyObject* param_groups) {
                 refusal = "a parameter is a " + type_name(param) + ", not a plain tensor";
             } else if (!torch_side().reader.read(param, view, cause)) {
                 refusal = "a parameter cannot be read: " + cause;
-            } else if (view.device != Device::cpu) {
-                refusal = "a parameter is on a device without a compiled kernel";
+            } else if (!(cause = misplaced(view, cuda)).empty()) {
+                refusal = "a parameter " + cause;
             } else if (!view.dense()) {
                 refusal = "a parameter is not dense in memory";
             } else if (layout_of(view.dtype, view.dtype, view.dtype) < 0) {
@@ -420,7 +494,7 @@ std::string Stepper::check_parameters(PyObject* param_groups) {
     return refusal;
 }
 
-StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite) {
+StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite, const CudaContext* cuda) {
     std::vector<Span> grads;
     std::vector<PyObject*> tensors;
     References refs;
@@ -434,8 +508,10 @@ StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool 
             std::string cause;
             if (!torch_side().reader.plain(grad) || !torch_side().reader.read(grad, view, cause)) {
                 result.refusal = "a gradient is a " + type_name(grad) + " that cannot be read " + cause;
-            } else if (view.device != Device::cpu || view.dtype == Dtype::other || !view.dense()) {
-                result.refusal = "a gradient's device, dtype or layout has no compiled kernel";
+            } else if (!(cause = misplaced(view, cuda)).empty()) {
+                result.refusal = "a gradient " + cause;
+            } else if (view.dtype == Dtype::other || !view.dense()) {
+                result.refusal = "a gradient is neither float32 nor bfloat16, or not dense in memory";
             }
             elements += view.numel;
             grads.push_back({view.data, view.numel, view.dtype});
@@ -443,12 +519,19 @@ StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool 
         }
     });
     if (!result.refusal.empty()) return result;
-    if (clipping.max_norm >= 0.0 || !rewrite) result = norm_of(grads, elements, clipping);
-    if (rewrite) {
-        const GradientScale scale = scale_for(clipping, result);
-        run(elements, [&](int threads) { cpu_scale(grads, scale, threads); });
-        increment_versions(tensors);
+    const bool with_norm = clipping.max_norm >= 0.0 || !rewrite;
+    if (cuda == nullptr) {
+        const GradientScale scale = cpu_clip(grads, elements, clipping, with_norm, result);
+        if (rewrite) run(elements, [&](int threads) { cpu_scale(grads, scale, threads); });
+    } else {
+#if LIT_FAST_HAS_CUDA
+        const CudaClip clip = cuda_clip(grads, clipping, with_norm, *cuda, refs);
+        if (rewrite) cuda_scale(grads, clip, cuda->on);
+#else
+        throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");
+#endif
     }
+    if (rewrite) increment_versions(tensors);
     return result;
 }
 

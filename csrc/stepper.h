@@ -39,9 +39,16 @@ struct Clipping {
 };
 
 struct StepResult {
-    bool has_norm = false;
-    float norm = 0.0F;  // of the scaled gradients, before clipping
+    bool has_norm = false;  // on the host; with CUDA the norm is in the context's tensor
+    float norm = 0.0F;      // of the scaled gradients, before clipping
     std::string refusal;  // why nothing was done; empty when the step was taken
+};
+
+// Where the work goes when it does not go to the CPU.
+struct CudaContext {
+    CudaStream on;                  // torch's current device and stream
+    PyObject* norm = nullptr;       // 0-dim float32 tensor there, or None
+    PyObject* workspace = nullptr;  // workspace(n) -> float64 tensor of n elements there
 };
 
 // How one optimizer class maps to a formula: names of things in its param_groups and state.
@@ -62,14 +69,19 @@ class Stepper {
     Stepper& operator=(const Stepper&) = delete;
 
     // Everything is checked before anything is written. Throws PythonError when a Python call failed.
-    StepResult step(PyObject* param_groups, PyObject* state, const Clipping& clipping);
+    // cuda: nullptr for the CPU.
+    StepResult step(PyObject* param_groups, PyObject* state, const Clipping& clipping, const CudaContext* cuda);
     // The same checks for every parameter, gradients and state left alone: "" or why there is no kernel.
-    std::string check_parameters(PyObject* param_groups);
+    std::string check_parameters(PyObject* param_groups, bool on_cuda, int device_index);
 
   private:
     struct StepCounter {
         float* value;
         float next;
+    };
+    struct Range {
+        const char *begin, *end;
+        bool written;
     };
     struct NewState {
         PyObject* param;  // borrowed from refs_
@@ -81,6 +93,8 @@ class Stepper {
     bool collect_parameter(PyObject* group, PyObject* param, const double* options, PyObject* state,
                            std::string& refusal);
     bool read_options(PyObject* group, double* options, std::string& refusal) const;
+    bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
+    bool lacks_state(PyObject* entry) const;
     bool memory_is_disjoint(std::string& refusal);
     void undo_new_states(PyObject* state);
 
@@ -91,10 +105,13 @@ class Stepper {
     StepBatch batch_;
     std::vector<Span> grads_;
     std::vector<StepCounter> counters_;
+    std::vector<float*> device_counters_;
     std::vector<NewState> new_states_;
+    std::vector<Range> ranges_;
     std::vector<PyObject*> written_;  // borrowed from refs_
     References refs_;
     std::int64_t elements_ = 0;
+    const CudaContext* cuda_ = nullptr;  // during a step
     double last_step_ = -1.0;
     bool last_first_ = false;
 };
@@ -112,7 +129,7 @@ struct Torch {
 Torch& torch_side();
 
 // L2 norm of gradients, or gradients rewritten in place, for any parameters.
-StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite);
+StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite, const CudaContext* cuda);
 void release_gradients(PyObject* param_groups);
 
 }  // namespace lit_fast

@@ -1,8 +1,11 @@
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
+
+# (device index, stream handle, 0-dim float32 norm tensor or None, workspace(n) -> n float64 on the device)
+CudaContext: TypeAlias = tuple[int, int, Tensor | None, Callable[[int], Tensor]]
 
 def configure(
     torch: ModuleType,
@@ -23,6 +26,7 @@ def gradient_norm(
     max_norm: float,
     clip_value: float,
     rewrite: bool,
+    cuda: CudaContext | None,
     /,
 ) -> float | str | None: ...
 def release_gradients(param_groups: list[dict[str, Any]], /) -> None: ...
@@ -47,4 +51,16 @@ class Stepper:
         clip_value: float,
         /,
     ) -> float | str | None: ...
-    def check_parameters(self, param_groups: list[dict[str, Any]], /) -> str: ...
+    def step_on_cuda(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: float,
+        max_norm: float,
+        clip_value: float,
+        cuda: CudaContext,
+        /,
+    ) -> str | None: ...
+    def check_parameters(
+        self, param_groups: list[dict[str, Any]], on_cuda: bool, device_index: int, /
+    ) -> str: ...

@@ -1,11 +1,13 @@
 """The typed face of the compiled core, and its only importer.
 
-The core reads tensors where they lie and writes them in place; it holds nothing between two calls. What it cannot do
-it refuses with a sentence, before anything is written: callers then do the work with torch and say so.
+The core reads tensors where they lie and writes them in place; it holds nothing between two calls. What
+it cannot do it refuses with a sentence, before anything is written: callers then do the work with torch and say
+so.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from collections.abc import Callable
@@ -34,7 +36,7 @@ class Mapping:
     Attributes:
         formula: the formula's name, as in `formulas()`; the mapping's file bears it too.
         classes: the `torch.optim` classes.
-        option_keys: keys of a param group whose numbers (tuples flattened) are the formula's options, in its order.
+        option_keys: keys of a param group whose numbers, tuples flattened, are the formula's options in order.
         refused_keys: keys of a param group that must be absent or false.
         state_keys: keys of `optimizer.state[p]`, one for each state of the formula.
         step_key: key of the float32 step counter in `optimizer.state[p]`, or None.
@@ -51,19 +53,26 @@ class Mapping:
 
 
 class Stepper:
-    """One optimizer class's compiled step. Keeps no tensor.
+    """One optimizer class's compiled step on one device. Keeps no tensor.
+
+    Attributes:
+        step: `step(param_groups, state, grad_scale, max_norm, clip_value)`. Returns None when the step was
+            taken; with a `max_norm` instead the norm of the scaled gradients (a float on the CPU, a tensor on
+            CUDA); or a str, the reason why nothing was done. A negative `max_norm` or `clip_value` is none.
 
     Example:
         >>> from lit_fast.optim.sgd import MAPPING
         >>> weight = torch.nn.Parameter(torch.ones(3))
         >>> weight.grad = torch.ones(3)
         >>> sgd = torch.optim.SGD([weight], lr=0.5)
-        >>> Stepper(MAPPING).step(sgd.param_groups, sgd.state, 1.0, NO_CLIPPING, NO_CLIPPING)
+        >>> stepper = Stepper(MAPPING, torch.device("cpu"))
+        >>> stepper.step(sgd.param_groups, sgd.state, 1.0, NO_CLIPPING, NO_CLIPPING)
         >>> weight.detach()
         tensor([0.5000, 0.5000, 0.5000])
     """
 
-    def __init__(self, mapping: Mapping) -> None:
+    def __init__(self, mapping: Mapping, device: torch.device) -> None:
+        self.device = device
         self._core = _core.Stepper(
             mapping.formula,
             mapping.option_keys,
@@ -72,14 +81,34 @@ class Stepper:
             mapping.step_key,
             mapping.init_state,
         )
-        # step(param_groups, state, grad_scale, max_norm, clip_value): None when stepped, the norm of the scaled
-        # gradients (float) when stepped with a max_norm, or the reason (str) why nothing was done. Negative max_norm
-        # or clip_value: no such clipping.
-        self.step = self._core.step
+        self.step: Callable[[ParamGroups, State, float, float, float], Tensor | float | str | None]
+        self.step = self._step_on_cuda if device.type == "cuda" else self._core.step
 
     def refusal(self, param_groups: ParamGroups) -> str:
-        """Why these parameters and options cannot be stepped, or "" if they can."""
-        return self._core.check_parameters(param_groups)
+        """Why these parameters and options cannot be stepped here, or "" if they can."""
+        if self.device.type not in ("cpu", "cuda"):
+            return f"there are no kernels for the device {self.device}"
+        return self._core.check_parameters(param_groups, self.device.type == "cuda", self.device.index or 0)
+
+    def _step_on_cuda(
+        self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
+    ) -> Tensor | str | None:
+        with torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing() and not all(
+                g.get("capturable") for g in param_groups
+            ):
+                return "a CUDA graph is being captured and not every param group is capturable"
+            context, norm = _cuda_context(self.device, with_norm=max_norm >= 0.0)
+            refusal = self._core.step_on_cuda(param_groups, state, grad_scale, max_norm, clip_value, context)
+        return norm if refusal is None else refusal
+
+
+def _cuda_context(device: torch.device, with_norm: bool) -> tuple[_core.CudaContext, Tensor | None]:
+    """Torch's current stream there, and memory from its caching allocator, which is safe on that stream."""
+    norm = torch.empty((), dtype=torch.float32, device=device) if with_norm else None
+    stream = torch.cuda.current_stream(device)
+    workspace = functools.partial(torch.empty, dtype=torch.float64, device=device)
+    return (stream.device_index, stream.cuda_stream, norm, workspace), norm
 
 
 def formulas() -> dict[str, dict[str, Any]]:
@@ -88,13 +117,13 @@ def formulas() -> dict[str, dict[str, Any]]:
 
 
 def gradient_norm(param_groups: ParamGroups, grad_scale: float = 1.0) -> Tensor:
-    """L2 norm of all gradients of `param_groups` times `grad_scale`, from one read.
+    """L2 norm of all gradients of `param_groups` times `grad_scale`, from one read, with no host sync.
 
-    Sums squares in float64, in an order that depends on the gradients alone: the same bits for any number of threads
-    and any CPU target. Finite exactly when every gradient is (and the norm itself fits a float32).
+    Sums squares in float64, in an order that depends on the gradients alone: the same bits for any number of
+    threads and any CPU target. Finite exactly when every gradient is (and the norm itself fits a float32).
 
     Returns:
-        0-dim float32 tensor; relative error against float64 below 1e-7.
+        0-dim float32 tensor on the gradients' device; relative error against float64 below 1e-7.
 
     Raises:
         KernelError: a gradient's device, dtype or layout has no kernel.
@@ -105,27 +134,48 @@ def gradient_norm(param_groups: ParamGroups, grad_scale: float = 1.0) -> Tensor:
         >>> gradient_norm([{"params": [weight]}])
         tensor(5.)
     """
-    result = _core.gradient_norm(param_groups, grad_scale, NO_CLIPPING, NO_CLIPPING, False)
-    if isinstance(result, str):
-        raise KernelError(f"gradient_norm: {result}.")
-    return torch.scalar_tensor(result, dtype=torch.float32)
+    norm = _norm_and_rewrite("gradient_norm", param_groups, grad_scale, NO_CLIPPING, NO_CLIPPING, False)
+    assert norm is not None
+    return norm
 
 
 def clip_gradients_(
-    param_groups: ParamGroups, grad_scale: float = 1.0, max_norm: float = NO_CLIPPING, clip_value: float = NO_CLIPPING
+    param_groups: ParamGroups,
+    grad_scale: float = 1.0,
+    max_norm: float = NO_CLIPPING,
+    clip_value: float = NO_CLIPPING,
 ) -> Tensor | None:
-    """Rewrite all gradients in place: times `grad_scale`, then clipped as torch's `clip_grad_norm_`/`_value_` do.
+    """Rewrite all gradients in place: times `grad_scale`, then clipped as torch's `clip_grad_norm_`/`_value_`.
 
     Returns:
-        The norm after scaling and before clipping (0-dim float32), or None without `max_norm`.
+        The norm after scaling and before clipping (0-dim float32, on the gradients' device), or None without
+        `max_norm`.
 
     Raises:
         KernelError: a gradient's device, dtype or layout has no kernel; no gradient was changed.
     """
-    result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, True)
+    return _norm_and_rewrite("clip_gradients_", param_groups, grad_scale, max_norm, clip_value, True)
+
+
+def _norm_and_rewrite(
+    name: str, param_groups: ParamGroups, grad_scale: float, max_norm: float, clip_value: float, rewrite: bool
+) -> Tensor | None:
+    first = next((p.grad for group in param_groups for p in group["params"] if p.grad is not None), None)
+    if first is None or first.device.type != "cuda":
+        result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, rewrite, None)
+        norm = None if result is None or isinstance(result, str) else scalar(result)
+    else:
+        with torch.cuda.device(first.device):
+            context, norm = _cuda_context(first.device, with_norm=max_norm >= 0.0 or not rewrite)
+            result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, rewrite, context)
     if isinstance(result, str):
-        raise KernelError(f"clip_gradients_: {result}.")
-    return None if result is None else torch.scalar_tensor(result, dtype=torch.float32)
+        raise KernelError(f"{name}: {result}. Use torch.nn.utils.clip_grad_norm_ for these gradients.")
+    return norm
+
+
+def scalar(value: float) -> Tensor:
+    """A 0-dim float32 tensor on the CPU, made the fastest way that torch has."""
+    return torch.scalar_tensor(value, dtype=torch.float32)
 
 
 release_gradients = _core.release_gradients  # (param_groups): every p.grad becomes None
@@ -150,8 +200,8 @@ class AllocatorReport:
 def keep_freed_memory(keep: bool = True) -> AllocatorReport:
     """Tell the C allocator to keep freed memory for reuse (True) or to follow its defaults (False).
 
-    Gradients that are freed after every step otherwise go back to the kernel and come back as page faults, which cost
-    more than any kernel here. Process-wide, glibc only; elsewhere nothing is done and the report says why.
+    Gradients that are freed after every step otherwise go back to the system and come back as page faults,
+    which cost more than any kernel here. Process-wide, glibc only; elsewhere nothing is done and the report says why.
     """
     return AllocatorReport(*_core.keep_freed_memory(keep))
 
@@ -171,15 +221,21 @@ def build_info() -> dict[str, Any]:
 
 
 def _vector_width() -> int:
-    return _VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), 4 if platform.machine() == "aarch64" else 8)
+    neon_or_unknown = 4 if platform.machine() == "aarch64" else 8
+    return _VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), neon_or_unknown)
 
 
-def _connect(use_exchange_api: bool = True) -> None:
-    """Show the core torch: how to read its tensors, its threads, its OpenMP runtime."""
+def connect(use_exchange_api: bool = True) -> None:
+    """Show the core torch: how to read its tensors, its threads, its OpenMP runtime. Done at import.
+
+    Args:
+        use_exchange_api: read tensors through DLPack's C exchange where this torch has it (2.10 and later), and
+            through their Python attributes otherwise.
+    """
     _core.configure(
         torch, use_exchange_api, torch._C._increment_version, torch.get_num_threads, _vector_width()
     )
     _core.find_openmp(os.path.dirname(torch.__file__))
 
 
-_connect()
+connect()

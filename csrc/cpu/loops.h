@@ -48,8 +48,10 @@ LIT_FAST_INLINE void step_range(const typename Formula::Coefficients& c, const G
 
 // The body, then torch's remainder with its own order of operations.
 template <class Formula, bool kStateless, class V, class P, class S>
-void step_split(const StepTask& task, const CoefficientBlock& block, const GradientScale& scale, std::int64_t begin,
+void step_split(const StepTask& task, const CoefficientBlock& block, const GradientScale& scale_at, std::int64_t begin,
                 std::int64_t end) {
+    // Local copies: a store through a vector pointer could otherwise change them, for all the compiler knows.
+    const GradientScale scale = scale_at;
     typename Formula::Coefficients c;
     __builtin_memcpy(&c, block.bytes, sizeof(c));
     P* param = static_cast<P*>(task.param);
@@ -100,7 +102,8 @@ double sum_of_squares(const void* values, std::int64_t count) {
 }
 
 template <class V, class T>
-void scale(void* values, const GradientScale& s, std::int64_t count) {
+void scale(void* values, const GradientScale& scale_at, std::int64_t count) {
+    const GradientScale s = scale_at;
     T* x = static_cast<T*>(values);
     std::int64_t i = 0;
     for (; i + V::lanes <= count; i += V::lanes) store(x + i, scaled_gradient(s, V::load(x + i)));

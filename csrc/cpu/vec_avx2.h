@@ -54,14 +54,17 @@ LIT_FAST_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.value); }
 LIT_FAST_INLINE Vec from_bf16(__m128i halves) {
     return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16)));
 }
-// To nearest even; every NaN becomes 0x7fc0, as in torch.
-LIT_FAST_INLINE __m128i to_bf16(Vec a) {
+// The bf16 in the upper half of each lane, the lower half undefined. To nearest even; every NaN becomes 0x7fc0, as in
+// torch.
+LIT_FAST_INLINE __m256i rounded_to_bf16(Vec a) {
     const __m256i bits = _mm256_castps_si256(a.value);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a.value, a.value, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
+    return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), is_nan);
+}
+LIT_FAST_INLINE __m128i to_bf16(Vec a) {
+    const __m256i words = _mm256_srli_epi32(rounded_to_bf16(a), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 LIT_FAST_INLINE Vec Vec::load(const bf16* p) {
@@ -88,5 +91,50 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
 }
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+// Sixteen bf16 elements as two vectors, those at even and those at odd places: widening is then one shift or one mask,
+// and narrowing needs no shuffle. Elementwise loops do not mind the order.
+struct Pair {
+    static constexpr int lanes = 16;
+    Vec even, odd;
+    LIT_FAST_INLINE Pair() {}
+    LIT_FAST_INLINE explicit Pair(float v) : even(v), odd(v) {}
+    LIT_FAST_INLINE Pair(Vec e, Vec o) : even(e), odd(o) {}
+    static Pair load(const bf16* p);
+    static Pair load_first(const bf16* p, int n);
+    LIT_FAST_INLINE static void prefetch(const void* p) { Vec::prefetch(p); }
+};
+LIT_FAST_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
+LIT_FAST_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
+LIT_FAST_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
+LIT_FAST_INLINE Pair operator/(Pair a, Pair b) { return {a.even / b.even, a.odd / b.odd}; }
+LIT_FAST_INLINE Pair fma(Pair a, Pair b, Pair c) { return {fma(a.even, b.even, c.even), fma(a.odd, b.odd, c.odd)}; }
+LIT_FAST_INLINE Pair sqrt(Pair a) { return {sqrt(a.even), sqrt(a.odd)}; }
+LIT_FAST_INLINE Pair clamp(Pair a, Pair low, Pair high) {
+    return {clamp(a.even, low.even, high.even), clamp(a.odd, low.odd, high.odd)};
+}
+LIT_FAST_INLINE Pair pair_of(__m256i halves) {
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000U));
+    return {Vec(_mm256_castsi256_ps(_mm256_slli_epi32(halves, 16))),
+            Vec(_mm256_castsi256_ps(_mm256_and_si256(halves, high)))};
+}
+LIT_FAST_INLINE __m256i halves_of(Pair a) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(rounded_to_bf16(a.even), 16), rounded_to_bf16(a.odd), 0xaa);
+}
+LIT_FAST_INLINE Pair Pair::load(const bf16* p) {
+    return pair_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LIT_FAST_INLINE void store(bf16* p, Pair a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves_of(a)); }
+LIT_FAST_INLINE Pair Pair::load_first(const bf16* p, int n) {
+    __m256i halves = _mm256_setzero_si256();
+    __builtin_memcpy(&halves, p, static_cast<unsigned>(n) * sizeof(bf16));
+    return pair_of(halves);
+}
+LIT_FAST_INLINE void store_first(bf16* p, Pair a, int n) {
+    const __m256i halves = halves_of(a);
+    __builtin_memcpy(p, &halves, static_cast<unsigned>(n) * sizeof(bf16));
+}
+
+using BfloatVec = Pair;
 
 }  // namespace lit_fast::avx2

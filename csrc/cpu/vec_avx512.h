@@ -89,4 +89,6 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
+using BfloatVec = Vec;  // for loops over nothing but bf16
+
 }  // namespace lit_fast::avx512

@@ -96,4 +96,6 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { __builtin_prefetch(p); }
 
+using BfloatVec = Vec;  // for loops over nothing but bf16
+
 }  // namespace lit_fast::neon

@@ -72,4 +72,6 @@ LIT_FAST_INLINE void store_first(T*, Vec, int) {}
 
 LIT_FAST_INLINE void Vec::prefetch(const void*) {}
 
+using BfloatVec = Vec;  // for loops over nothing but bf16
+
 }  // namespace lit_fast::scalar

@@ -5,12 +5,12 @@
     v <- beta2 v + (1 - beta2) g^2
     p <- p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-p: parameter, g: gradient, m: `exp_avg`, v: `exp_avg_sq`, t: `step` from 1. Arithmetic is float32 for float32 and for
-bfloat16 tensors, the scalars in front are computed in float64.
+p: parameter, g: gradient, m: `exp_avg`, v: `exp_avg_sq`, t: `step` from 1. Arithmetic is float32 for float32 and
+for bfloat16 tensors; the scalars in front are computed in float64.
 
-Bits: equal to torch 2.13's `fused=True` kernels on x86-64 with AVX2 or AVX-512 (float32 and all-bfloat16), the
-remainder behind torch's last full vector included, where torch fuses the other product. `fused=False` rounds in
-another order in torch itself and differs from this by rounding, as torch's own two paths do.
+Bits: equal to torch 2.13's `fused=True` on x86-64 with AVX2 or AVX-512 (float32 and all-bfloat16), also in the
+remainder behind torch's last full vector, where its compiler fused the other product of beta2 v + (1 - beta2) g^2.
+`fused=False` rounds in another order in torch itself and differs from this by rounding, as torch's two paths do.
 
 Not here: `amsgrad`, `differentiable`, a learning rate in a tensor on a device; torch's own step runs then.
 
@@ -37,7 +37,7 @@ from lit_fast.ops import Mapping, State
 
 
 def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
-    """What torch creates at a parameter's first step: a float32 counter and two moments like the parameter."""
+    """What torch creates at a parameter's first step: a counter and two moments like the parameter."""
     entry = state.setdefault(param, {})
     if entry:
         return

@@ -1,7 +1,7 @@
 """A `torch.optim` object, stepped by the compiled core where it can be and by itself where it cannot.
 
-The torch object stays the optimizer: its `param_groups`, `state` and `state_dict` are what is read and written, anew
-at every step, so schedulers, checkpoints, added groups and replaced parameters work as ever.
+The torch object stays the optimizer: its `param_groups`, `state` and `state_dict` are what is read and
+written, anew at every step, so schedulers, checkpoints, added groups and replaced parameters work as ever.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from lit_fast import ops
 from lit_fast.errors import MisconfigurationException
 
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
+_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _POST_HOOKS = torch_optimizer._global_optimizer_post_hooks
-# Files whose wrappers around `step` (hooks, grad mode, scheduler bookkeeping) `AdoptedOptimizer.step` stands in for.
+_NO_CLIPPING = (ops.NO_CLIPPING, ops.NO_CLIPPING)
+# Files whose wrappers around `step` (hooks, grad mode, scheduler bookkeeping) `AdoptedOptimizer.step` replaces.
 _KNOWN_WRAPPERS = (torch_optimizer.__file__, torch_lr_scheduler.__file__)
 
 
@@ -35,9 +37,9 @@ def adopt(
     """Give a loop the compiled step for its `torch.optim` object.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`. One without a kernel is stepped by its own `step`; see `reason`.
-        max_norm: clip the L2 norm of all gradients to this, as `clip_grad_norm_` does, within the step.
-        clip_value: clip every gradient to [-clip_value, clip_value], as `clip_grad_value_` does, within the step.
+        optimizer: any `torch.optim.Optimizer`. One without a kernel is stepped by its own `step`: see `reason`.
+        max_norm: within the step, clip the L2 norm of all gradients to this, as `clip_grad_norm_` does.
+        clip_value: within the step, clip gradients to [-clip_value, clip_value], as `clip_grad_value_` does.
 
     Raises:
         MisconfigurationException: not an optimizer, both clippings at once, or a limit that is not positive.
@@ -53,7 +55,7 @@ def adopt(
     """
     if not isinstance(optimizer, Optimizer):
         raise MisconfigurationException(
-            f"adopt got a {type(optimizer).__name__}; it takes a torch.optim.Optimizer. Pass the optimizer itself."
+            f"adopt got a {type(optimizer).__name__}; it takes a torch.optim.Optimizer. Pass that itself."
         )
     return AdoptedOptimizer(optimizer, max_norm, clip_value)
 
@@ -81,21 +83,22 @@ class AdoptedOptimizer:
                 )
         if max_norm is not None and clip_value is not None:
             raise MisconfigurationException(
-                f"max_norm={max_norm} and clip_value={clip_value}: gradients are clipped by norm or by value. "
+                f"max_norm={max_norm}, clip_value={clip_value}: gradients are clipped by norm or by value. "
                 "Leave one of them None."
             )
         self._max_norm = ops.NO_CLIPPING if max_norm is None else float(max_norm)
         self._clip_value = ops.NO_CLIPPING if clip_value is None else float(clip_value)
 
-    def step(self, grad_scale: float = 1.0) -> Tensor | None:
-        """One optimizer step, clipping included. Gradients are read, not rewritten, unless a step hook could see it.
+    def step(self, grad_scale: float = 1.0, clip: bool = True) -> Tensor | None:
+        """One optimizer step, clipping included. Gradients are rewritten only if a step hook could see them.
 
         Args:
             grad_scale: multiplies every gradient first: the inverse of a loss scale.
+            clip: False where `clip_gradients` has clipped already.
 
         Returns:
-            With `max_norm`: the norm of the scaled gradients before clipping, a 0-dim float32 tensor on their device.
-            Otherwise None.
+            With `max_norm`: the norm of the scaled gradients before clipping, a 0-dim float32 tensor on their
+            device. Otherwise None.
         """
         optimizer = self.optimizer
         if (
@@ -106,18 +109,15 @@ class AdoptedOptimizer:
             or _PRE_HOOKS
             or _POST_HOOKS
             or not self.compiled
-            or torch.autograd._profiler_enabled()
+            or _profiler_enabled()
         ):
-            return self._step_in_full(grad_scale)
-        norm = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, self._max_norm, self._clip_value)
-        if norm is None:
-            optimizer._opt_called = True
-            return None
-        if type(norm) is str:
-            self._give_up(norm)
-            return self._own_step(grad_scale)
-        optimizer._opt_called = True
-        return torch.tensor(norm, dtype=torch.float32)
+            return self._step_in_full(grad_scale, clip)
+        max_norm, clip_value = (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
+        norm = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
+        if isinstance(norm, str):
+            return self._step_elsewhere(norm, grad_scale, clip)
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
+        return ops.scalar(norm) if isinstance(norm, float) else norm
 
     def zero_grad(self) -> None:
         """Release all gradients: every `p.grad` becomes None."""
@@ -127,8 +127,11 @@ class AdoptedOptimizer:
             ops.release_gradients(self.optimizer.param_groups)
 
     def clip_gradients(self, grad_scale: float = 1.0) -> Tensor | None:
-        """Scale and clip the gradients in place, for whoever reads them before the step, which must then not clip."""
-        return self._rewrite_gradients(grad_scale)
+        """Scale and clip the gradients in place, for whoever reads them before the step.
+
+        The step that follows must not do it again: `step(clip=False)`.
+        """
+        return self._rewrite_gradients(grad_scale, *self._limits(True))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.optimizer).__name__}: {self.reason})"
@@ -141,18 +144,35 @@ class AdoptedOptimizer:
         self._instance_step = optimizer.__dict__.get("step")
         self._class_step = type(optimizer).step
         self._own_zero_grad = _function(optimizer.zero_grad) is not Optimizer.zero_grad
-        self._core_step: Callable[..., float | str | None] = _refuse
+        self._core_step: Callable[..., Tensor | float | str | None] = _refuse
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
         if mapping is not None:
-            stepper = ops.Stepper(mapping)
+            stepper = ops.Stepper(mapping, optimizer.param_groups[0]["params"][0].device)
             why_not = stepper.refusal(optimizer.param_groups)
+            where = ops.build_info()["cpu_target"] if stepper.device.type == "cpu" else str(stepper.device)
             self._core_step = stepper.step
         self.compiled = not why_not
         if self.compiled and mapping is not None:
-            self.reason = f"{name}: compiled step ({mapping.formula} on {ops.build_info()['cpu_target']})"
+            self.reason = f"{name}: compiled step ({mapping.formula} on {where})"
         else:
             self.reason = f"{name}: its own step, because {why_not}"
+
+    def _limits(self, clip: bool) -> tuple[float, float]:
+        return (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
+
+    def _step_elsewhere(self, why_not: str, grad_scale: float, clip: bool) -> Tensor | None:
+        """After a refusal: the parameters may have moved to another device since `adopt`; else torch steps."""
+        self._bind()
+        optimizer = self.optimizer
+        if self.compiled:
+            norm = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, *self._limits(clip))
+            if not isinstance(norm, str):
+                optimizer._opt_called = True  # type: ignore[attr-defined]
+                return ops.scalar(norm) if isinstance(norm, float) else norm
+            why_not = norm
+        self._give_up(why_not)
+        return self._own_step(grad_scale, clip)
 
     def _give_up(self, why_not: str) -> None:
         self.compiled = False
@@ -161,7 +181,7 @@ class AdoptedOptimizer:
 
     # ---- the step with everything that can hang on it ----
 
-    def _step_in_full(self, grad_scale: float) -> Tensor | None:
+    def _step_in_full(self, grad_scale: float, clip: bool) -> Tensor | None:
         optimizer = self.optimizer
         if (
             optimizer.__dict__.get("step") is not self._instance_step
@@ -169,21 +189,20 @@ class AdoptedOptimizer:
         ):
             self._bind()
         if not self.compiled:
-            return self._own_step(grad_scale)
+            return self._own_step(grad_scale, clip)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(optimizer).__name__}.step"):
-            return self._step_with_hooks(grad_scale)
+            return self._step_with_hooks(grad_scale, clip)
 
-    def _step_with_hooks(self, grad_scale: float) -> Tensor | None:
+    def _step_with_hooks(self, grad_scale: float, clip: bool) -> Tensor | None:
         """In torch's order: hooks see clipped gradients, as they do behind a `clip_grad_norm_`."""
         optimizer = self.optimizer
         pre_hooks = [*_PRE_HOOKS.values(), *optimizer._optimizer_step_pre_hooks.values()]
         post_hooks = [*optimizer._optimizer_step_post_hooks.values(), *_POST_HOOKS.values()]
+        max_norm, clip_value = self._limits(clip)
         norm: Tensor | None = None
-        max_norm, clip_value = self._max_norm, self._clip_value
-        rewritten = bool(pre_hooks or post_hooks)
-        if rewritten:
-            norm = self._rewrite_gradients(grad_scale)
-            grad_scale, max_norm, clip_value = 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING
+        if pre_hooks or post_hooks:
+            norm = self._rewrite_gradients(grad_scale, max_norm, clip_value)
+            grad_scale, (max_norm, clip_value) = 1.0, _NO_CLIPPING
         args: tuple[Any, ...] = (optimizer,)
         kwargs: dict[str, Any] = {}
         for hook in pre_hooks:
@@ -191,7 +210,9 @@ class AdoptedOptimizer:
             if changed is None:
                 continue
             if not (isinstance(changed, tuple) and len(changed) == 2):
-                raise RuntimeError(f"a step pre-hook returned {changed!r}; it must return None or (args, kwargs).")
+                raise RuntimeError(
+                    f"a step pre-hook returned {changed!r}; it may return None or (args, kwargs)."
+                )
             args, kwargs = changed
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
@@ -200,42 +221,35 @@ class AdoptedOptimizer:
         result = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
         if isinstance(result, str):
             self._give_up(result)
-            with torch.no_grad():
-                if not rewritten:
-                    norm = self._clip_with_torch(grad_scale)
-                inner = _innermost(optimizer.step)
-                inner(optimizer)  # without the wrappers: the hooks ran above
+            clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
+            norm = clipped if norm is None else norm
+            _innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
         elif result is not None:
-            norm = torch.tensor(result, dtype=torch.float32)
+            norm = ops.scalar(result) if isinstance(result, float) else result
         optimizer._opt_called = True  # type: ignore[attr-defined]
         for post_hook in post_hooks:
             post_hook(optimizer, args, kwargs)
         return norm
 
-    def _own_step(self, grad_scale: float) -> Tensor | None:
-        norm = self._clip_with_torch(grad_scale)
+    def _own_step(self, grad_scale: float, clip: bool) -> Tensor | None:
+        norm = self._rewrite_gradients(grad_scale, *self._limits(clip))
         self.optimizer.step()
         return norm
 
-    def _rewrite_gradients(self, grad_scale: float) -> Tensor | None:
-        if grad_scale == 1.0 and self._max_norm < 0.0 and self._clip_value < 0.0:
+    @torch.no_grad()
+    def _rewrite_gradients(self, grad_scale: float, max_norm: float, clip_value: float) -> Tensor | None:
+        if grad_scale == 1.0 and max_norm < 0.0 and clip_value < 0.0:
             return None
         if self.compiled:
-            return ops.clip_gradients_(self.optimizer.param_groups, grad_scale, self._max_norm, self._clip_value)
-        return self._clip_with_torch(grad_scale)
-
-    @torch.no_grad()
-    def _clip_with_torch(self, grad_scale: float) -> Tensor | None:
+            return ops.clip_gradients_(self.optimizer.param_groups, grad_scale, max_norm, clip_value)
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         if grad_scale != 1.0:
             for p in params:
                 if p.grad is not None:
                     p.grad.mul_(grad_scale)
-        if self._clip_value >= 0.0:
-            clip_grad_value_(params, self._clip_value)
-        if self._max_norm >= 0.0:
-            return clip_grad_norm_(params, self._max_norm)
-        return None
+        if clip_value >= 0.0:
+            clip_grad_value_(params, clip_value)
+        return clip_grad_norm_(params, max_norm) if max_norm >= 0.0 else None
 
 
 def _refuse(*_: Any) -> str:
@@ -279,4 +293,3 @@ def _innermost(step: Any) -> Any:
             break
         function = cast(Any, inner)
     return function
-

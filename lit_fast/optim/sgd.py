@@ -5,8 +5,8 @@
     g <- g + momentum * b  with Nesterov,  g <- b  without
     p <- p - lr * g
 
-p: parameter, g: gradient, b: `momentum_buffer`, which exists only where momentum is not 0. Arithmetic is float32 for
-float32 and for bfloat16 tensors; torch's default rounds bfloat16 after each line, so there the bits differ.
+p: parameter, g: gradient, b: `momentum_buffer`, which exists only where momentum is not 0. Arithmetic is float32
+for float32 and for bfloat16 tensors; torch's default rounds bfloat16 after each line, so there the bits differ.
 
 Bits: in float32 equal to torch 2.13's default and `fused=True` on x86-64 with AVX2 or AVX-512.
 
@@ -37,7 +37,8 @@ from lit_fast.ops import Mapping, State
 
 def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     """An empty buffer like the parameter: the kernel's first step fills it."""
-    state.setdefault(param, {})["momentum_buffer"] = torch.empty_like(param, memory_format=torch.preserve_format)
+    buffer = torch.empty_like(param, memory_format=torch.preserve_format)
+    state.setdefault(param, {})["momentum_buffer"] = buffer.detach()
 
 
 MAPPING = Mapping(
