@@ -12,6 +12,7 @@ Importing this package imports nothing else: each name below is fetched from its
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 __version__ = "0.1.0"
+
+# Where the program has set up no logging of its own, what we report at INFO ("Seed set to 1") is shown.
+if not logging.getLogger().hasHandlers():
+    _log = logging.getLogger(__name__)
+    _log.addHandler(logging.StreamHandler())
+    _log.setLevel(logging.INFO)
+    _log.propagate = False
 
 _HOME = {
     "Callback": "lit_fast.callbacks.callback",

@@ -31,7 +31,7 @@ class EvaluationLoop:
         self.loaders: list[Any] | None = None
         self.limits: list[int | None] = []
         self._seen: list[int] = []  # batches of each loader in this run, which counts what is logged per batch
-        self.batch_idx = 0
+        self.batch_idx, self.dataloader_idx = -1, 0  # what runs now; the progress bar reads them from its thread
         self.batches_run = 0  # in the validation that runs or ran last, over all loaders
         self.rng_before: dict[str, Any] = {}  # what a checkpoint holds that is written while validation runs
         self._training_modes: dict[torch.nn.Module, bool] = {}
@@ -136,6 +136,7 @@ class EvaluationLoop:
 
     def _run_loader(self, index: int, loader: Any, limit: int | float, several: bool) -> None:
         trainer, log, module = self.trainer, self.trainer._metric_log, self.trainer.lightning_module
+        self.batch_idx, self.dataloader_idx = -1, index
         suffix = f"/dataloader_idx_{index}" if several else ""
         where = (index,) if several else ()
         step = trainer.config.precision.bind(_bind_step(module.validation_step, several), trainer.config.device)

@@ -208,6 +208,7 @@ class Runtime:
 
     def _prepare(self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None) -> Any:
         """Everything from `configure_callbacks` to a restored model, in Lightning's order; returns the checkpoint."""
+        self.ckpt_path = None if ckpt_path is None else str(ckpt_path)  # callbacks look at it in `setup`
         self._attach_model_callbacks(module)
         for owner in (self.datamodule, module):
             if owner is not None:
