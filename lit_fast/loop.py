@@ -148,8 +148,7 @@ class FitLoop:
         if self.loader is None or progress.total == 0 or self._finished():
             return
         if progress.stage == "epoch_end":  # resumed from a checkpoint that was written in the last hooks of an epoch
-            self.step_plateau_schedulers("epoch", trainer)
-            progress.epoch, progress.stage = progress.epoch + 1, "start"
+            self._leave_epoch(whole=True)
             if self._finished():
                 return
         trainer._call("on_train_start")
@@ -363,15 +362,19 @@ class FitLoop:
         if progress.is_last_batch and self.position is not None:
             self.position.end_epoch()
         trainer._call_epoch_end("on_train_epoch_end")
-        if progress.is_last_batch:
+        self._leave_epoch(progress.is_last_batch)
+        if trainer._interrupt is not None:
+            trainer._raise_interrupt()
+
+    def _leave_epoch(self, whole: bool) -> None:
+        trainer, progress = self.trainer, self.progress
+        if whole:
             self.step_plateau_schedulers("epoch", trainer)
         trainer._log_metrics(trainer._metric_log.collect())
         trainer._metric_log.end_epoch()
         trainer._metric_log.batch = None
         progress.epoch += 1
         progress.stage = "start"
-        if trainer._interrupt is not None:
-            trainer._raise_interrupt()
 
     def step_plateau_schedulers(self, interval: str, trainer: Trainer) -> None:
         """Schedulers that watch a metric: after an epoch, once its value is known, or after a step and its validation."""

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
+WORKER_GRACE = 30.0  # seconds that a loader's worker stays after a SIGTERM, which often goes to the whole process group
+
+
 def configure_loggers(given: Any, root: Path) -> list[Any]:
     """The loggers that `Trainer(logger=...)` asks for: True or None for the default one, False for none."""
     if given is False:
@@ -171,6 +174,7 @@ class Runtime:
         if self._profiler is not None:
             self._profiler.start()
         self._metric_log.drop_values()
+        self._metric_log.stage = str(self.state.stage)
         if fn != TrainerFn.FITTING:
             self._evaluation.loaders = None
 
@@ -529,9 +533,11 @@ class Runtime:
         process = os.getpid()
 
         def wait_for_step(number: int, frame: Any) -> None:
-            if os.getpid() != process:  # a loader's worker, which inherits this: Ctrl-C is its parent's to handle
+            if os.getpid() != process:  # a loader's worker inherits this: the parent may need its batches to reach a save
                 if number == signal.SIGTERM:
-                    os._exit(128 + number)
+                    leave = threading.Timer(WORKER_GRACE, os._exit, (128 + number,))
+                    leave.daemon = True
+                    leave.start()
                 return
             if self._interrupt is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
