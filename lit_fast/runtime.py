@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
-WORKER_GRACE = 30.0  # seconds that a loader's worker stays after a SIGTERM, which often goes to the whole process group
-
-
 def configure_loggers(given: Any, root: Path) -> list[Any]:
     """The loggers that `Trainer(logger=...)` asks for: True or None for the default one, False for none."""
     if given is False:
@@ -533,11 +530,9 @@ class Runtime:
         process = os.getpid()
 
         def wait_for_step(number: int, frame: Any) -> None:
-            if os.getpid() != process:  # a loader's worker inherits this: the parent may need its batches to reach a save
+            if os.getpid() != process:  # a forked process inherits this: Ctrl-C is its parent's to handle
                 if number == signal.SIGTERM:
-                    leave = threading.Timer(WORKER_GRACE, os._exit, (128 + number,))
-                    leave.daemon = True
-                    leave.start()
+                    os._exit(128 + number)
                 return
             if self._interrupt is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
