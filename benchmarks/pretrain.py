@@ -18,11 +18,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.harness import ROOT, Rounds, Row, arguments, finish
+from benchmarks.harness import ROOT, Rounds, Row, Time, arguments, finish
 
 QUICK = True
 # steps a round, first steps of a round that are not timed (allocation of gradients and optimizer state)
@@ -56,8 +55,8 @@ def build(name: str) -> tuple[Callable[[], Any], Callable[[], Any], int]:
     return GPT, lambda: loader, GPT2_TOKENS
 
 
-def eager_round(name: str) -> Callable[[], float]:
-    """A hand-written loop that goes on where it was; each call gives the tokens/s of one round."""
+def eager_round(name: str) -> Callable[[], Time]:
+    """A hand-written loop that goes on where it was; each call gives the seconds a token of one round."""
     import torch
 
     make_model, make_loader, tokens = build(name)
@@ -67,12 +66,12 @@ def eager_round(name: str) -> Callable[[], float]:
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     model.train()
 
-    def run() -> float:
+    def run() -> Time:
         steps, warmup = STEPS[name]
-        began = time.perf_counter()
+        began = Time.now()
         for step, batch in enumerate(make_loader()):
             if step == warmup:
-                began = time.perf_counter()
+                began = Time.now()
             if step == warmup + steps:
                 break
             optimizer.zero_grad()
@@ -81,13 +80,13 @@ def eager_round(name: str) -> Callable[[], float]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
-        return steps * tokens / (time.perf_counter() - began)
+        return began.slope(Time.now(), steps * tokens, 1.0)
 
     return run
 
 
-def trainer_round(name: str) -> Callable[[], float]:
-    """The same model under the Trainer; each call is one short fit and gives its tokens/s."""
+def trainer_round(name: str) -> Callable[[], Time]:
+    """The same model under the Trainer; each call is one short fit and gives its seconds a token."""
     import torch
 
     from lit_fast import Callback, Trainer
@@ -100,16 +99,16 @@ def trainer_round(name: str) -> Callable[[], float]:
 
     class Clock(Callback):
         reads_gradients = False
-        began = ended = 0.0
+        began = ended = Time(0.0, 0.0)
 
         def on_train_batch_end(
             self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
             if batch_idx + 1 == warmup:
-                self.began = time.perf_counter()
-            self.ended = time.perf_counter()
+                self.began = Time.now()
+            self.ended = Time.now()
 
-    def run() -> float:
+    def run() -> Time:
         clock = Clock()
         with tempfile.TemporaryDirectory() as folder:
             trainer = Trainer(
@@ -126,7 +125,7 @@ def trainer_round(name: str) -> Callable[[], float]:
                 default_root_dir=folder,
             )
             trainer.fit(model, make_loader())
-        return steps * tokens / (clock.ended - clock.began)
+        return clock.began.slope(clock.ended, steps * tokens, 1.0)
 
     return run
 
@@ -147,13 +146,13 @@ class Worker:
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )
 
-    def __call__(self) -> float:
+    def __call__(self) -> Time:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
         for line in self.process.stdout:
-            if line.startswith("tokens/s "):
-                return float(line.split()[1])
+            if line.startswith("time "):
+                return Time(*map(float, line.split()[1:]))
         raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended with {self.process.wait()}")  # type: ignore[union-attr]
 
     def close(self) -> None:
@@ -165,7 +164,7 @@ class Worker:
 def serve(loop: str, name: str) -> int:
     run = ROUNDS_OF[loop](name)
     for _ in sys.stdin:
-        print("tokens/s", run(), flush=True)
+        print("time", *run(), flush=True)
     return 0
 
 
@@ -177,14 +176,12 @@ def measure(name: str, rounds: int, promise: tuple[str, float]) -> list[Row]:
         for worker in workers.values():
             worker.close()
     together = Rounds({loop: make(name) for loop, make in ROUNDS_OF.items()}, rounds)
-    return [
-        Row(f"{name}: eager loop", apart.median("eager"), "tokens/s"),
-        Row(f"{name}: Trainer", apart.median("trainer"), "tokens/s"),
-        Row(
-            f"{name}: Trainer / eager, each in its own process", apart.ratio("trainer", "eager"), "x", promise
-        ),
-        Row(f"{name}: Trainer / eager, one process and allocator", together.ratio("trainer", "eager"), "x"),
-    ]
+    rows = [Row(f"{name}: {loop}", 1 / apart.median(loop), "tokens/s") for loop in ROUNDS_OF]
+    for how, made, kept in (("own processes", apart, promise), ("one process", together, None)):
+        faster = f"{name}: faster than eager, {how}"
+        rows.append(Row(faster, made.ratio("eager", "trainer"), "x", kept))
+        rows.append(Row(f"{faster}, processor time", made.ratio("eager", "trainer", cpu=True), "x"))
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
