@@ -1,34 +1,34 @@
-"""Clip, AdamW and zero_grad on GPT-2-124M's shapes: the compiled step against torch's own, in one interleaved run.
+"""Clip, AdamW and zero_grad on GPT-2-124M's shapes: the compiled step against torch's own, interleaved.
 
-    python -m benchmarks.optimizer [--threads 1 2] [--dtypes float32 bfloat16] [--repeats 7] [--csv FILE]
+    python -m benchmarks.optimizer [--threads 1 2] [--dtypes float32 bfloat16] [--rounds 7]
 
-Every row of a thread count and dtype is measured in turn, `repeats` times; the medians and their ratios are printed.
-Bytes a parameter are those that the work needs (gradient read once for the norm, once for the step, no rewriting), so
-GB/s is useful bandwidth. The ceiling is this machine's best over several access patterns (ceiling.cpp), measured in
-the same run, with the step's own mix of reads and writes among them. Absolute times on shared machines are not
-promised; the ratios are.
+Every row of a thread count and dtype is measured in turn, round by round; the medians and their ratios are
+printed. Bytes a parameter are those that the work needs (gradient read once for the norm, once for the step, no
+rewriting), so GB/s is useful bandwidth. The ceiling is this machine's best over several access patterns
+(ceiling.cpp), measured in the same run, with the step's own mix of reads and writes among them.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
-import datetime
 import os
 import platform
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-
+from benchmarks import harness
+from benchmarks.harness import Row
 from lit_fast import ops
 from lit_fast.optim import adopt
+
+QUICK = True
 
 PATTERNS = {  # name in ceiling.cpp -> bytes an element
     "step_mix_plain": 28,
@@ -103,19 +103,8 @@ def load_ceiling(folder: str) -> ctypes.CDLL:
     source, library = Path(__file__).with_name("ceiling.cpp"), Path(folder) / "ceiling.so"
     compiler = os.environ.get("CXX", "g++")
     native = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
-    command = [
-        compiler,
-        "-O3",
-        native,
-        "-ffast-math",
-        "-fopenmp",
-        "-shared",
-        "-fPIC",
-        str(source),
-        "-o",
-        str(library),
-    ]
-    subprocess.run(command, check=True)
+    flags = ["-O3", native, "-ffast-math", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -159,7 +148,7 @@ def run(arguments: argparse.Namespace) -> list[dict[str, object]]:
                     f"\n{dtype_name}, {threads} thread(s). GB/s by pattern: "
                     + ", ".join(f"{k} {v:.1f}" for k, v in bandwidths.items())
                 )
-                medians = measure(cases, arguments.repeats)
+                medians = measure(cases, arguments.rounds)
                 rows += table(medians, dtype, threads, count, best)
             del cases
     return rows
@@ -192,60 +181,33 @@ def table(
     return rows
 
 
-def append_csv(path: Path, rows: list[dict[str, object]]) -> None:
-    """Append rows that name the hardware, versions and commit."""
-    processor = (
-        next(
-            (
-                line.split(":")[1].strip()
-                for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if "model name" in line
-            ),
-            platform.processor(),
-        )
-        if Path("/proc/cpuinfo").exists()
-        else platform.processor()
-    )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    ).stdout.strip()
-    common = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit,
-        "hardware": processor,
-        "cpus": os.cpu_count(),
-        "torch": torch.__version__,
-        "cpu_target": ops.build_info()["cpu_target"],
-    }
-    exists = path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=[*common, *rows[0]])
-        if not exists:
-            writer.writeheader()
-        writer.writerows({**common, **row} for row in rows)
+def rows_of(found: list[dict[str, object]]) -> list[Row]:
+    """What the table holds, as figures with the promise: whole work in float32 on two threads."""
+    rows = []
+    for one in found:
+        label = "clip + step + zero" if one["work"] == "whole" else "step"
+        case = f"{label}, {one['dtype']}, {one['threads']} thread(s), {one['name']}"
+        rows.append(Row(case, float(str(one["ms"])), "ms"))
+        if one["name"] != "lit_fast":
+            continue
+        promised = one["work"] == "whole" and one["dtype"] == "float32" and one["threads"] == 2
+        times, speed, best = (float(str(one[k])) for k in ("times_fused", "gb_per_s", "ceiling_gb_per_s"))
+        rows.append(Row(f"{case}: times as fast as torch fused", times, "x", (">=", 1.4) if promised else None))
+        rows.append(Row(f"{case}: useful bandwidth", speed, "GB/s"))
+        rows.append(Row(f"{case}: share of this machine's ceiling", speed / best, "x"))
+    return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = harness.arguments(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
-    )
-    parser.add_argument("--repeats", type=int, default=7)
+    dtypes = ["float32", "bfloat16"]
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes)
     parser.add_argument("--layers", type=int, default=12, help="12 for 124 M parameters")
-    parser.add_argument("--csv", type=Path)
-    arguments = parser.parse_args(argv)
-    rows = run(arguments)
-    if arguments.csv is not None:
-        append_csv(arguments.csv, rows)
+    options = parser.parse_args(argv)
+    rows = rows_of(run(options))
+    return harness.finish("optimizer", "Optimizer step, GPT-2-124M shapes, on the CPU", rows, options)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

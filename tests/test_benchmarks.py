@@ -1,0 +1,79 @@
+"""The benchmarks' own arithmetic and files: a promise that is not kept must be seen."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from benchmarks import harness
+from benchmarks.__main__ import NAMES
+from benchmarks.harness import Rounds, Row, Time
+
+
+def test_rounds_compare_within_a_round_and_turn_the_order() -> None:
+    calls: list[str] = []
+    drift = itertools.count(1)
+
+    def case(name: str, cost: float) -> float:
+        calls.append(name)
+        # Both cases of a round cost the same multiple: only their ratio is steady.
+        return cost * (1 + (next(drift) - 1) // 2)
+
+    rounds = Rounds({"a": lambda: case("a", 3.0), "b": lambda: case("b", 2.0)}, rounds=4)
+    assert rounds.ratio("a", "b") == 1.5
+    assert len(rounds.values("a")) == 4
+    assert calls == ["b", "a", "a", "b", "b", "a", "a", "b", "b", "a"]
+
+
+def test_time_has_two_clocks() -> None:
+    assert Time(1.0, 0.5).slope(Time(3.0, 1.5), steps=4, unit=10) == Time(5.0, 2.5)
+    rounds = Rounds({"a": lambda: Time(4.0, 1.0), "b": lambda: Time(2.0, 1.0)}, rounds=1)
+    assert (rounds.ratio("a", "b"), rounds.ratio("a", "b", cpu=True)) == (2.0, 1.0)
+    assert rounds.difference("a", "b") == 2.0
+    spent = harness.elapsed(lambda: sum(range(100_000)))
+    assert spent.wall > 0 and spent.cpu > 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "kept"),
+    [(("<=", 0.5), 0.5, True), (("<=", 0.5), 0.51, False), ((">=", 1.4), 1.3, False), (None, 9.0, None)],
+)
+def test_promises(limit: tuple[str, float] | None, value: float, kept: bool | None) -> None:
+    assert Row("case", value, "x", limit).kept is kept
+
+
+def test_results_name_machine_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    options = harness.arguments(None).parse_args(["--check"])
+    rows = [Row("fast", 0.25, "x", ("<=", 0.5)), Row("seen", 12.0, "us")]
+    assert harness.finish("trial", "Trial", rows, options) == 0
+    assert harness.finish("trial", "Trial", [Row("slow", 0.75, "x", ("<=", 0.5))], options) == 1
+    kept = harness.latest("trial")
+    assert kept[-1]["case"] == "slow" and kept[-1]["limit"] == "<= 0.5"
+    assert all(kept[-1][key] for key in ("date", "hardware", "threads", "python", "torch", "lit_fast"))
+    assert "| slow | 0.75 x | <= 0.5 |" in harness.markdown("trial")
+    assert harness.markdown("nothing_ran_yet") == ""
+
+
+def test_every_benchmark_can_be_called() -> None:
+    folder = Path(harness.__file__).parent
+    assert {"gpu", "import_time", "log_cost", "step_overhead"} <= set(NAMES)
+    for name in NAMES:
+        text = (folder / f"{name}.py").read_text()
+        assert "def main(" in text and "QUICK = " in text, f"{name} has main(argv) and QUICK"
+
+
+def test_pseudo_terminal_passes_output_and_exit_code() -> None:
+    import sys
+
+    program = "import sys; print(sys.stdout.isatty()); sys.exit(3)"
+    assert harness.in_terminal([sys.executable, "-c", program]) == (3, b"True\r\n")
+
+
+def test_redraws_do_not_count_newlines() -> None:
+    from benchmarks.step_overhead import redraws
+
+    screen = b"@@ a @@\r\nline\r\n\rbar 1\rbar 2\r\n@@ end @@\r\nbetween\r@@ b @@\r\n@@ end @@"
+    assert redraws(screen) == {"a": 2, "b": 0}
