@@ -220,6 +220,15 @@ def build_info() -> dict[str, Any]:
     return info
 
 
+def use_cpu_target(name: str) -> None:
+    """Switch to another CPU target that this build has and this machine supports: a tool for tests.
+
+    Raises:
+        KernelError: no such target here.
+    """
+    _core.choose_cpu_target(name, "use_cpu_target")
+
+
 def _vector_width() -> int:
     neon_or_unknown = 4 if platform.machine() == "aarch64" else 8
     return _VECTOR_WIDTHS.get(torch.backends.cpu.get_cpu_capability(), neon_or_unknown)

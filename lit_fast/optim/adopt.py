@@ -223,7 +223,8 @@ class AdoptedOptimizer:
             self._give_up(result)
             clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
             norm = clipped if norm is None else norm
-            _innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
+            with torch.no_grad():
+                _innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
         elif result is not None:
             norm = ops.scalar(result) if isinstance(result, float) else result
         optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -38,7 +38,7 @@ from lit_fast.ops import Mapping, State
 def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     """An empty buffer like the parameter: the kernel's first step fills it."""
     buffer = torch.empty_like(param, memory_format=torch.preserve_format)
-    state.setdefault(param, {})["momentum_buffer"] = buffer.detach()
+    state.setdefault(param, {})["momentum_buffer"] = buffer
 
 
 MAPPING = Mapping(

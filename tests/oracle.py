@@ -1,0 +1,125 @@
+"""Optimizer steps in float64, each with a bound on what float32 arithmetic may make of it.
+
+Independent of the kernels: written from the papers' formulas. `Bounded` carries a value and a bound on the absolute
+error that a float32 evaluation of the same expression can have against it (running error analysis, Higham,
+"Accuracy and stability of numerical algorithms", section 3.3). A fused multiply-add rounds once where this counts
+two roundings, so the bound holds for it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of one rounding
+TINY = 2.0**-126  # below it float32 and bfloat16 lose relative accuracy; one rounding then errs by 2**-150 at most
+SECOND_ORDER = 1.001  # products of rounding errors, which the first-order rules below leave out
+
+
+@dataclass(frozen=True)
+class Bounded:
+    value: Tensor  # float64
+    error: Tensor  # float64, absolute, of the float32 evaluation
+
+    def _rounded(self, value: Tensor, error: Tensor, unit: float = UNIT[torch.float32]) -> Bounded:
+        return Bounded(value, SECOND_ORDER * error + unit * (value.abs() + error) + TINY * unit)
+
+    def __add__(self, other: Bounded) -> Bounded:
+        return self._rounded(self.value + other.value, self.error + other.error)
+
+    def __sub__(self, other: Bounded) -> Bounded:
+        return self._rounded(self.value - other.value, self.error + other.error)
+
+    def __mul__(self, other: Bounded) -> Bounded:
+        error = self.error * other.value.abs() + other.error * self.value.abs() + self.error * other.error
+        return self._rounded(self.value * other.value, error)
+
+    def __truediv__(self, other: Bounded) -> Bounded:
+        least = (other.value.abs() - other.error).clamp_min(1e-300)
+        value = self.value / other.value
+        return self._rounded(value, (self.error + value.abs() * other.error) / least)
+
+    def sqrt(self) -> Bounded:
+        value = self.value.sqrt()
+        lowest = (self.value - self.error).clamp_min(0.0).sqrt()
+        return self._rounded(value, (self.error / (value + lowest).clamp_min(1e-300)))
+
+    def stored(self, dtype: torch.dtype) -> Bounded:
+        return self if dtype == torch.float32 else self._rounded(self.value, self.error, UNIT[dtype])
+
+
+def exact(tensor: Tensor) -> Bounded:
+    return Bounded(tensor.detach().double(), torch.zeros_like(tensor, dtype=torch.float64))
+
+
+def scalar(number: float) -> Bounded:
+    """A constant that the kernel computes in float64 and rounds to float32."""
+    value = torch.tensor(number, dtype=torch.float64)
+    return Bounded(value, UNIT[torch.float32] * value.abs())
+
+
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    grad_scale: float = 1.0,
+) -> dict[str, Bounded]:
+    """One step of Adam(W); `step` counts from 1. Keys: param, exp_avg, exp_avg_sq."""
+    p, g, m, v = (exact(t) for t in (param, grad, exp_avg, exp_avg_sq))
+    beta1, beta2 = betas
+    if grad_scale != 1.0:
+        g = g * scalar(grad_scale)
+    if decoupled:
+        p = p * scalar(1.0 - lr * weight_decay)
+    elif weight_decay != 0.0:
+        g = g + scalar(weight_decay) * p
+    m = m + scalar(1.0 - beta1) * (g - m)
+    v = scalar(beta2) * v + scalar(1.0 - beta2) * g * g
+    denominator = v.sqrt() / scalar((1.0 - beta2**step) ** 0.5) + scalar(eps)
+    p = p - scalar(lr / (1.0 - beta1**step)) * m / denominator
+    results = {"param": p, "exp_avg": m, "exp_avg_sq": v}
+    return {name: result.stored(param.dtype) for name, result in results.items()}
+
+
+def sgd_step(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+) -> dict[str, Bounded]:
+    """One step of SGD; no buffer means a parameter's first step. Keys: param and, with momentum, momentum_buffer."""
+    p, g = exact(param), exact(grad)
+    if weight_decay != 0.0:
+        g = g + scalar(weight_decay) * p
+    results: dict[str, Bounded] = {}
+    if momentum != 0.0:
+        buffer = g
+        if momentum_buffer is not None:
+            buffer = scalar(momentum) * exact(momentum_buffer) + scalar(1.0 - dampening) * g
+        results["momentum_buffer"] = buffer
+        g = g + scalar(momentum) * buffer if nesterov else buffer
+    results["param"] = p - scalar(lr) * g
+    return {name: result.stored(param.dtype) for name, result in results.items()}
+
+
+def assert_within(actual: Tensor, expected: Bounded) -> None:
+    """`actual` lies within the derived bound, and the bound says something."""
+    difference = (actual.detach().double() - expected.value).abs()
+    worst = (difference - expected.error).max().item() if difference.numel() else -1.0
+    assert worst <= 0.0, f"exceeds the derived bound by {worst}"
+    assert bool((expected.error <= 0.05 * expected.value.abs().max().clamp_min(1e-30)).all())

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from lit_fast import ops
+from lit_fast.errors import KernelError
+from lit_fast.optim import adopt
+from lit_fast.optim.adopt import _mappings
+
+CSRC = Path(__file__).parent.parent / "csrc"
+
+
+def groups_with(grads: list[torch.Tensor]) -> list[dict[str, list[Parameter]]]:
+    params = []
+    for grad in grads:
+        params.append(Parameter(torch.zeros_like(grad)))
+        params[-1].grad = grad
+    return [{"params": params}]
+
+
+# ---- the norm ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("magnitude", [1.0, 1e30, 1e-30])
+def test_norm_is_within_one_rounding_of_float64(dtype, magnitude):
+    grads = [(torch.randn(n) * magnitude).to(dtype) for n in (0, 1, 2, 15, 16, 17, 70, 65_535, 65_536, 200_001)]
+    exact = torch.cat([g.double() for g in grads]).norm().item()
+    norm = ops.gradient_norm(groups_with(grads))
+    assert norm.shape == () and norm.dtype == torch.float32
+    # 2^-24 for the float32 result; the float64 sum errs by less than (65536/16 + 4 + 11) * 2^-53, see norm.h.
+    assert abs(norm.item() / exact - 1.0) <= 2.0**-24 * 1.001
+
+
+def test_norm_has_the_same_bits_for_any_number_of_threads_and_any_target():
+    groups = groups_with([torch.randn(n) for n in (100_003, 7, 400_000)])
+    threads, target, seen = torch.get_num_threads(), ops.build_info()["cpu_target"], set()
+    try:
+        for name in ops.build_info()["cpu_targets_supported"]:
+            ops.use_cpu_target(name)
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                seen.add(ops.gradient_norm(groups).item())
+    finally:
+        torch.set_num_threads(threads)
+        ops.use_cpu_target(target)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 69_999])
+def test_norm_is_finite_exactly_when_every_gradient_is(bad, place):
+    grad = torch.full((70_000,), 1e19)  # squares of this overflow float32
+    assert ops.gradient_norm(groups_with([grad])).isfinite()
+    grad[place] = bad
+    assert not ops.gradient_norm(groups_with([grad])).isfinite()
+
+
+def test_norm_without_gradients_is_zero_and_scale_multiplies_it():
+    assert ops.gradient_norm([{"params": [Parameter(torch.zeros(2))]}]).item() == 0.0
+    assert ops.gradient_norm(groups_with([torch.tensor([3.0, 4.0])]), grad_scale=-0.5).item() == 2.5
+
+
+def test_what_has_no_kernel_is_a_kernel_error_that_names_the_way_out():
+    groups = groups_with([torch.randn(3).double()])
+    for call in (ops.gradient_norm, ops.clip_gradients_):
+        with pytest.raises(KernelError, match=r"float32 nor bfloat16.*Use torch.nn.utils"):
+            call(groups)
+
+
+# ---- gradients rewritten ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clip_gradients_rewrites_like_torch(dtype):
+    grads = [torch.randn(n).to(dtype) for n in (3, 70, 100_000)]
+    ours, theirs = groups_with([g.clone() for g in grads]), groups_with([g.clone() for g in grads])
+    ops.clip_gradients_(ours, clip_value=0.3)
+    torch.nn.utils.clip_grad_value_(theirs[0]["params"], 0.3)
+    for a, b in zip(ours[0]["params"], theirs[0]["params"], strict=True):
+        assert torch.equal(a.grad, b.grad) and a.grad._version > 0
+    norm = ops.clip_gradients_(ours, grad_scale=2.0, max_norm=1.0)
+    exact = 2.0 * torch.cat([p.grad.double() for p in theirs[0]["params"]]).norm()
+    assert abs(norm.item() / exact.item() - 1.0) <= 1e-7
+    after = torch.cat([p.grad.double() for p in ours[0]["params"]]).norm().item()
+    assert abs(after - 1.0) <= (1e-6 if dtype == torch.float32 else 2.0**-8)
+
+
+def test_release_gradients_sets_them_to_none():
+    groups = groups_with([torch.ones(2), torch.ones(3)])
+    ops.release_gradients(groups)
+    assert all(p.grad is None for p in groups[0]["params"])
+
+
+# ---- targets, threads, allocator ----
+
+
+def run_with(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_the_environment_forces_a_target():
+    result = run_with(
+        {"LIT_FAST_CPU_TARGET": "scalar"},
+        "from lit_fast import ops; i = ops.build_info(); print(i['cpu_target'], i['cpu_target_reason'])",
+    )
+    assert result.stdout.split() == ["scalar", "LIT_FAST_CPU_TARGET"], result.stderr
+
+
+def test_an_unknown_or_unsupported_target_is_a_clear_error():
+    info = ops.build_info()
+    lacking = [t for t in info["cpu_targets_built"] if t not in info["cpu_targets_supported"]]
+    for name in ["nonsense", *lacking]:
+        result = run_with({"LIT_FAST_CPU_TARGET": name}, "from lit_fast import ops; ops.build_info()")
+        assert result.returncode != 0
+        assert f"KernelError: LIT_FAST_CPU_TARGET={name}" in result.stderr
+        assert ("lacks these instructions" if name in lacking else "is not a target of this build") in result.stderr
+    with pytest.raises(KernelError, match="not part of this build"):
+        ops.use_cpu_target("nonsense")
+
+
+def test_build_info_says_what_and_why():
+    info = ops.build_info()
+    assert info["cpu_target"] in info["cpu_targets_supported"] <= info["cpu_targets_built"]
+    assert info["cpu_targets_built"][-1] == "scalar"
+    assert isinstance(info["cuda"], bool) and "LIT_FAST_CUDA" in info["cuda_reason"]
+    assert info["threads"].startswith(("openmp: ", "own pool: "))
+    assert info["tensor_access"] in ("DLPack C exchange", "Python attributes")
+    assert info["torch"] == torch.__version__
+
+
+def test_the_core_shares_torchs_openmp_runtime():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("the system does not list loaded libraries in /proc")
+    loaded = set(re.findall(r"\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", maps.read_text()))
+    if not loaded:
+        pytest.skip("this torch has no OpenMP runtime")
+    assert ops.build_info()["threads"].removeprefix("openmp: ") in loaded
+
+
+def test_the_own_pool_steps_where_no_openmp_runtime_is_loaded():
+    """The core by itself, without torch: its description changes only when a runtime appears."""
+    code = "from lit_fast import _core; print(_core.build_info()['threads'])"
+    result = run_with({}, code)
+    assert result.stdout.startswith("own pool: "), result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_kept_memory_comes_back_without_page_faults():
+    code = """
+import resource, torch
+from lit_fast import ops
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        torch.ones(16 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.set_num_threads(1)
+report = ops.keep_freed_memory(True)
+assert report.applied == ("mallopt" in report.what), report
+faults(32)  # until the small remainders of aligned allocations have filled glibc's thread cache
+kept = faults(5)
+print(report.applied, kept, str(ops.keep_freed_memory(False)))
+"""
+    result = run_with({}, code)
+    assert result.returncode == 0, result.stderr
+    applied, kept = result.stdout.split()[:2]
+    if applied == "False":
+        pytest.skip(f"nothing to test: {result.stdout}")
+    assert int(kept) < 200  # five times 16 MiB are 20,480 pages of 4 KiB
+
+
+# ---- one stem in every tree ----
+
+
+def test_formulas_headers_and_mappings_match():
+    listed = {name.lower() for name in re.findall(r"^\s+X\((\w+)\)", (CSRC / "formulas/all.h").read_text(), re.M)}
+    assert listed == set(ops.formulas())
+    for name, formula in ops.formulas().items():
+        assert (CSRC / "formulas" / f"{name}.h").exists()
+        mapping = next(m for m in _mappings().values() if m.formula == name)
+        assert list(mapping.state_keys) == formula["states"]
+        assert (mapping.step_key is not None) == formula["counts_steps"]
+        for kind in mapping.classes:
+            group = kind([Parameter(torch.zeros(1))], lr=0.1).param_groups[0]
+            assert set(mapping.option_keys) <= set(group)
+            assert all(not group[key] for key in mapping.refused_keys)
+            options = [v for k in mapping.option_keys for v in (group[k] if isinstance(group[k], tuple) else [group[k]])]
+            assert len(options) == len(formula["options"])
+
+
+def test_a_small_step_is_one_call_into_the_core():
+    """No Python function of ours below `step`, and no torch operation."""
+    model = torch.nn.Linear(32, 2)
+    adopted = adopt(torch.optim.AdamW(model.parameters()))
+    model(torch.ones(4, 32)).sum().backward()
+    adopted.step()
+    called = []
+    sys.setprofile(lambda frame, event, arg: called.append(frame.f_code.co_qualname) if event == "call" else None)
+    try:
+        adopted.step()
+    finally:
+        sys.setprofile(None)
+    ours = [name for name in called if name not in ("Tensor.__hash__", "_handle_torch_function_and_wrap_type_error_to_not_implemented.<locals>.wrapped")]
+    assert ours == ["AdoptedOptimizer.step"], called
