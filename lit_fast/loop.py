@@ -86,6 +86,7 @@ class FitLoop:
         self.loader: Any = None
         self.position: DataPosition | None = None
         self.val_check_batch: int | float = math.inf
+        self._cut_short = False  # this epoch ended without its last batches, and without a step for its open window
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
 
     # -- before the first step
@@ -159,6 +160,7 @@ class FitLoop:
             try:
                 self.run_epoch()
             except SkipEpoch:
+                progress.batch_idx -= 1  # that batch did not run
                 self._skip_rest_of_epoch()
             self._end_epoch()
             if self._finished():
@@ -171,6 +173,7 @@ class FitLoop:
         progress.scheduled_before = progress.scheduled
         progress.total_before += progress.batch_idx + 1
         progress.batch_idx, progress.is_last_batch = -1, False
+        self._cut_short = False
         assert self.position is not None
         self.position.set_epoch(progress.epoch)
         self.trainer._call("on_train_epoch_start")
@@ -252,7 +255,7 @@ class FitLoop:
         progress = self.progress
         done = progress.batch_idx + 1 if batches is None else batches
         window = self.plans.window if self.plans is not None and self.plans.automatic else 1
-        last = progress.is_last_batch and done == progress.batch_idx + 1
+        last = progress.is_last_batch and done == progress.batch_idx + 1 and not self._cut_short
         return progress.stepped_before + (math.ceil(done / window) if last else done // window)
 
     def _visit(self) -> bool:
@@ -328,7 +331,8 @@ class FitLoop:
             return False
         if stopping:
             return True
-        if self.val_check_batch == math.inf:
+        interval = self.trainer.config.val_check_interval
+        if self.val_check_batch == math.inf or (isinstance(interval, float) and interval == 1.0):
             return self.progress.is_last_batch
         return self._validation_count() % int(self.val_check_batch) == 0
 
@@ -350,7 +354,7 @@ class FitLoop:
 
     def _skip_rest_of_epoch(self) -> None:
         assert self.plans is not None
-        self.progress.is_last_batch = True
+        self.progress.is_last_batch = self._cut_short = True
         for schedule in self.plans.whole.schedulers:
             schedule(self.progress.batch_idx)
 

@@ -1,0 +1,260 @@
+"""The loop: limits, when it validates, logs and stops, and what its data may be."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heart_models import NoLength, Plain, batches, fitted, shuffled, trainer
+
+import lit_fast
+from lit_fast.errors import DataError, MisconfigurationException
+from lit_fast.loggers import CSVLogger
+
+
+class Validates(Plain):
+    """Remembers after how many training batches each validation began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.validated_after: list[int] = []
+
+    def on_validation_start(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.validated_after.append(len(self.losses))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.loss(batch))
+
+
+# -- how long
+
+
+@pytest.mark.parametrize(
+    "options,steps,epochs",
+    [
+        ({"max_steps": 7}, 7, 2),
+        ({"max_steps": 10}, 10, 2),
+        ({"max_epochs": 3}, 15, 3),
+        ({"max_epochs": 3, "max_steps": 4}, 4, 1),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6, 3),
+        ({"max_epochs": 2, "limit_train_batches": 0.4}, 4, 2),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 6, 2),
+        ({"max_epochs": 0}, 0, 0),
+        ({"max_steps": 0}, 0, 0),
+    ],
+)
+def test_limits(options: dict[str, Any], steps: int, epochs: int) -> None:
+    made = fitted(Plain(), batches(5), **options)
+    assert (made.global_step, made.current_epoch) == (steps, epochs)
+
+
+@pytest.mark.parametrize(
+    "options,steps",
+    [({}, 3), ({"min_steps": 8}, 8), ({"min_epochs": 2}, 10), ({"min_steps": 4, "min_epochs": 1}, 5)],
+)
+def test_should_stop_waits_for_the_minimum(options: dict[str, Any], steps: int) -> None:
+    class Stops(Plain):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.global_step == 3:
+                self.trainer.should_stop = True
+
+    made = fitted(Stops(), batches(5), max_epochs=4, **options)
+    assert made.global_step == steps
+
+
+def test_estimated_stepping_batches_asks_for_the_data_once() -> None:
+    class Asks(Plain):
+        asked = 0
+
+        def train_dataloader(self) -> Any:
+            self.asked += 1
+            return batches(5)
+
+        def configure_optimizers(self) -> Any:
+            self.estimate = self.trainer.estimated_stepping_batches
+            return super().configure_optimizers()
+
+    for options, expected in (
+        ({"max_epochs": 3}, 15),
+        ({"max_epochs": 3, "accumulate_grad_batches": 2}, 9),
+        ({"max_epochs": 3, "max_steps": 4}, 4),
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+        ({"max_epochs": -1, "max_steps": 3}, 3),
+    ):
+        model = Asks()
+        trainer(**options).fit(model)
+        assert model.estimate == expected
+        assert model.asked == 1
+
+
+# -- validation
+
+
+@pytest.mark.parametrize(
+    "options,after",
+    [
+        ({}, [6, 12]),
+        ({"val_check_interval": 2}, [2, 4, 6, 8, 10, 12]),
+        ({"val_check_interval": 4}, [4, 10]),
+        ({"val_check_interval": 0.5}, [3, 6, 9, 12]),
+        ({"val_check_interval": 4, "check_val_every_n_epoch": None}, [4, 8, 12]),
+        ({"val_check_interval": 8, "check_val_every_n_epoch": None}, [8]),
+        ({"check_val_every_n_epoch": 2}, [12]),
+        ({"limit_val_batches": 0}, []),
+        ({"val_check_interval": 2, "accumulate_grad_batches": 4}, [2, 4, 6, 8, 10, 12]),
+    ],
+)
+def test_when_it_validates(options: dict[str, Any], after: list[int]) -> None:
+    model = Validates()
+    fitted(model, batches(6), [batches(2, seed=2)], max_epochs=2, **options)
+    assert model.validated_after == after
+
+
+def test_interval_longer_than_an_epoch() -> None:
+    with pytest.raises(MisconfigurationException, match="would never validate"):
+        fitted(Validates(), batches(3), [batches(1)], max_epochs=1, val_check_interval=4)
+    with pytest.raises(MisconfigurationException, match="is a fraction, but the training data has no length"):
+        fitted(Validates(), NoLength(batches(3)), [batches(1)], max_epochs=1, val_check_interval=0.5)
+
+
+def test_validation_changes_no_loss() -> None:
+    quiet, busy = Plain(), Validates()
+    fitted(quiet, batches(6), max_epochs=4)
+    fitted(busy, batches(6), [batches(2, seed=2)], max_epochs=4, val_check_interval=1)
+    assert busy.losses == quiet.losses
+
+
+# -- logging
+
+
+def csv_rows(root: Path) -> list[dict[str, str]]:
+    with next(root.glob("**/metrics.csv")).open() as file:
+        return list(csv.DictReader(file))
+
+
+class Logs(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"log_every_n_steps": 7}])
+def test_rows_of_the_csv_file(options: dict[str, Any], tmp_path: Path) -> None:
+    model = Logs()
+    every = options.get("log_every_n_steps", 50)
+    window = options.get("accumulate_grad_batches", 1)
+    made = fitted(model, batches(30), max_steps=125, logger=CSVLogger(tmp_path), **options)
+    rows = csv_rows(tmp_path)
+    steps = [int(row["step"]) for row in rows]
+    assert steps == list(range(every, made.global_step + 1, every))
+    for row in rows:
+        expected = model.losses[int(row["step"]) * window - 1]
+        assert float(row["loss"]) == expected
+
+
+def test_events_of_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from lit_fast.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = Logs()
+    fitted(model, batches(30), max_steps=160, logger=TensorBoardLogger(tmp_path))
+    events = EventAccumulator(str(next(tmp_path.glob("**/events.*")).parent))
+    events.Reload()
+    scalars = events.Scalars("loss")
+    assert [scalar.step for scalar in scalars] == [50, 100, 150]
+    assert [scalar.value for scalar in scalars] == [model.losses[step - 1] for step in (50, 100, 150)]
+
+
+def test_skipping_the_rest_of_an_epoch_counts_no_step() -> None:
+    class Skips(Plain):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 3 else None
+
+    made = fitted(Skips(), batches(5), max_epochs=2)
+    assert made.global_step == 6
+    assert made.fit_loop.windows_completed() == 6
+
+
+# -- data
+
+
+def test_no_data() -> None:
+    with pytest.raises(MisconfigurationException, match=r"No training data: pass trainer.fit\(model, train_dataloaders"):
+        fitted(Plain(), None, max_epochs=1)
+
+
+@pytest.mark.parametrize("data", [3, object()])
+def test_data_that_cannot_be_iterated(data: Any) -> None:
+    with pytest.raises(DataError, match=f"{type(data).__name__}, which cannot be iterated"):
+        fitted(Plain(), data, max_epochs=1)
+
+
+@pytest.mark.parametrize("data", [[], shuffled(3, batch_size=4, drop_last=True), NoLength([])], ids=["list", "loader", "stream"])
+def test_empty_data(data: Any) -> None:
+    with pytest.raises(DataError, match=r"is empty|gave no batch"):
+        fitted(Plain(), data, max_epochs=2)
+
+
+def test_a_generator_is_read_once() -> None:
+    """With only max_steps to end it, this would spin for ever."""
+    with pytest.raises(DataError, match=r"gave no batch in epoch 1.*read only once"):
+        fitted(Plain(), (batch for batch in batches(3)), max_steps=5)
+    made = fitted(Plain(), (batch for batch in batches(3)), max_epochs=1)
+    assert made.global_step == 3
+
+
+def test_data_that_ends_before_its_length() -> None:
+    class Boasts(NoLength):
+        def __len__(self) -> int:
+            return 10
+
+    model = Validates()
+    with pytest.warns(UserWarning, match="ended after 6 of the 10 batches"):
+        made = fitted(model, Boasts(batches(6)), [batches(1)], max_epochs=2)
+    assert made.global_step == 12 and made.current_epoch == 2
+    assert model.validated_after == [6, 12]
+
+
+def test_fewer_batches_than_the_limit() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = fitted(Plain(), NoLength(batches(3)), max_epochs=2, limit_train_batches=10)
+    assert made.global_step == 6
+
+
+def test_plateau_scheduler_by_step() -> None:
+    class Plateau(Validates):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1000)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {
+                    "scheduler": self.scheduler, "interval": "step", "frequency": 2, "monitor": "val", "strict": False,
+                },
+            }  # fmt: skip
+
+    model = Plateau()
+    fitted(model, batches(6), [batches(1)], max_epochs=2, val_check_interval=2)
+    assert model.scheduler.last_epoch == 6
+
+
+def test_a_fit_after_a_validate_reads_training_values(tmp_path: Path) -> None:
+    class Both(Logs, Validates): ...
+
+    model = Both()
+    made = lit_fast.Trainer(
+        accelerator="cpu", logger=CSVLogger(tmp_path), max_epochs=1, log_every_n_steps=2, num_sanity_val_steps=0,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    made.validate(model, [batches(1)], verbose=False)
+    made.fit(model, batches(4))
+    assert [row["step"] for row in csv_rows(tmp_path) if row["loss"]] == ["2", "4"]
