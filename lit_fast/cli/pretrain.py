@@ -347,7 +347,7 @@ def _interrupted(console: Any, monitor: PretrainMonitor, argv: list[str]) -> int
 
 
 def _from_yaml(path: Path) -> dict[str, Any]:
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     return content if isinstance(content, dict) else {}
