@@ -1,0 +1,95 @@
+"""The optimizer that user code holds: hooks, counting and closures of its `step`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from heart_models import Plain, batches, fitted
+
+
+class Manual(Plain):
+    def __init__(self, optimizer: Any = None) -> None:
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+        self.order: list[str] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.order.append("before_step")
+
+    def on_before_backward(self, loss: Any) -> None:
+        self.order.append("before_backward")
+
+    def on_after_backward(self) -> None:
+        self.order.append("after_backward")
+
+
+def test_step_runs_hooks_and_counts() -> None:
+    class Steps(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            assert all(p.grad is None for p in self.parameters())
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            assert all(not p.grad.any() for p in self.parameters())
+
+    model = Steps()
+    made = fitted(model, batches(3), max_epochs=1)
+    assert made.global_step == 3
+    assert model.order == ["before_backward", "after_backward", "before_step"] * 3
+
+
+def test_closure_runs_before_the_hooks() -> None:
+    class Steps(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+
+            def closure() -> Any:
+                self.order.append("closure")
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.manual_backward(loss)
+                return loss
+
+            assert optimizer.step(closure=closure) is not None
+
+    model = Steps()
+    assert fitted(model, batches(1), max_epochs=1).global_step == 1
+    assert model.order == ["closure", "before_backward", "after_backward", "before_step"]
+
+
+def test_lbfgs_by_hand_calls_the_closure_again() -> None:
+    class Steps(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+
+            def closure() -> Any:
+                optimizer.zero_grad()
+                loss = self.loss(batch)
+                self.losses.append(loss.item())
+                self.manual_backward(loss)
+                return loss
+
+            optimizer.step(closure)
+
+    model = Steps(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=5))
+    fitted(model, batches(1), max_epochs=1)
+    assert len(model.losses) > 1 and model.losses[-1] < model.losses[0]
+
+
+def test_what_is_wrapped_shows_through() -> None:
+    class Steps(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            assert optimizer.defaults["lr"] == 0.05 and "SGD" in repr(optimizer)
+            optimizer.param_groups[0]["lr"] = 0.5
+            assert optimizer.optimizer.param_groups[0]["lr"] == 0.5
+            with pytest.raises(TypeError, match="closure must be callable"):
+                optimizer.step(closure=3)
+            with pytest.raises(AttributeError):
+                _ = optimizer.nothing_of_that_name
+
+    fitted(Steps(), batches(1), max_epochs=1)
