@@ -159,9 +159,7 @@ def _restore_numpy(state: State) -> None:
     try:
         import numpy
     except ImportError:
-        warnings.warn(
-            "the checkpoint holds numpy's random state, and numpy is not installed here", stacklevel=3
-        )
+        warnings.warn("the checkpoint holds numpy's random state, and numpy is not installed here", stacklevel=3)
         return
     numpy.random.set_state(_decode(state))
 

@@ -29,6 +29,7 @@ from torch.utils.data import (
 
 from lit_fast.checkpoint import rng
 from lit_fast.data.randomness import Randomness, State, apply, changes, check_shape, length_of, warn_of_replay
+from lit_fast.data.sources import stop_workers
 from lit_fast.data.worker_rng import WorkerWatch
 from lit_fast.errors import DataError
 
@@ -72,9 +73,7 @@ class _IndexStream:
         self.source, self.random, self.skip = source, random, skip
         self.draw, self.first, self.seed = draw, first, seed
         self.watch: WorkerWatch | None = None
-        self.fetched_before: torch.Tensor | None = (
-            None  # batches per worker, when the epoch's first item was drawn
-        )
+        self.fetched_before: torch.Tensor | None = None  # batches per worker, when the epoch's first item was drawn
         self._seed_generator = seed_generator
         inner = source.sampler if type(source) is BatchSampler else source
         self._name = type(inner).__name__
@@ -126,9 +125,7 @@ class _IndexStream:
         before = rng.capture(cuda=False)
         left = len(self._head)
         self._head = []
-        rest = collections.deque(
-            enumerate(itertools.islice(self._items, self.skip - 1), 2), maxlen=1
-        )  # C speed
+        rest = collections.deque(enumerate(itertools.islice(self._items, self.skip - 1), 2), maxlen=1)  # C speed
         left = rest[0][0] if rest else left
         if left < self.skip:
             raise DataError(
@@ -306,9 +303,7 @@ class LoaderSource:
             )
             return consumed, None
         if not self._loader.in_order:
-            warnings.warn(
-                "a DataLoader with in_order=False has no order to go on in; set in_order=True", stacklevel=6
-            )
+            warnings.warn("a DataLoader with in_order=False has no order to go on in; set in_order=True", stacklevel=6)
             return consumed, None
         if workers["hidden"]:
             warn_of_replay(consumed, "the dataset draws in its workers from a generator of its own")
@@ -390,6 +385,11 @@ class LoaderSource:
             "a resumed run skips the indices of the batches before its position and restores the random "
             f"state of its {self._workers} workers, reading at most {self._workers - 1} batches again"
         )
+
+    def close(self) -> None:
+        stop_workers(self._iterator)
+        if self._persistent:
+            self._loader._iterator = None
 
 
 def _fingerprint(items: list[Any]) -> int | None:

@@ -108,6 +108,14 @@ class DataPosition:
         """
         self._finished = self._begun
 
+    def close(self) -> None:
+        """Stop the loader's worker processes. `state_dict` still works; the next `iter` starts new workers.
+
+        Left to the garbage collector, an iterator that is part of a cycle may lose the pipes to its workers before
+        the threads that write to them have ended, and they complain.
+        """
+        self._source.close()
+
     @property
     def handed_out(self) -> int:
         """Batches of this epoch that the iterator has given so far, those of earlier runs included.
@@ -203,7 +211,6 @@ def _source_of(data: Any) -> Source:
         return SequenceSource(data)
     if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise DataError(
-            f"a {type(data).__name__} cannot be iterated over; give a DataLoader, a list of batches or an "
-            "iterable"
+            f"a {type(data).__name__} cannot be iterated over; give a DataLoader, a list of batches or an iterable"
         )
     return ReplaySource(data)

@@ -99,9 +99,7 @@ class Randomness:
 def changes(before: State, after: State) -> State:
     """The entries of `after` that differ from `before`, two levels deep: most states stay as they were."""
     return {
-        group: {
-            key: value for key, value in after[group].items() if not rng.equal(value, before[group].get(key))
-        }
+        group: {key: value for key, value in after[group].items() if not rng.equal(value, before[group].get(key))}
         for group in after
     }
 
@@ -136,6 +134,4 @@ def length_of(data: object) -> int | None:
 def warn_of_replay(batches: int, why: str) -> None:
     """Say before the wait what is being waited for."""
     if batches:
-        warnings.warn(
-            f"resuming: fetching {batches} batches again to reach the position, because {why}", stacklevel=5
-        )
+        warnings.warn(f"resuming: fetching {batches} batches again to reach the position, because {why}", stacklevel=5)

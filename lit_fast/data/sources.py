@@ -33,6 +33,7 @@ class Source(Protocol):
     def state(self, consumed: int, finished: bool) -> State: ...
     def check(self, state: State) -> None: ...
     def explain(self) -> str: ...
+    def close(self) -> None: ...
 
 
 class SequenceSource:
@@ -66,24 +67,33 @@ class SequenceSource:
     def explain(self) -> str:
         return "the data is a list: a resumed run goes on at the index of its next batch"
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 class Counted:
     """Counts what an iterator gives, tells when its first item is asked for; runs no Python code per item."""
 
     def __init__(self, iterator: Iterator[Any], on_first: Callable[[], None] = lambda: None) -> None:
-        self.on_first = on_first
-        self.exhausted = False
-        self._pairs = enumerate(itertools.chain.from_iterable(self._parts(iterator)))
+        self._ends: list[Callable[[], None]] = [on_first]  # emptied at the end
+        # Nothing below refers back to this object: a loader's workers must stop when the last user lets go of the
+        # iterator, not when a cycle is collected, in an order that breaks their queues.
+        self._pairs = enumerate(itertools.chain.from_iterable(_parts(iterator, self._ends)))
         self.items: Iterator[Any] = map(operator.itemgetter(1), self._pairs)
 
-    def _parts(self, iterator: Iterator[Any]) -> Iterator[Iterator[Any]]:
-        self.on_first()
-        yield iterator
-        self.exhausted = True
+    @property
+    def exhausted(self) -> bool:
+        return not self._ends
 
     @property
     def count(self) -> int:
         return int(self._pairs.__reduce__()[1][1])
+
+
+def _parts(iterator: Iterator[Any], ends: list[Callable[[], None]]) -> Iterator[Iterator[Any]]:
+    ends[0]()
+    yield iterator
+    ends.clear()
 
 
 class StatefulSource:
@@ -107,9 +117,7 @@ class StatefulSource:
         if state["finished"] and state["exhausted"]:
             return iter(())
         before = rng.capture(cuda=False)
-        iterator = (
-            self.begin()
-        )  # also where the epoch was broken off: the loader must see it ended by the next one
+        iterator = self.begin()  # also where the epoch was broken off: the loader must see it ended by the next one
         self._offset = state["consumed"]
         rng.restore(before)
         return iterator
@@ -130,6 +138,9 @@ class StatefulSource:
 
     def explain(self) -> str:
         return f"the {type(self._data).__name__} saves and restores its own position (state_dict)"
+
+    def close(self) -> None:
+        """The loader's workers are its own matter."""
 
 
 class ReplaySource:
@@ -156,13 +167,17 @@ class ReplaySource:
         self._random = Randomness()
         self._offset = 0
         self._start: State | None = None
-        self._first: State | None = None
+        self._drawn: list[State] = []  # the state when the first batch was asked for
+        self._raw: Any = None
         self._counted = Counted(iter(()))
 
     def begin(self) -> Iterator[Any]:
         self._random = Randomness(data=self._data)
-        self._start, self._first, self._offset = self._random.capture(), None, 0
-        self._counted = Counted(self._iterator(), self._at_first)
+        random = self._random
+        drawn: list[State] = []
+        self._start, self._drawn, self._offset = random.capture(), drawn, 0
+        self._raw = self._iterator()
+        self._counted = Counted(self._raw, lambda: drawn.append(random.capture()))
         return self._counted.items
 
     def _iterator(self) -> Iterator[Any]:
@@ -172,9 +187,6 @@ class ReplaySource:
         self._watch = WorkerWatch.of(loader)
         with self._watch.installed(loader):
             return iter(loader)
-
-    def _at_first(self) -> None:
-        self._first = self._random.capture()
 
     def resume(self, state: State) -> Iterator[Any]:
         before = rng.capture(cuda=False)
@@ -205,8 +217,8 @@ class ReplaySource:
         self.begin()
         self._start = start
         if first is not None and batches:
-            self._first = first
-            self._counted.on_first = lambda: random.restore(first)
+            self._drawn = [first]
+            self._counted = Counted(self._raw, lambda: random.restore(first))
         fetched = sum(1 for _ in itertools.islice(self._counted.items, min(batches, 1)))
         after_first = rng.capture(cuda=False)
         fetched += sum(1 for _ in itertools.islice(self._counted.items, batches - fetched))
@@ -235,7 +247,7 @@ class ReplaySource:
         assert self._start is not None, "a position is asked for before an epoch was begun"
         return {
             "start": self._start,
-            "first": None if self._first is None else changes(self._start, self._first),
+            "first": changes(self._start, self._drawn[0]) if self._drawn else None,
             "own": self._random.capture_own(),
             "all_consumed": consumed == self.handed_out(),
             "dataset": None if self._dataset is None else self._dataset.state_dict(),
@@ -255,6 +267,17 @@ class ReplaySource:
     def explain(self) -> str:
         if self._dataset is not None:
             return f"the {type(self._dataset).__name__} saves and restores its own position (state_dict)"
-        return (
-            f"the data is {self.kind}: a resumed run fetches every batch before its position again (replay)"
-        )
+        return f"the data is {self.kind}: a resumed run fetches every batch before its position again (replay)"
+
+    def close(self) -> None:
+        if self._workers:
+            stop_workers(self._raw)
+            if self._loader is not None:
+                self._loader._iterator = None
+
+
+def stop_workers(iterator: Any) -> None:
+    """Stop a DataLoader iterator's worker processes now."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()

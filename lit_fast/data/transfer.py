@@ -97,9 +97,7 @@ def _walk_dataclass(batch: Any, function: Callable[[Any], Any]) -> Any:
         return batch
     moved = copy.copy(batch)
     for name, value in changed.items():
-        object.__setattr__(
-            moved, name, value
-        )  # also where the dataclass is frozen, or makes no sense half moved
+        object.__setattr__(moved, name, value)  # also where the dataclass is frozen, or makes no sense half moved
     return moved
 
 

@@ -26,12 +26,8 @@ def _payload(step: int = 1, numel: int = 100) -> dict[str, object]:
         "pytorch-lightning_version": "2.6.6",
         "state_dict": collections.OrderedDict(weight=torch.full((numel,), float(step)), bias=torch.zeros(3)),
         "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
-        "callbacks": {
-            "ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5), "path": None}
-        },
-        "optimizer_states": [
-            {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"betas": (0.9, 0.95)}]}
-        ],
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.tensor(0.5), "path": None}},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"betas": (0.9, 0.95)}]}],
         "hyper_parameters": {"lr": 1e-3, "names": ["a", "b"], "flags": {1, 2}, "big": 1 << 100, "raw": b"x"},
     }
 
@@ -160,9 +156,7 @@ def test_no_flipped_bit_anywhere_changes_what_is_loaded(tmp_path: pathlib.Path) 
         damaged[offset] ^= 1 << (offset % 8)
         path.write_bytes(damaged)
         try:
-            assert _same(io.load(path), _payload()), (
-                f"byte {offset} of {len(whole)} changed the payload unseen"
-            )
+            assert _same(io.load(path), _payload()), f"byte {offset} of {len(whole)} changed the payload unseen"
         except CheckpointError:
             seen += 1
     assert seen > len(whole) // 3 // 4
@@ -176,9 +170,7 @@ class _Shell:
 def test_pickled_code_is_refused_and_named(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "x": _Shell()}, path)
-    with pytest.raises(
-        CheckpointError, match=r"evil\.ckpt.*pickled code: (posix|nt)\.system.*add_safe_globals"
-    ):
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt.*pickled code: (posix|nt)\.system.*add_safe_globals"):
         io.load(path)
     torch.save({"x": _Shell()}, path, _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"evil\.ckpt.*(posix|nt)\.system.*weights_only=False"):
@@ -211,9 +203,7 @@ def test_what_cannot_be_pickled_is_named_and_the_old_file_stays(tmp_path: pathli
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt(), OSError(5, "I/O")]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), OSError(5, "I/O")])
 def test_a_failure_at_any_point_keeps_the_old_file(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
 ) -> None:
@@ -249,18 +239,14 @@ def test_stale_temporaries_are_swept_live_ones_are_not(tmp_path: pathlib.Path) -
         [sys.executable, "-c", "import os; print(os.getpid())"], check=False, capture_output=True, text=True
     )
     stale = tmp_path / f".a.ckpt.{host}.{int(dead.stdout)}.00000000.lit-tmp"
-    same_pid = (
-        tmp_path / f".a.ckpt.{host}.{os.getpid()}.00000001.lit-tmp"
-    )  # a container's pid 1, killed and restarted
+    same_pid = tmp_path / f".a.ckpt.{host}.{os.getpid()}.00000001.lit-tmp"  # a container's pid 1, killed and restarted
     elsewhere = tmp_path / ".a.ckpt.another-host.7.00000002.lit-tmp"
     elsewhere_old = tmp_path / ".a.ckpt.another-host.7.00000003.lit-tmp"
     not_ours = tmp_path / ".a.ckpt.tmp"
     for file in (stale, same_pid, elsewhere, elsewhere_old, not_ours):
         file.write_bytes(b"half")
     os.utime(elsewhere_old, (0, 0))
-    live, fd = io._create_temporary(
-        str(tmp_path), "b.ckpt"
-    )  # a save in progress, in another thread or process
+    live, fd = io._create_temporary(str(tmp_path), "b.ckpt")  # a save in progress, in another thread or process
     try:
         io.save(_payload(), tmp_path / "a.ckpt")
         assert _temporaries(tmp_path) == sorted([elsewhere.name, os.path.basename(live)])

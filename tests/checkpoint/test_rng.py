@@ -61,14 +61,10 @@ def test_kinds_that_are_missing_are_left_alone() -> None:
 def test_cuda_states_without_devices_are_said() -> None:
     missing = [torch.zeros(16, dtype=torch.uint8)] * (torch.cuda.device_count() + 1)
     with pytest.warns(UserWarning, match=r"random states of \d+ CUDA device"):
-        rng._restore_cuda(
-            [*(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []), *missing[-1:]]
-        )
+        rng._restore_cuda([*(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []), *missing[-1:]])
 
 
-@pytest.mark.parametrize(
-    "state", [{"python": {"version": 3}}, {"torch": torch.zeros(4)}, {"numpy": {"a": 1}}]
-)
+@pytest.mark.parametrize("state", [{"python": {"version": 3}}, {"torch": torch.zeros(4)}, {"numpy": {"a": 1}}])
 def test_a_state_that_is_none_is_refused(state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="random state"):
         rng.restore(state)
@@ -125,9 +121,7 @@ def test_numpy_is_neither_imported_by_a_capture_nor_forgotten_by_a_restore() -> 
         rng.restore(state)
         assert numpy.random.random() == expected
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

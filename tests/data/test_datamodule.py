@@ -47,9 +47,7 @@ def test_from_datasets_makes_loaders() -> None:
         _Six(), val_dataset=[_Six(), _Six()], test_dataset={"a": _Six()}, batch_size=4
     )
     train = module.train_dataloader()
-    assert (
-        isinstance(train, DataLoader) and isinstance(train.sampler, RandomSampler) and train.batch_size == 4
-    )
+    assert isinstance(train, DataLoader) and isinstance(train.sampler, RandomSampler) and train.batch_size == 4
     first, second = module.val_dataloader()
     assert isinstance(first.sampler, SequentialSampler) and [b.tolist() for b in second] == [
         [0, 1, 2, 3],
@@ -82,10 +80,7 @@ def test_a_loader_that_is_not_defined_is_named(stage: str) -> None:
 def test_hooks_do_nothing_by_default() -> None:
     module = LightningDataModule("any", argument=1)
     batch = {"x": torch.ones(2)}
-    assert (
-        module.on_before_batch_transfer(batch, 0) is batch
-        and module.on_after_batch_transfer(batch, 0) is batch
-    )
+    assert module.on_before_batch_transfer(batch, 0) is batch and module.on_after_batch_transfer(batch, 0) is batch
     assert module.transfer_batch_to_device(batch, torch.device("cpu"), 0) is batch
     assert module.transfer_batch_to_device(batch, torch.device("meta"), 0)["x"].is_meta
     (
@@ -103,9 +98,7 @@ def test_load_from_checkpoint(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.ckpt"
     module = _Sized(7)
     module.position = 12
-    io.save(
-        {"datamodule_hyper_parameters": dict(module.hparams), _Sized.__qualname__: module.state_dict()}, path
-    )
+    io.save({"datamodule_hyper_parameters": dict(module.hparams), _Sized.__qualname__: module.state_dict()}, path)
     loaded = _Sized.load_from_checkpoint(path, scale=3.0)
     assert loaded.hparams == {"batch_size": 7, "scale": 3.0} and loaded.position == 12
     with pytest.raises(MisconfigurationException, match="hparams_file"):

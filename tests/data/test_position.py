@@ -8,7 +8,9 @@ disturb it.
 
 from __future__ import annotations
 
+import gc
 import itertools
+import multiprocessing
 import pathlib
 import random
 import warnings
@@ -79,9 +81,7 @@ def _train(
                 break
             batch = queue.pop(0)
             consumed += 1
-            ledger.append(
-                (epoch, consumed, _plain(batch), torch.rand(1).item(), random.random(), np.random.random())
-            )
+            ledger.append((epoch, consumed, _plain(batch), torch.rand(1).item(), random.random(), np.random.random()))
             if (epoch, consumed) in save_at:
                 _save(position, path, epoch, consumed, consumed)
         if end_epochs:
@@ -250,9 +250,7 @@ IN_PROCESS: dict[str, Callable[[], Any]] = {
         sampler=RandomSampler(_Numbers(), replacement=True, num_samples=90, generator=_generator())
     ),
     "weighted": lambda: _loader(sampler=WeightedRandomSampler([i % 5 + 0.5 for i in range(23)], 23)),
-    "subset with a generator": lambda: _loader(
-        sampler=SubsetRandomSampler(range(19), generator=_generator())
-    ),
+    "subset with a generator": lambda: _loader(sampler=SubsetRandomSampler(range(19), generator=_generator())),
     "distributed": lambda: _loader(
         sampler=DistributedSampler(_Numbers(), num_replicas=2, rank=1, seed=4), batch_size=2
     ),
@@ -287,9 +285,7 @@ IN_WORKERS: dict[str, Callable[[], Any]] = {
     "persistent, random": lambda: _loader(
         "tnpw", shuffle=True, num_workers=2, persistent_workers=True, generator=_generator()
     ),
-    "persistent, eager sampler": lambda: _loader(
-        "tw", sampler=_Eager(), num_workers=2, persistent_workers=True
-    ),
+    "persistent, eager sampler": lambda: _loader("tw", sampler=_Eager(), num_workers=2, persistent_workers=True),
     "with replacement and a generator": lambda: _loader(
         "w",
         sampler=RandomSampler(_Numbers(), replacement=True, num_samples=90, generator=_generator()),
@@ -325,9 +321,7 @@ def test_in_workers(case: str, tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "case", ["random, generator", "persistent, random", "with replacement and a generator"]
-)
+@pytest.mark.parametrize("case", ["random, generator", "persistent, random", "with replacement and a generator"])
 def test_batches_fetched_ahead_are_not_lost(case: str, tmp_path: pathlib.Path) -> None:
     assert DataPosition(IN_WORKERS[case]()).prefetch_safe
     _check(IN_WORKERS[case], tmp_path, ((1, 4),), repeat=False, ahead=1)
@@ -346,9 +340,7 @@ def test_epochs_that_are_broken_off(case: str, tmp_path: pathlib.Path) -> None:
     _check(IN_WORKERS[case], tmp_path, ((0, 2), (1, 3), (1, -1)), repeat=False, limit=3)
 
 
-@pytest.mark.parametrize(
-    "case", ["shuffled with a generator", "list", "dataset with a state", "own batch sampler"]
-)
+@pytest.mark.parametrize("case", ["shuffled with a generator", "list", "dataset with a state", "own batch sampler"])
 def test_epochs_that_are_broken_off_in_this_process(case: str, tmp_path: pathlib.Path) -> None:
     _check(IN_PROCESS[case], tmp_path, ((0, 2), (1, 3), (0, -1), (1, -1)), limit=3)
 
@@ -357,9 +349,7 @@ def test_epochs_that_are_broken_off_in_this_process(case: str, tmp_path: pathlib
 @pytest.mark.dist
 def test_spawned_workers(tmp_path: pathlib.Path) -> None:
     def make() -> DataLoader[Any]:
-        return _loader(
-            "tnp", shuffle=True, num_workers=1, multiprocessing_context="spawn", persistent_workers=True
-        )
+        return _loader("tnp", shuffle=True, num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
 
     _check(make, tmp_path, ((1, 3),))
 
@@ -430,6 +420,38 @@ def test_the_iterator_is_the_loaders_own() -> None:
     assert loader.batch_sampler is sampler and loader.collate_fn is collate and loader.worker_init_fn is None
     assert len(batches) == len(loader) == 6
     assert len(list(batches)) == 6 and len(list(loader)) == 6
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("case", ["random", "persistent, random"])
+def test_closing_stops_the_workers_and_keeps_the_position(case: str) -> None:
+    loader = IN_WORKERS[case]()
+    position = DataPosition(loader)
+    batches: Any = iter(position)
+    next(batches)
+    workers, before = list(batches._workers), position.state_dict()
+    assert all(worker.is_alive() for worker in workers)
+    position.close()
+    assert not any(worker.is_alive() for worker in workers)
+    assert rng.equal(position.state_dict(), before)
+    assert len(list(position)) == 6, "another epoch begins with new workers"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("make", [IN_WORKERS["random"], REPLAYED["iterable dataset, workers"]])
+def test_an_iterator_that_is_dropped_stops_its_workers_at_once(make: Callable[[], Any]) -> None:
+    """Without waiting for the garbage collector: it is no part of a cycle."""
+    gc.disable()
+    try:
+        position = DataPosition(make())
+        batches = iter(position)
+        next(batches)
+        workers = multiprocessing.active_children()
+        assert len(workers) >= 2
+        del batches, position
+        assert not any(worker.is_alive() for worker in workers[-2:])
+    finally:
+        gc.enable()
 
 
 def test_order_is_that_of_a_plain_loop() -> None:

@@ -82,9 +82,7 @@ def test_everything_in_a_batch_moves_and_keeps_its_type() -> None:
     assert moved["list"][1:] == [1, "a"] and moved["tuple"][1:] == (None, 2.5)
     assert moved["frozen"].name == "a" and moved["frozen"].computed == 3
     assert moved["set"] is batch["set"] and moved["object"] is CPU
-    assert batch["tensor"].device == CPU and batch["frozen"].x.device == CPU, (
-        "the batch itself is not changed"
-    )
+    assert batch["tensor"].device == CPU and batch["frozen"].x.device == CPU, "the batch itself is not changed"
 
 
 def test_packed_sequences_move_as_they_know_how() -> None:
@@ -160,9 +158,7 @@ def test_batches_on_the_gpu_are_whole_whatever_runs_beside_them(ahead: int) -> N
     """Memory given out too early would be overwritten by a later batch while a slow kernel still reads it."""
     device = torch.device("cuda", torch.cuda.current_device())
     sums = []
-    source = (
-        {"x": torch.full((1 << 20,), float(i)), "g": _Graph(torch.full((8,), float(i)))} for i in range(30)
-    )
+    source = ({"x": torch.full((1 << 20,), float(i)), "g": _Graph(torch.full((8,), float(i)))} for i in range(30))
     for batch in PrefetchToDevice(source, device, ahead):
         torch.cuda._sleep(2_000_000)  # the reading below starts long after the host has gone on
         sums.append((batch["x"].double().sum(), batch["g"].x.double().sum()))
