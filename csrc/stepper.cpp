@@ -288,7 +288,8 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
 
     TensorView p, g, s;
     std::string cause;
-    if (!reader.read(param, p, cause) || !reader.read(grad, g, cause)) {
+    // Parameters were looked at when the optimizer was adopted; gradients are new every time.
+    if (!reader.read(param, p, cause) || !reader.read(grad, g, cause) || !reader.holds_values(grad, cause)) {
         refusal = "a parameter or gradient cannot be read: " + cause;
         return false;
     }
@@ -480,7 +481,8 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
             std::string cause;
             if (!torch_side().reader.plain(param)) {
                 refusal = "a parameter is a " + type_name(param) + ", not a plain tensor";
-            } else if (!torch_side().reader.read(param, view, cause)) {
+            } else if (!torch_side().reader.read(param, view, cause) ||
+                       !torch_side().reader.holds_values(param, cause)) {
                 refusal = "a parameter cannot be read: " + cause;
             } else if (!(cause = misplaced(view, cuda)).empty()) {
                 refusal = "a parameter " + cause;
@@ -506,7 +508,8 @@ StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool 
             if (grad == Py_None) continue;
             TensorView view;
             std::string cause;
-            if (!torch_side().reader.plain(grad) || !torch_side().reader.read(grad, view, cause)) {
+            if (!torch_side().reader.plain(grad) || !torch_side().reader.read(grad, view, cause) ||
+                !torch_side().reader.holds_values(grad, cause)) {
                 result.refusal = "a gradient is a " + type_name(grad) + " that cannot be read " + cause;
             } else if (!(cause = misplaced(view, cuda)).empty()) {
                 result.refusal = "a gradient " + cause;

@@ -88,6 +88,7 @@ void TensorReader::configure(PyObject* torch, bool use_exchange_api) {
     PyObject* nn = attribute_or_throw(torch, "nn");
     parameter_type_ = reinterpret_cast<PyTypeObject*>(attribute_or_throw(nn, "Parameter"));
     Py_DECREF(nn);
+    is_neg_ = attribute_or_throw(tensor, "is_neg");
     float32_ = attribute_or_throw(torch, "float32");
     bfloat16_ = attribute_or_throw(torch, "bfloat16");
     tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor);
@@ -136,6 +137,13 @@ bool TensorReader::read(PyObject* tensor, TensorView& view, std::string& reason)
                                                    : Device::other;
     view.device_index = t.device_id;
     return true;
+}
+
+bool TensorReader::holds_values(PyObject* tensor, std::string& reason) const {
+    const Owned negated(PyObject_CallOneArg(is_neg_, tensor));
+    if (negated && negated.object == Py_False) return true;
+    reason = negated ? "its values are negated lazily" : take_exception();
+    return false;
 }
 
 bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) const {

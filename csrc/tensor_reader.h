@@ -48,11 +48,16 @@ class TensorReader {
     // False, with the cause in `reason` and no Python exception set, where the tensor has no strided memory.
     bool read(PyObject* tensor, TensorView& view, std::string& reason) const;
 
+    // Whether its memory holds its values: not so under torch's lazy negation (z.conj().imag), which DLPack exports
+    // without a word.
+    bool holds_values(PyObject* tensor, std::string& reason) const;
+
   private:
     bool read_attributes(PyObject* tensor, TensorView& view) const;
 
     PyTypeObject* tensor_type_ = nullptr;
     PyTypeObject* parameter_type_ = nullptr;
+    PyObject* is_neg_ = nullptr;  // torch.Tensor.is_neg
     PyObject* float32_ = nullptr;
     PyObject* bfloat16_ = nullptr;
     int (*tensor_from_object_)(void*, dlpack::Tensor*) = nullptr;

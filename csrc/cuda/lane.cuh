@@ -14,7 +14,7 @@ __device__ __forceinline__ Wide fma(Wide a, Wide b, Wide c) { return {__fma_rn(a
 
 struct Lane {
   float value;
-  Lane() = default;
+  __device__ __forceinline__ Lane() : value(0.0F) {}
   __device__ __forceinline__ explicit Lane(float v) : value(v) {}
 };
 __device__ __forceinline__ Lane operator+(Lane a, Lane b) { return Lane(__fadd_rn(a.value, b.value)); }

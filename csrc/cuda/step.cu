@@ -126,7 +126,7 @@ __device__ __forceinline__ double block_sum(double mine) {
   __shared__ double sums[kThreads];
   sums[threadIdx.x] = mine;
   __syncthreads();
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     __syncthreads();
   }
@@ -136,7 +136,7 @@ __device__ __forceinline__ double block_sum(double mine) {
 // partial: [chunks of this launch], the sum of squares of each chunk.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    square_kernel(const __grid_constant__ GradTable table, double* __restrict__ partial) {
+    square_kernel(const __grid_constant__ GradTable table, double* partial) {
   constexpr int kPack = 16 / static_cast<int>(sizeof(T));
   const GradTable::Entry& t = table.tensors[tensor_of_block(table)];
   const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - t.first_chunk) * kChunk;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One block. norm: one float32; the norm of all gradients times |scale|.
 __global__ void __launch_bounds__(kThreads)
-    norm_kernel(const double* __restrict__ partial, std::int64_t count, double scale, float* __restrict__ norm) {
+    norm_kernel(const double* partial, std::int64_t count, double scale, float* norm) {
   double mine = 0.0;
   for (std::int64_t i = threadIdx.x; i < count; i += kThreads) mine += partial[i];
   const double total = block_sum(mine);
@@ -167,8 +167,18 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- launchers ----
 
-void check_launch(const char* what) {
-  const cudaError_t error = cudaGetLastError();
+template <class T>
+struct Exactly {
+  using type = T;
+};
+
+// The API instead of <<<>>>: with it this file is ordinary C++, which tests run on a CPU.
+template <class... Parameters>
+void launch(const char* what, void (*kernel)(Parameters...), std::int64_t blocks, const CudaStream& on,
+            const typename Exactly<Parameters>::type&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  const cudaError_t error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0,
+                                             static_cast<cudaStream_t>(on.stream));
   if (error != cudaSuccess) {
     throw KernelError("CUDA " + std::string(what) + " could not be launched: " + cudaGetErrorString(error));
   }
@@ -215,14 +225,14 @@ DeviceScale device_scale(const CudaClip& clip) {
   return {clip.scale.scale, clip.max_norm, clip.scale.limit, clip.norm};
 }
 
-// Calls launch(table, blocks) for as few tables as hold all of `grads` with dtype `wanted`.
-template <class Launch>
-void for_each_table(const std::vector<Span>& grads, Dtype wanted, const Launch& launch) {
+// Calls visit(table, blocks) for as few tables as hold all of `grads` with dtype `wanted`.
+template <class Visit>
+void for_each_table(const std::vector<Span>& grads, Dtype wanted, const Visit& visit) {
   GradTable table;
   table.tensor_count = 0;
   std::int64_t blocks = 0;
   const auto flush = [&] {
-    if (blocks > 0) launch(table, blocks);
+    if (blocks > 0) visit(table, blocks);
     table.tensor_count = 0;
     blocks = 0;
   };
@@ -248,29 +258,24 @@ std::int64_t cuda_norm_chunks(const std::vector<Span>& grads) {
 
 void cuda_norm(const std::vector<Span>& grads, double scale, double* partial, float* norm, const CudaStream& on) {
   cuda::use_device(on.device);
-  const auto stream = static_cast<cudaStream_t>(on.stream);
   std::int64_t done = 0;
   const auto sum = [&](auto kernel, Dtype dtype) {
     cuda::for_each_table(grads, dtype, [&](const cuda::GradTable& table, std::int64_t blocks) {
-      kernel<<<static_cast<unsigned>(blocks), cuda::kThreads, 0, stream>>>(table, partial + done);
-      cuda::check_launch("sum of squares");
+      cuda::launch("sum of squares", kernel, blocks, on, table, partial + done);
       done += blocks;
     });
   };
   sum(cuda::square_kernel<float>, Dtype::float32);
   sum(cuda::square_kernel<bf16>, Dtype::bfloat16);
-  cuda::norm_kernel<<<1, cuda::kThreads, 0, stream>>>(partial, done, scale, norm);
-  cuda::check_launch("norm");
+  cuda::launch("norm", cuda::norm_kernel, 1, on, partial, done, scale, norm);
 }
 
 void cuda_scale(const std::vector<Span>& grads, const CudaClip& clip, const CudaStream& on) {
   cuda::use_device(on.device);
-  const auto stream = static_cast<cudaStream_t>(on.stream);
   const cuda::DeviceScale scale = cuda::device_scale(clip);
   const auto run = [&](auto kernel, Dtype dtype) {
     cuda::for_each_table(grads, dtype, [&](const cuda::GradTable& table, std::int64_t blocks) {
-      kernel<<<static_cast<unsigned>(blocks), cuda::kThreads, 0, stream>>>(table, scale);
-      cuda::check_launch("gradient scale");
+      cuda::launch("gradient scale", kernel, blocks, on, table, scale);
     });
   };
   run(cuda::scale_kernel<float>, Dtype::float32);
@@ -284,15 +289,13 @@ void cuda_count_steps(const std::vector<float*>& counters, const CudaStream& on)
     const std::size_t count = std::min<std::size_t>(counters.size() - begin, cuda::kMaxCounters - 1);
     std::copy_n(counters.begin() + static_cast<std::ptrdiff_t>(begin), count, table.counters);
     table.count = static_cast<std::int32_t>(count);
-    const auto blocks = static_cast<unsigned>((count + cuda::kThreads - 1) / cuda::kThreads);
-    cuda::count_kernel<<<blocks, cuda::kThreads, 0, static_cast<cudaStream_t>(on.stream)>>>(table);
-    cuda::check_launch("step count");
+    const std::int64_t blocks = (table.count + cuda::kThreads - 1) / cuda::kThreads;
+    cuda::launch("step count", cuda::count_kernel, blocks, on, table);
   }
 }
 
 void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& on) {
   cuda::use_device(on.device);
-  const auto stream = static_cast<cudaStream_t>(on.stream);
   const cuda::DeviceScale scale = cuda::device_scale(clip);
   for (int layout = 0; layout < kLayoutCount; ++layout) {
     for (const bool stateless : {false, true}) {
@@ -302,9 +305,7 @@ void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& o
       table.tensor_count = 0;
       const auto flush = [&] {
         if (blocks > 0) {
-          const auto kernel = cuda::kernel_for(batch.formula, layout, stateless);
-          kernel<<<static_cast<unsigned>(blocks), cuda::kThreads, 0, stream>>>(table, scale);
-          cuda::check_launch("optimizer step");
+          cuda::launch("optimizer step", cuda::kernel_for(batch.formula, layout, stateless), blocks, on, table, scale);
         }
         table.tensor_count = 0;
         blocks = 0;

@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
-FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", f"-I{CSRC}"]
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-Wno-maybe-uninitialized"]
 
@@ -74,6 +74,31 @@ def test_neon_equals_scalar(tmp_path):
         return
     need("aarch64-linux-gnu-g++", "qemu-aarch64-static")
     compare(tmp_path, "aarch64-linux-gnu-g++", "neon", [], ["qemu-aarch64-static"], "-static")
+
+
+def test_cuda_sources_run_as_cpp_equal_scalar(tmp_path):
+    """The kernels' indexing, tables and arithmetic, without a GPU; what a GPU adds is tested where there is one."""
+    need("g++")
+    kernels = tmp_path / "step.o"
+    emulation = [f"-I{HERE / 'cuda_emulation'}", "-std=c++20", "-Wno-unknown-pragmas"]
+    source = str(CSRC / "cuda" / "step.cu")
+    subprocess.run(["g++", *FLAGS, *emulation, "-x", "c++", "-c", source, "-o", str(kernels)], check=True)
+    objects = [str(kernels), str(build(tmp_path, "g++", "scalar", []))]
+    program = tmp_path / "compare"
+    command = ["g++", *FLAGS, "-std=c++20", str(HERE / "compare_cuda.cpp"), *objects, "-pthread"]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 failures" in result.stdout
+
+
+def test_the_own_pool_works_where_there_is_no_openmp(tmp_path):
+    need("g++")
+    program = tmp_path / "own_pool"
+    sources = [str(HERE / "own_pool.cpp"), str(CSRC / "threads.cpp")]
+    subprocess.run(["g++", *FLAGS, *sources, "-pthread", "-ldl", "-o", str(program)], check=True)
+    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_no_function_built_with_a_targets_flags_is_shared(tmp_path):

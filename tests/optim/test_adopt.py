@@ -398,6 +398,13 @@ def test_an_option_without_kernel_that_is_set_later_is_refused():
     refused(torch.optim.AdamW, amsgrad, "option amsgrad")
 
 
+def test_a_lazily_negated_gradient_is_refused():
+    def negate(params, optimizer):
+        params[0].grad = torch._neg_view(params[0].grad)
+
+    refused(lambda p: torch.optim.SGD(p, lr=0.1), negate, "negated lazily")
+
+
 class Subclass(torch.Tensor):
     pass
 
