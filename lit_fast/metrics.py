@@ -336,7 +336,6 @@ class MetricLog:
     def end_epoch(self) -> None:
         """Forget the stage's epoch: what was published stays readable."""
         self.collect()
-        self._sizes = (None, 0)
         for table in self._stages.get(self.stage, {}).values():
             for slot in table.slots.values():
                 if slot.fresh:
@@ -358,6 +357,11 @@ class MetricLog:
                 fork = slot.name + ("_step" if slot.on_epoch else "") + slot.suffix
                 self._prog_bar[fork] = slot.step_value()
         return {name: to_float(value) for name, value in list(self._prog_bar.items()) if value is not None}
+
+    def rest(self) -> None:
+        """No hook runs any more: nothing can be logged, and no batch is kept alive."""
+        self.current = self.batch = None
+        self._sizes = (None, 0)
 
     # -- checkpoints
 

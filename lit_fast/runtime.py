@@ -109,7 +109,9 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
         raise
     finally:
         trainer.state.stage = None
-        trainer._metric_log.current = None
+        if trainer.fit_loop.position is not None:
+            trainer.fit_loop.position.close()  # stops the loader's workers
+        trainer._metric_log.rest()
         for name, original in restore.items():
             if original is None:
                 module.__dict__.pop(name, None)
@@ -252,13 +254,19 @@ class Runtime:
         self._log_hyperparameters(module)
         if checkpoint is not None:
             checkpoint_state.restore_training(self, checkpoint)
-        module.train()
         mid_epoch = self._progress.stage in ("batch", "stepped", "validated", "scheduled")
         if self.enable_validation and self.config.num_sanity_val_steps and not mid_epoch:
             self._evaluation.sanity_check()
         if self._pending_metrics is not None:
             self._metric_log.load_state_dict(self._pending_metrics)
             self._pending_metrics = None
+        resting = [name for name, child in module.named_modules() if not child.training]
+        if resting:
+            warnings.warn(
+                f"{len(resting)} modules are in evaluation mode as training starts ({resting[0] or type(module).__name__} "
+                f"is the first): dropout and batch norm stay off there. Call model.train() before fit to train them.",
+                stacklevel=3,
+            )
         self._metric_log.epoch_end = True  # what is logged before the first step is of the epoch
         self.fit_loop.load_data()
         every = self.config.check_val_every_n_epoch
@@ -451,18 +459,17 @@ class Runtime:
         return tuple(receivers)
 
     def _to_device_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Copies the next batch while a step runs, only where nobody can see that it was fetched early.
+        """Batches on the device, copied on a side stream; the next one while a step runs, where nobody can see it.
 
         That is: no transfer hook is overridden, and fetching draws no random numbers in this process (workers do it).
         """
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device")
         if any(self._data_hook(name) is not None for name in hooks) or self.config.precision.weights is not None:
             return batches
-        if not getattr(self.fit_loop.loader, "num_workers", 0):
-            return batches
         from lit_fast.data.transfer import PrefetchToDevice
 
-        return PrefetchToDevice(batches, self.config.device)
+        ahead = int(self.fit_loop.position.prefetch_safe)
+        return PrefetchToDevice(batches, self.config.device, ahead=ahead)
 
     # -- logging
 

@@ -161,8 +161,9 @@ def test_rows_of_the_csv_file(options: dict[str, Any], tmp_path: Path) -> None:
 
 def test_events_of_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    from lit_fast.loggers import TensorBoardLogger
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from lit_fast.loggers import TensorBoardLogger
 
     model = Logs()
     fitted(model, batches(30), max_steps=160, logger=TensorBoardLogger(tmp_path))
