@@ -121,15 +121,14 @@ PYBIND11_MODULE(_core, m) {
         }
     });
 
-    m.def("configure",
-          [](const py::object& torch, bool use_exchange_api, const py::object& increment_version,
-             const py::object& num_threads, std::int64_t vector_width) {
-              lf::Torch& side = lf::torch_side();
-              side.reader.configure(torch.ptr(), use_exchange_api);
-              side.increment_version = increment_version.inc_ref().ptr();
-              side.num_threads = num_threads.inc_ref().ptr();
-              side.vector_width = vector_width;
-          });
+    m.def("configure", [](const py::object& torch, bool use_exchange_api, const py::object& increment_version,
+                          const py::object& num_threads, std::int64_t vector_width) {
+        lf::Torch& side = lf::torch_side();
+        side.reader.configure(torch.ptr(), use_exchange_api);
+        side.increment_version = increment_version.inc_ref().ptr();
+        side.num_threads = num_threads.inc_ref().ptr();
+        side.vector_width = vector_width;
+    });
     m.def("find_openmp", &lf::find_openmp);
     m.def("choose_cpu_target", &lf::choose_cpu_target);
     m.def("build_info", &build_info);
@@ -157,20 +156,20 @@ PYBIND11_MODULE(_core, m) {
                      return result_object(self.step(param_groups.ptr(), state.ptr(), clipping, context.get()));
                  });
              })
-        .def("check_parameters",
-             [](lf::Stepper& self, const py::handle& param_groups, bool on_cuda, int device_index) {
-                 return python_errors(
-                     [&] { return self.check_parameters(param_groups.ptr(), on_cuda, device_index); });
-             });
+        .def("check_parameters", [](lf::Stepper& self, const py::handle& param_groups, bool on_cuda, int device_index) {
+            return python_errors([&] { return self.check_parameters(param_groups.ptr(), on_cuda, device_index); });
+        });
     m.def("gradient_norm", [](const py::handle& param_groups, double grad_scale, double max_norm, double clip_value,
                               bool rewrite, const py::object& cuda) {
         const lf::Clipping clipping{grad_scale, max_norm, clip_value};
         const CudaArgument context(cuda);
-        return python_errors([&] {
-            return result_object(lf::gradient_norm(param_groups.ptr(), clipping, rewrite, context.get()));
-        });
+        return python_errors(
+            [&] { return result_object(lf::gradient_norm(param_groups.ptr(), clipping, rewrite, context.get())); });
     });
     m.def("release_gradients", [](const py::handle& param_groups) {
-        python_errors([&] { lf::release_gradients(param_groups.ptr()); return 0; });
+        python_errors([&] {
+            lf::release_gradients(param_groups.ptr());
+            return 0;
+        });
     });
 }

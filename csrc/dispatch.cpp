@@ -11,9 +11,9 @@
 
 namespace lit_fast {
 
-#define LIT_FAST_TARGET_ENTRY(target)    \
-    namespace target {                   \
-    const CpuKernels& kernels();         \
+#define LIT_FAST_TARGET_ENTRY(target) \
+    namespace target {                \
+    const CpuKernels& kernels();      \
     }
 LIT_FAST_CPU_TARGETS(LIT_FAST_TARGET_ENTRY)
 #undef LIT_FAST_TARGET_ENTRY
@@ -49,8 +49,9 @@ ChosenTarget choose_at_start() {
     for (const CpuTarget& target : cpu_targets()) {
         if (std::strcmp(target.name, wanted) != 0) continue;
         if (!target.supported()) {
-            throw KernelError("LIT_FAST_CPU_TARGET=" + std::string(wanted) +
-                              ", but this machine lacks these instructions; unset it to let the best target be chosen.");
+            throw KernelError(
+                "LIT_FAST_CPU_TARGET=" + std::string(wanted) +
+                ", but this machine lacks these instructions; unset it to let the best target be chosen.");
         }
         return {target, "LIT_FAST_CPU_TARGET"};
     }
@@ -128,10 +129,10 @@ void choose_cpu_target(const std::string& name, const std::string& reason) {
 }
 
 const FormulaInfo& formula_info(FormulaId id) {
-#define LIT_FAST_ENTRY(Formula)                                                                             \
-    {Formula::name,         Formula::option_count, Formula::option_names,  Formula::states,                \
-     Formula::state_names,  Formula::counts_steps, Formula::stateless,     Formula::has_remainder,         \
-     coefficient_block<Formula>},
+#define LIT_FAST_ENTRY(Formula)                                         \
+    {Formula::name,      Formula::option_count,  Formula::option_names, \
+     Formula::states,    Formula::state_names,   Formula::counts_steps, \
+     Formula::stateless, Formula::has_remainder, coefficient_block<Formula>},
     static const FormulaInfo table[] = {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)};
 #undef LIT_FAST_ENTRY
     return table[static_cast<int>(id)];

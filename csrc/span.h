@@ -20,11 +20,11 @@ struct StepTask {
     const void* grad = nullptr;
     void* state[kMaxStates] = {};
     std::int64_t numel = 0;
-    std::int64_t body = 0;       // elements before torch's remainder loop, see Fused in formulas/math.h
+    std::int64_t body = 0;          // elements before torch's remainder loop, see Fused in formulas/math.h
     std::int32_t coefficients = 0;  // index into the batch's coefficient blocks
     std::int32_t layout = 0;        // Layout
     bool stateless = false;
-    const float* step = nullptr;    // this step's number where only the device knows it
+    const float* step = nullptr;  // this step's number where only the device knows it
 };
 
 }  // namespace lit_fast

@@ -41,7 +41,7 @@ struct Clipping {
 struct StepResult {
     bool has_norm = false;  // on the host; with CUDA the norm is in the context's tensor
     float norm = 0.0F;      // of the scaled gradients, before clipping
-    std::string refusal;  // why nothing was done; empty when the step was taken
+    std::string refusal;    // why nothing was done; empty when the step was taken
 };
 
 // Where the work goes when it does not go to the CPU.

@@ -156,9 +156,7 @@ bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) const {
     const Owned strides(PyObject_CallMethod(tensor, "stride", nullptr));
     const Owned pointer(PyObject_CallMethod(tensor, "data_ptr", nullptr));
     if (!kind || !index || !strides || !pointer) return false;
-    view.dtype = dtype.object == float32_    ? Dtype::float32
-                 : dtype.object == bfloat16_ ? Dtype::bfloat16
-                                             : Dtype::other;
+    view.dtype = dtype.object == float32_ ? Dtype::float32 : dtype.object == bfloat16_ ? Dtype::bfloat16 : Dtype::other;
     view.device = PyUnicode_CompareWithASCIIString(kind.object, "cpu") == 0    ? Device::cpu
                   : PyUnicode_CompareWithASCIIString(kind.object, "cuda") == 0 ? Device::cuda
                                                                                : Device::other;

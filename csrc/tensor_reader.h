@@ -41,9 +41,7 @@ class TensorReader {
     const char* path() const { return tensor_from_object_ != nullptr ? "DLPack C exchange" : "Python attributes"; }
 
     // A plain torch.Tensor or torch.nn.Parameter, whose memory is what its attributes say; subclasses may differ.
-    bool plain(PyObject* object) const {
-        return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
-    }
+    bool plain(PyObject* object) const { return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_; }
 
     // False, with the cause in `reason` and no Python exception set, where the tensor has no strided memory.
     bool read(PyObject* tensor, TensorView& view, std::string& reason) const;

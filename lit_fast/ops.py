@@ -94,9 +94,7 @@ class Stepper:
         self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
     ) -> Tensor | str | None:
         with torch.cuda.device(self.device):
-            if torch.cuda.is_current_stream_capturing() and not all(
-                g.get("capturable") for g in param_groups
-            ):
+            if torch.cuda.is_current_stream_capturing() and not all(g.get("capturable") for g in param_groups):
                 return "a CUDA graph is being captured and not every param group is capturable"
             context, norm = _cuda_context(self.device, with_norm=max_norm >= 0.0)
             refusal = self._core.step_on_cuda(param_groups, state, grad_scale, max_norm, clip_value, context)
@@ -241,9 +239,7 @@ def connect(use_exchange_api: bool = True) -> None:
         use_exchange_api: read tensors through DLPack's C exchange where this torch has it (2.10 and later), and
             through their Python attributes otherwise.
     """
-    _core.configure(
-        torch, use_exchange_api, torch._C._increment_version, torch.get_num_threads, _vector_width()
-    )
+    _core.configure(torch, use_exchange_api, torch._C._increment_version, torch.get_num_threads, _vector_width())
     _core.find_openmp(os.path.dirname(torch.__file__))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -104,10 +105,13 @@ def test_release_gradients_sets_them_to_none():
 
 
 def run_with(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
-    import os
-
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -198,7 +202,9 @@ def test_formulas_headers_and_mappings_match():
             group = kind([Parameter(torch.zeros(1))], lr=0.1).param_groups[0]
             assert set(mapping.option_keys) <= set(group)
             assert all(not group[key] for key in mapping.refused_keys)
-            options = [v for k in mapping.option_keys for v in (group[k] if isinstance(group[k], tuple) else [group[k]])]
+            options = [
+                v for k in mapping.option_keys for v in (group[k] if isinstance(group[k], tuple) else [group[k]])
+            ]
             assert len(options) == len(formula["options"])
 
 
@@ -214,5 +220,10 @@ def test_a_small_step_is_one_call_into_the_core():
         adopted.step()
     finally:
         sys.setprofile(None)
-    ours = [name for name in called if name not in ("Tensor.__hash__", "_handle_torch_function_and_wrap_type_error_to_not_implemented.<locals>.wrapped")]
+    ours = [
+        name
+        for name in called
+        if name
+        not in ("Tensor.__hash__", "_handle_torch_function_and_wrap_type_error_to_not_implemented.<locals>.wrapped")
+    ]
     assert ours == ["AdoptedOptimizer.step"], called

@@ -10,7 +10,7 @@
 namespace lit_fast::LIT_FAST_TARGET {
 
 const CpuKernels& kernels() {
-#define LIT_FAST_ENTRY(Formula)                                   \
+#define LIT_FAST_ENTRY(Formula)                                                        \
     {cpu::step<Formula, Vec, float, float>, cpu::step<Formula, BfloatVec, bf16, bf16>, \
      cpu::step<Formula, Vec, float, bf16>},
     static constexpr CpuKernels table = {

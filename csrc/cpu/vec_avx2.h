@@ -67,9 +67,7 @@ LIT_FAST_INLINE __m128i to_bf16(Vec a) {
     const __m256i words = _mm256_srli_epi32(rounded_to_bf16(a), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
-LIT_FAST_INLINE Vec Vec::load(const bf16* p) {
-    return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+LIT_FAST_INLINE Vec Vec::load(const bf16* p) { return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 LIT_FAST_INLINE void store(bf16* p, Vec a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
 
 // The first n lanes, 0 < n < 8; nothing outside them is read or written, other lanes load as zero.

@@ -68,24 +68,16 @@ LIT_FAST_INLINE __m256i to_bf16(Vec a) {
 LIT_FAST_INLINE Vec Vec::load(const bf16* p) {
     return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-LIT_FAST_INLINE void store(bf16* p, Vec a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a));
-}
+LIT_FAST_INLINE void store(bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
 
 // The first n lanes, 0 < n < 16; nothing outside them is read or written, other lanes load as zero.
 LIT_FAST_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1U << n) - 1U); }
-LIT_FAST_INLINE Vec Vec::load_first(const float* p, int n) {
-    return Vec(_mm512_maskz_loadu_ps(first_lanes(n), p));
-}
-LIT_FAST_INLINE void store_first(float* p, Vec a, int n) {
-    _mm512_mask_storeu_ps(p, first_lanes(n), a.value);
-}
+LIT_FAST_INLINE Vec Vec::load_first(const float* p, int n) { return Vec(_mm512_maskz_loadu_ps(first_lanes(n), p)); }
+LIT_FAST_INLINE void store_first(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.value); }
 LIT_FAST_INLINE Vec Vec::load_first(const bf16* p, int n) {
     return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p));
 }
-LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
-    _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(a));
-}
+LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(a)); }
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

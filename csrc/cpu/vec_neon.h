@@ -55,9 +55,7 @@ LIT_FAST_INLINE Wide Vec::widen() const {
 LIT_FAST_INLINE Vec Vec::load(const float* p) { return Vec(vld1q_f32(p)); }
 LIT_FAST_INLINE void store(float* p, Vec a) { vst1q_f32(p, a.value); }
 
-LIT_FAST_INLINE Vec from_bf16(uint16x4_t halves) {
-    return Vec(vreinterpretq_f32_u32(vshll_n_u16(halves, 16)));
-}
+LIT_FAST_INLINE Vec from_bf16(uint16x4_t halves) { return Vec(vreinterpretq_f32_u32(vshll_n_u16(halves, 16))); }
 // To nearest even; every NaN becomes 0x7fc0, as in torch.
 LIT_FAST_INLINE uint16x4_t to_bf16(Vec a) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a.value);
@@ -66,9 +64,7 @@ LIT_FAST_INLINE uint16x4_t to_bf16(Vec a) {
     const uint32x4_t is_number = vceqq_f32(a.value, a.value);
     return vmovn_u32(vbslq_u32(is_number, rounded, vdupq_n_u32(0x7fc0)));
 }
-LIT_FAST_INLINE Vec Vec::load(const bf16* p) {
-    return from_bf16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)));
-}
+LIT_FAST_INLINE Vec Vec::load(const bf16* p) { return from_bf16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p))); }
 LIT_FAST_INLINE void store(bf16* p, Vec a) { vst1_u16(reinterpret_cast<std::uint16_t*>(p), to_bf16(a)); }
 
 // The first n lanes, 0 < n < 4; nothing outside them is read or written, other lanes load as zero. Advanced SIMD has

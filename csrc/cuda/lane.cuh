@@ -8,50 +8,48 @@
 namespace lit_fast::cuda {
 
 struct Wide {
-  double value;
+    double value;
 };
 __device__ __forceinline__ Wide fma(Wide a, Wide b, Wide c) { return {__fma_rn(a.value, b.value, c.value)}; }
 
 struct Lane {
-  float value;
-  __device__ __forceinline__ Lane() : value(0.0F) {}
-  __device__ __forceinline__ explicit Lane(float v) : value(v) {}
+    float value;
+    __device__ __forceinline__ Lane() : value(0.0F) {}
+    __device__ __forceinline__ explicit Lane(float v) : value(v) {}
 };
 __device__ __forceinline__ Lane operator+(Lane a, Lane b) { return Lane(__fadd_rn(a.value, b.value)); }
 __device__ __forceinline__ Lane operator-(Lane a, Lane b) { return Lane(__fsub_rn(a.value, b.value)); }
 __device__ __forceinline__ Lane operator*(Lane a, Lane b) { return Lane(__fmul_rn(a.value, b.value)); }
 __device__ __forceinline__ Lane operator/(Lane a, Lane b) { return Lane(__fdiv_rn(a.value, b.value)); }
-__device__ __forceinline__ Lane fma(Lane a, Lane b, Lane c) {
-  return Lane(__fmaf_rn(a.value, b.value, c.value));
-}
+__device__ __forceinline__ Lane fma(Lane a, Lane b, Lane c) { return Lane(__fmaf_rn(a.value, b.value, c.value)); }
 __device__ __forceinline__ Lane sqrt(Lane a) { return Lane(__fsqrt_rn(a.value)); }
 __device__ __forceinline__ Lane clamp(Lane a, Lane low, Lane high) {
-  const float raised = a.value < low.value ? low.value : a.value;
-  return Lane(raised > high.value ? high.value : raised);
+    const float raised = a.value < low.value ? low.value : a.value;
+    return Lane(raised > high.value ? high.value : raised);
 }
 
 __device__ __forceinline__ Lane load(const float& x) { return Lane(x); }
 __device__ __forceinline__ void store(float& x, Lane a) { x = a.value; }
 __device__ __forceinline__ Lane load(const bf16& x) {
-  return Lane(__uint_as_float(static_cast<unsigned>(x.bits) << 16));
+    return Lane(__uint_as_float(static_cast<unsigned>(x.bits) << 16));
 }
 // To nearest even; every NaN becomes 0x7fc0.
 __device__ __forceinline__ void store(bf16& x, Lane a) {
-  const unsigned bits = __float_as_uint(a.value);
-  const unsigned rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-  x.bits = static_cast<unsigned short>(a.value != a.value ? 0x7fc0U : rounded);
+    const unsigned bits = __float_as_uint(a.value);
+    const unsigned rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    x.bits = static_cast<unsigned short>(a.value != a.value ? 0x7fc0U : rounded);
 }
 
 // Neighbouring elements that one thread moves in one access of up to 128 bits. The address must be a multiple of the
 // pack's size.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {
-  T values[kCount];
+    T values[kCount];
 };
 
 template <class T, int kCount>
 __device__ __forceinline__ bool aligned(const T* p) {
-  return reinterpret_cast<unsigned long long>(p) % sizeof(Pack<T, kCount>) == 0;
+    return reinterpret_cast<unsigned long long>(p) % sizeof(Pack<T, kCount>) == 0;
 }
 
 }  // namespace lit_fast::cuda

@@ -28,47 +28,47 @@ constexpr int kThreads = 256;
 constexpr std::int64_t kChunk = 1 << 15;
 
 struct TensorEntry {
-  void* param;
-  const void* grad;
-  void* state[kMaxStates];
-  const float* step;  // on the device, or nullptr: then the coefficients are ready
-  std::int64_t numel;
-  std::int32_t first_chunk;  // of this launch
-  std::int32_t coefficients;
+    void* param;
+    const void* grad;
+    void* state[kMaxStates];
+    const float* step;  // on the device, or nullptr: then the coefficients are ready
+    std::int64_t numel;
+    std::int32_t first_chunk;  // of this launch
+    std::int32_t coefficients;
 };
 
 // Either a formula's coefficients or, with the step on the device, its options.
 union CoefficientEntry {
-  CoefficientBlock block;
-  double options[kMaxOptions];
+    CoefficientBlock block;
+    double options[kMaxOptions];
 };
 
 struct StepTable {
-  TensorEntry tensors[kMaxTensors];
-  CoefficientEntry coefficients[kMaxCoefficients];
-  std::int32_t tensor_count;
+    TensorEntry tensors[kMaxTensors];
+    CoefficientEntry coefficients[kMaxCoefficients];
+    std::int32_t tensor_count;
 };
 
 struct GradTable {
-  struct Entry {
-    void* data;
-    std::int64_t numel;
-    std::int32_t first_chunk;
-  } tensors[kMaxTensors];
-  std::int32_t tensor_count;
+    struct Entry {
+        void* data;
+        std::int64_t numel;
+        std::int32_t first_chunk;
+    } tensors[kMaxTensors];
+    std::int32_t tensor_count;
 };
 
 struct CounterTable {
-  float* counters[kMaxCounters - 1];
-  std::int32_t count;
+    float* counters[kMaxCounters - 1];
+    std::int32_t count;
 };
 
 // GradientScale before the norm is known on the host.
 struct DeviceScale {
-  float scale;
-  float max_norm;  // negative: no clipping by norm
-  float limit;
-  const float* norm;  // on the device, of the scaled gradients
+    float scale;
+    float max_norm;  // negative: no clipping by norm
+    float limit;
+    const float* norm;  // on the device, of the scaled gradients
 };
 
 #if CUDART_VERSION >= 12010

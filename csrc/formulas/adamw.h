@@ -18,8 +18,8 @@ namespace lit_fast {
 struct AdamW {
     static constexpr const char* name = "adamw";
     enum Option { lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, option_count };
-    static constexpr const char* option_names[] = {"lr",           "beta1",                  "beta2",   "eps",
-                                                   "weight_decay", "decoupled_weight_decay", "maximize"};
+    static constexpr const char* option_names[] = {
+        "lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "maximize"};
     static constexpr const char* state_names[] = {"exp_avg", "exp_avg_sq"};
     static constexpr int states = 2;
     static constexpr bool counts_steps = true;
@@ -43,8 +43,7 @@ struct AdamW {
         const bool decoupled = options[decoupled_weight_decay] != 0.0;
         const double step_size = options[lr] / (1.0 - std::pow(options[beta1], step));
         Coefficients c;
-        c.parameter_decay =
-            decoupled ? static_cast<float>(std::fma(-options[lr], options[weight_decay], 1.0)) : 1.0F;
+        c.parameter_decay = decoupled ? static_cast<float>(std::fma(-options[lr], options[weight_decay], 1.0)) : 1.0F;
         c.l2_decay = decoupled ? 0.0F : static_cast<float>(options[weight_decay]);
         c.gradient_sign = options[maximize] != 0.0 ? -1.0F : 1.0F;
         c.one_minus_beta1 = static_cast<float>(1.0 - options[beta1]);

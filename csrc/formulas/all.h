@@ -25,9 +25,9 @@ struct alignas(8) CoefficientBlock {
     unsigned char bytes[48];
 };
 
-#define LIT_FAST_ENTRY(Formula)                                       \
+#define LIT_FAST_ENTRY(Formula)                                               \
     static_assert(sizeof(Formula::Coefficients) <= sizeof(CoefficientBlock)); \
-    static_assert(Formula::states <= kMaxStates);                     \
+    static_assert(Formula::states <= kMaxStates);                             \
     static_assert(Formula::option_count <= kMaxOptions);
 LIT_FAST_FORMULAS(LIT_FAST_ENTRY)
 #undef LIT_FAST_ENTRY

@@ -51,8 +51,7 @@ struct Sgd {
         grad = grad * V(c.gradient_sign);
         if (c.weight_decay != 0.0F) grad = fma(param, V(c.weight_decay), grad);
         if (c.momentum != 0.0F) {
-            buffer = c.first ? grad
-                             : sum_of_products<kFused>(buffer, V(c.momentum), grad, V(c.one_minus_dampening));
+            buffer = c.first ? grad : sum_of_products<kFused>(buffer, V(c.momentum), grad, V(c.one_minus_dampening));
             grad = c.nesterov ? fma(buffer, V(c.momentum), grad) : buffer;
         }
         param = fma(grad, V(c.negative_lr), param);

@@ -31,9 +31,7 @@ _NO_CLIPPING = (ops.NO_CLIPPING, ops.NO_CLIPPING)
 _KNOWN_WRAPPERS = (torch_optimizer.__file__, torch_lr_scheduler.__file__)
 
 
-def adopt(
-    optimizer: Optimizer, max_norm: float | None = None, clip_value: float | None = None
-) -> AdoptedOptimizer:
+def adopt(optimizer: Optimizer, max_norm: float | None = None, clip_value: float | None = None) -> AdoptedOptimizer:
     """Give a loop the compiled step for its `torch.optim` object.
 
     Args:
@@ -183,10 +181,7 @@ class AdoptedOptimizer:
 
     def _step_in_full(self, grad_scale: float, clip: bool) -> Tensor | None:
         optimizer = self.optimizer
-        if (
-            optimizer.__dict__.get("step") is not self._instance_step
-            or type(optimizer).step is not self._class_step
-        ):
+        if optimizer.__dict__.get("step") is not self._instance_step or type(optimizer).step is not self._class_step:
             self._bind()
         if not self.compiled:
             return self._own_step(grad_scale, clip)
@@ -210,9 +205,7 @@ class AdoptedOptimizer:
             if changed is None:
                 continue
             if not (isinstance(changed, tuple) and len(changed) == 2):
-                raise RuntimeError(
-                    f"a step pre-hook returned {changed!r}; it may return None or (args, kwargs)."
-                )
+                raise RuntimeError(f"a step pre-hook returned {changed!r}; it may return None or (args, kwargs).")
             args, kwargs = changed
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:

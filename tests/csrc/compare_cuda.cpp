@@ -144,8 +144,8 @@ void compare_norm_and_scale(Dtype dtype, const std::vector<std::int64_t>& sizes)
         spans.push_back({grads.back().device.data() + shift, sizes[i], dtype});
         for (std::int64_t begin = 0; begin < sizes[i]; begin += kSquareChunk) {
             const std::int64_t count = std::min(kSquareChunk, sizes[i] - begin);
-            exact += scalar::kernels().sum_of_squares[static_cast<int>(dtype)](
-                grads.back().host.data() + shift + begin, count);
+            exact += scalar::kernels().sum_of_squares[static_cast<int>(dtype)](grads.back().host.data() + shift + begin,
+                                                                               count);
         }
     }
     std::vector<double> partial(static_cast<std::size_t>(cuda_norm_chunks(spans)) + 1);

@@ -117,12 +117,14 @@ void compare_step(FormulaId id, Layout layout, const double* options, bool first
 
 template <class P, class S>
 void compare_steps(Layout layout, int count, int shift) {
-    const double adamw[][AdamW::option_count] = {{1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0}, {1e-2, 0.4, 0.95, 1e-6, 0.1, 0, 1}};
+    const double adamw[][AdamW::option_count] = {{1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0},
+                                                 {1e-2, 0.4, 0.95, 1e-6, 0.1, 0, 1}};
     const double sgd[][Sgd::option_count] = {
         {0.1, 0, 0, 0, 0, 0, 0}, {0.1, 0.9, 0.1, 0.01, 0, 1, 1}, {0.1, 0.9, 0, 0.01, 1, 0, 0}};
     for (const int body : {count, count - count % 8, 0}) {
         for (const double* o : adamw) compare_step<AdamW, P, S>(FormulaId::AdamW, layout, o, false, count, shift, body);
-        for (const double* o : sgd) compare_step<Sgd, P, S>(FormulaId::Sgd, layout, o, count % 3 == 0, count, shift, body);
+        for (const double* o : sgd)
+            compare_step<Sgd, P, S>(FormulaId::Sgd, layout, o, count % 3 == 0, count, shift, body);
     }
 }
 

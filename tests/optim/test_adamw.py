@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import adamw_step, assert_within
 from optimizer_cases import SHAPES, assert_same_bits, parameters, set_gradients, train_both
+from oracle import adamw_step, assert_within
 
 from lit_fast import ops
 from lit_fast.optim import adopt

@@ -58,10 +58,10 @@ def test_a_subclass_that_changes_nothing_is_compiled():
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda p: torch.optim.RMSprop(p), "RMSprop has no compiled kernel"),
+        (torch.optim.RMSprop, "RMSprop has no compiled kernel"),
         (lambda p: torch.optim.AdamW(p, amsgrad=True), "option amsgrad has no compiled kernel"),
         (lambda p: torch.optim.SGD(p, lr=0.1, differentiable=True), "option differentiable has no compiled kernel"),
-        (lambda p: OwnStep(p), "its step is not torch.optim.AdamW's"),
+        (OwnStep, "its step is not torch.optim.AdamW's"),
         (lambda p: OwnGroup(p, lr=0.1), "its _init_group is not torch.optim.SGD's"),
         (lambda p: torch.optim.SGD([Parameter(x.detach().double()) for x in p], lr=0.1), "dtypes have no"),
         (lambda p: torch.optim.SGD([Parameter(torch.zeros(2, device="meta"))], lr=0.1), "device meta"),
@@ -448,14 +448,16 @@ def test_nothing_leaks():
     adopted = adopt(torch.optim.AdamW(params), max_norm=1.0)
     adopted.step()
     optimizer = adopted.optimizer
-    watched = [*params, *[p.grad for p in params], optimizer.state, optimizer.param_groups, None, 0.1]
+    watched = [*params, *[p.grad for p in params], optimizer.state, optimizer.param_groups]
     watched += [v for p in params for v in optimizer.state[p].values()]
     counts = [sys.getrefcount(o) for o in watched]
-    for _ in range(1000):
+    nones = sys.getrefcount(None)
+    for _ in range(10_000):
         adopted.step()
     gc.collect()
+    assert sys.getrefcount(None) - nones < 5_000
     for before, after in zip(counts, [sys.getrefcount(o) for o in watched], strict=True):
-        assert abs(after - before) < 500
+        assert after == before
     with pytest.warns(UserWarning):  # refusals release what they held too
         optimizer.param_groups[0]["amsgrad"] = True
         for index in range(len(params)):

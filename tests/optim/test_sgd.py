@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_within, sgd_step
 from optimizer_cases import assert_same_bits, parameters, set_gradients, train_both
+from oracle import assert_within, sgd_step
 from test_adamw import same_capability
 
 from lit_fast import ops

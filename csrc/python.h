@@ -1,0 +1,65 @@
+// Small helpers over CPython's API, for the files that walk an optimizer.
+#pragma once
+
+#include <Python.h>
+
+#include <string>
+
+#include "check.h"
+#include "stepper.h"
+
+namespace lit_fast {
+
+inline PyObject* grad_name() {
+    static PyObject* name = PyUnicode_InternFromString("grad");
+    return name;
+}
+
+inline PyObject* params_name() {
+    static PyObject* name = PyUnicode_InternFromString("params");
+    return name;
+}
+
+inline PyObject* checked(PyObject* owned) {
+    if (owned == nullptr) throw PythonError{};
+    return owned;
+}
+
+// Borrowed, or nullptr when absent.
+inline PyObject* get_item(PyObject* dict, PyObject* key) {
+    PyObject* found = PyDict_GetItemWithError(dict, key);
+    if (found == nullptr && PyErr_Occurred() != nullptr) throw PythonError{};
+    return found;
+}
+
+inline std::string text_of(PyObject* str) {
+    const char* utf8 = PyUnicode_AsUTF8(str);
+    if (utf8 == nullptr) throw PythonError{};
+    return utf8;
+}
+
+inline std::string type_name(PyObject* object) { return Py_TYPE(object)->tp_name; }
+
+// Calls visit(group, index in param_groups) for every group and checks the shapes of the containers.
+template <class Visit>
+void for_each_group(PyObject* param_groups, const Visit& visit) {
+    if (!PyList_Check(param_groups)) throw KernelError("optimizer.param_groups is not a list.");
+    for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
+        PyObject* group = PyList_GET_ITEM(param_groups, g);
+        if (!PyDict_Check(group)) throw KernelError("an entry of optimizer.param_groups is not a dict.");
+        PyObject* params = get_item(group, params_name());
+        if (params == nullptr || !PyList_Check(params)) throw KernelError("param_group['params'] is not a list.");
+        visit(group, params, g);
+    }
+}
+
+// Why a tensor cannot be worked on where `cuda` says, or "".
+inline std::string misplaced(const TensorView& view, const CudaContext* cuda) {
+    if (cuda == nullptr) return view.device == Device::cpu ? "" : "is not on the CPU like the others";
+    if (view.device != Device::cuda || view.device_index != cuda->on.device) {
+        return "is not on CUDA device " + std::to_string(cuda->on.device) + " like the others";
+    }
+    return "";
+}
+
+}  // namespace lit_fast
