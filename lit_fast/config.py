@@ -225,7 +225,7 @@ def _resolve_device(accelerator: Any, devices: Any) -> torch.device:
         index, count = int(devices[0]), 1
     if count not in ("auto", 1, "1", -1, "-1"):
         raise MisconfigurationException(
-            f"Trainer(devices={devices!r}): training on several devices is not built yet; allowed are 1, [index], 'auto'."
+            f"Trainer(devices={devices!r}): several devices are not built yet; allowed are 1, [index], 'auto'."
         )
     name = str(accelerator).lower()
     if name == "auto":

@@ -8,10 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lit_fast.checkpoint import rng
 from lit_fast.config import batch_limit
+from lit_fast.data.position import tell_epoch
 from lit_fast.errors import DataError, MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.loop import length_of
@@ -117,7 +117,7 @@ class EvaluationLoop:
         assert self.loaders is not None
         several = len(self.loaders) > 1
         for index, (loader, limit) in enumerate(zip(self.loaders, self.num_batches, strict=True)):
-            sampler_epoch(loader, trainer._progress.epoch)
+            tell_epoch(loader, trainer._progress.epoch)
             self._run_loader(index, loader, limit, several)
         log.collect()
         log.epoch_end = True
@@ -145,8 +145,9 @@ class EvaluationLoop:
         starts = trainer._bound_hooks("on_validation_batch_start", suffix)
         ends = trainer._bound_hooks("on_validation_batch_end", suffix)
         batches = iter(loader) if limit == float("inf") else islice(loader, int(limit))
-        for batch_idx, batch in enumerate(batches):
+        for batch_idx, given in enumerate(batches):
             self.batch_idx = batch_idx
+            batch = given
             for function in receive:
                 batch = function(batch)
             log.batch = batch
@@ -209,15 +210,8 @@ def _by_loader(log: Any, logged: dict[str, Any], loaders: int) -> list[dict[str,
     return results
 
 
-def sampler_epoch(loader: Any, epoch: int) -> None:
-    """Tell the loader's sampler which epoch it is, where it wants to know."""
-    for sampler in (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
-        if callable(getattr(sampler, "set_epoch", None)):
-            sampler.set_epoch(epoch)
-
-
 def can_validate(module: LightningModule) -> bool:
     return is_overridden("validation_step", module, LightningModule)
 
 
-__all__ = ["EvaluationLoop", "can_validate", "sampler_epoch"]
+__all__ = ["EvaluationLoop", "can_validate"]

@@ -18,7 +18,8 @@ class AttributeDict(dict[str, Any]):
         try:
             return self[key]
         except KeyError:
-            raise AttributeError(f"no hyperparameter {key!r}; there are: {', '.join(map(str, self)) or 'none'}") from None
+            known = ", ".join(map(str, self)) or "none"
+            raise AttributeError(f"no hyperparameter {key!r}; there are: {known}") from None
 
     def __setattr__(self, key: str, value: Any) -> None:
         self[key] = value
@@ -88,7 +89,8 @@ class HyperparametersMixin:
     @property
     def hparams(self) -> AttributeDict:
         """The hyperparameters, as a dictionary that also reads by attribute; changes are kept."""
-        return self.__dict__.setdefault("_hparams", AttributeDict())
+        kept: AttributeDict = self.__dict__.setdefault("_hparams", AttributeDict())
+        return kept
 
     @property
     def hparams_initial(self) -> AttributeDict:

@@ -42,7 +42,8 @@ class Progress:
         self.scheduled_before = 0  # ... in all epochs before this one
         self.is_last_batch = False
         self.boundary = NOW
-        self.stage = "start"  # how far: start (of an epoch), batch (in a step), stepped, validated, scheduled, epoch_end (in its hooks)
+        # How far: start (of an epoch), batch (in a step), stepped, validated, scheduled, epoch_end (in its hooks).
+        self.stage = "start"
 
 
 class EpochLoop:
@@ -125,13 +126,13 @@ class FitLoop:
     def _val_check_batch(self, length: int | None) -> int | float:
         interval, total = self.trainer.config.val_check_interval, self.progress.total
         if isinstance(interval, int):
-            if total is not None and interval > total and self.trainer.config.check_val_every_n_epoch is not None:
-                if self.trainer.enable_validation:
-                    raise MisconfigurationException(
-                        f"Trainer(val_check_interval={interval}) is more than the {total} batches of an epoch, so it "
-                        f"would never validate; use at most {total}, limit_val_batches=0, or "
-                        f"check_val_every_n_epoch=None to count batches across epochs."
-                    )
+            by_epoch = self.trainer.config.check_val_every_n_epoch is not None
+            if total is not None and interval > total and by_epoch and self.trainer.enable_validation:
+                raise MisconfigurationException(
+                    f"Trainer(val_check_interval={interval}) is more than the {total} batches of an epoch, so it "
+                    f"would never validate; use at most {total}, limit_val_batches=0, or "
+                    f"check_val_every_n_epoch=None to count batches across epochs."
+                )
             return interval
         if total is None:
             if interval == 1.0:
@@ -186,7 +187,7 @@ class FitLoop:
         batches = self._batches(start)
         if progress.stage in ("batch", "stepped") and self._visit():  # resumed between a step and what was due after it
             return
-        if progress.stage == "validated" and not self._window_is_open():  # ... or between validation and what follows it
+        if progress.stage == "validated" and not self._window_is_open():  # ... or after its validation
             self.step_plateau_schedulers("step", self.trainer)
         if progress.is_last_batch:
             return
@@ -216,13 +217,14 @@ class FitLoop:
     def _knowing_the_last(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Reads one batch ahead: a loader without a length ends without notice, and the last step must know."""
         progress = self.progress
-        for batch in batches:
-            for following in batches:
-                yield batch
-                batch = following
-            progress.is_last_batch = True
-            progress.boundary = NOW
+        nothing = object()
+        batch = next(batches, nothing)
+        while batch is not nothing:
+            following = next(batches, nothing)
+            if following is nothing:
+                progress.is_last_batch, progress.boundary = True, NOW
             yield batch
+            batch = following
 
     def _ended_early(self) -> None:
         """The data gave fewer batches than it has by its own account.
@@ -233,7 +235,7 @@ class FitLoop:
         progress = self.progress
         if progress.batch_idx < 0:
             raise DataError(
-                f"The training data ({type(self.loader).__name__}) gave no batch in epoch {progress.epoch}. An iterator, "
+                f"The training data ({type(self.loader).__name__}) gave no batch in epoch {progress.epoch}: an iterator, "
                 f"such as a generator, can be read only once: pass an object whose __iter__ begins anew, or "
                 f"max_epochs=1."
             )
@@ -381,7 +383,7 @@ class FitLoop:
         progress.stage = "start"
 
     def step_plateau_schedulers(self, interval: str, trainer: Trainer) -> None:
-        """Schedulers that watch a metric: after an epoch, once its value is known, or after a step and its validation."""
+        """Schedulers that watch a metric, after an epoch, or after a step and its validation."""
         done = (self.progress.epoch if interval == "epoch" else self.progress.batch_idx) + 1
         for config in trainer.lr_scheduler_configs:
             if not config.reduce_on_plateau or not trainer.lightning_module.automatic_optimization:

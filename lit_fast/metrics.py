@@ -28,12 +28,13 @@ def _scalar(value: Any, name: str) -> Number:
     if isinstance(value, Tensor):
         if value.is_cpu:
             try:
-                return value.item()
+                number: float = value.item()
+                return number
             except RuntimeError:
                 pass
         elif value.numel() == 1:
-            value = value.detach().reshape(())
-            return value.clone() if value.is_floating_point() else value.to(torch.get_default_dtype())
+            copy: Tensor = value.detach().reshape(()).clone()
+            return copy if copy.is_floating_point() else copy.to(torch.get_default_dtype())
         raise ValueError(
             f"self.log({name!r}, ...) was given a tensor of shape {tuple(value.shape)}; a single number is needed: "
             f"log a reduction of it, such as value.mean()."
@@ -322,8 +323,8 @@ class MetricLog:
             if value is None:
                 continue
             name = slot.name + slot.suffix
-            fork = slot.name + ("_epoch" if self.epoch_end else "_step") if slot.on_step and slot.on_epoch else slot.name
-            fork += slot.suffix
+            forked = slot.on_step and slot.on_epoch
+            fork = slot.name + (("_epoch" if self.epoch_end else "_step") if forked else "") + slot.suffix
             if slot.options[1] is not False:
                 logged[fork] = value
                 self._logged[fork] = (value, slot.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -65,7 +66,9 @@ class LightningModule(HyperparametersMixin, nn.Module):
             RuntimeError: the module is not attached to a Trainer.
         """
         if self._trainer is None:
-            raise RuntimeError(f"{type(self).__name__} is not attached to a Trainer yet; it is while trainer.fit(...) runs.")
+            raise RuntimeError(
+                f"{type(self).__name__} is not attached to a Trainer; it is while trainer.fit(...) runs."
+            )
         return self._trainer
 
     @trainer.setter
@@ -94,10 +97,9 @@ class LightningModule(HyperparametersMixin, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the module's parameters live (the CPU where it has none)."""
-        first = next(self.parameters(), None)
-        if first is None:
-            first = next(self.buffers(), None)
-        return torch.device("cpu") if first is None else first.device
+        for tensor in chain(self.parameters(), self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -285,7 +287,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Override to run backward your own way; `loss` is divided by the accumulation window already."""
-        loss.backward(*args, **kwargs)
+        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None

@@ -144,7 +144,7 @@ class Plans:
     # -- binding
 
     def _bind(self) -> None:
-        trainer, module = self.trainer, self.module
+        trainer = self.trainer
         self.in_place_clipping = self._gradients_are_watched()
         for optimizer in trainer.optimizers:
             self.adopted.append(self._adopt(optimizer))
@@ -153,8 +153,10 @@ class Plans:
             LightningOptimizer(optimizer, self._user_step(index), self.adopted[index].zero_grad, trainer.optimizers)
             for index, optimizer in enumerate(trainer.optimizers)
         ]
-        needs_closure = self.automatic and bool(trainer.optimizers) and (
-            self._overrides("optimizer_step") or _requires_closure(trainer.optimizers[0])
+        needs_closure = (
+            self.automatic
+            and bool(trainer.optimizers)
+            and (self._overrides("optimizer_step") or _requires_closure(trainer.optimizers[0]))
         )
         self.whole = StepPlan(
             run=step.closure if needs_closure else step.inline,
@@ -270,7 +272,8 @@ class Plans:
         optimizer = self.trainer.optimizers[0]
         hooks = [_without_index(hook) for hook in self._hooks("on_before_zero_grad", optimizer)]
         if self._overrides("optimizer_zero_grad"):
-            hook = _module_hook(self.module.optimizer_zero_grad, self.log, self.log.table("optimizer_zero_grad", "train"))
+            table = self.log.table("optimizer_zero_grad", "train")
+            hook = _module_hook(self.module.optimizer_zero_grad, self.log, table)
             progress = self.progress
             self._note("zero_grad", type(self.module).__name__, "optimizer_zero_grad, overridden")
             return (*hooks, lambda batch_idx: hook(progress.epoch, batch_idx, optimizer))
@@ -298,6 +301,7 @@ class Plans:
     def _bind_clip(self) -> Bound:
         config, module, optimizer = self.trainer.config, self.module, self.trainer.optimizers[0]
         value, algorithm = config.gradient_clip_val, config.gradient_clip_algorithm
+        how = algorithm.value if algorithm is not None else "norm"
         if self._overrides("configure_gradient_clipping"):
             hook = _module_hook(
                 module.configure_gradient_clipping, self.log, self.log.table("configure_gradient_clipping", "train")
@@ -307,9 +311,9 @@ class Plans:
         if value is None:
             return ()
         if self.in_place_clipping:
-            self._note("clip", "Trainer", f"by {getattr(algorithm, 'value', 'norm')} {value}, in place: a hook can see the gradients afterwards")
+            self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
             return (self.wrap("optimizer", lambda: clip_in_place(optimizer, value, algorithm)),)
-        self._note("clip", "Trainer", f"by {getattr(algorithm, 'value', 'norm')} {value}, in registers during the optimizer's step")
+        self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
         return ()
 
     def _bind_update(self) -> Bound:
@@ -396,14 +400,16 @@ class Plans:
         ]
         costs = self.trainer._profiler.step_costs() if self.trainer._profiler is not None else {}
         order = [
-            "receive", "on_train_batch_start", "training_step", "on_before_zero_grad", "zero_grad", "on_before_backward",
-            "backward", "on_after_backward", "on_before_optimizer_step", "clip", "update", "schedulers",
-            "on_train_batch_end",
+            "receive", "on_train_batch_start", "training_step", "on_before_zero_grad", "zero_grad",
+            "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "clip", "update",
+            "schedulers", "on_train_batch_end",
         ]  # fmt: skip
         rows = list(dict.fromkeys(self.rows))
         if self.automatic:
-            how = "its own backward" if self._overrides("backward") else "autograd engine, seeded with the window's weight"
-            rows.append(("backward", type(self.module).__name__ if self._overrides("backward") else "lit_fast", how))
+            if self._overrides("backward"):
+                rows.append(("backward", type(self.module).__name__, "its own backward"))
+            else:
+                rows.append(("backward", "lit_fast", "autograd engine, seeded with the micro-batch's weight"))
         for point in order:
             for row_point, who, what in rows:
                 if row_point == point:
@@ -499,7 +505,7 @@ def _manual_outputs(output: Any) -> dict[str, Any]:
 
 def _engine_backward(weight: float, device: torch.device) -> Callable[[Tensor], None]:
     """Backward through the engine itself: `loss.backward()` builds the same call anew each time, for 8 us more."""
-    run_backward = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+    run_backward = torch.autograd.Variable._execution_engine.run_backward
     seeds = {torch.float32: (torch.full((), weight, device=device),)}
 
     def backward(loss: Tensor) -> None:

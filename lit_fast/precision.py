@@ -30,14 +30,8 @@ class Precision:
             return _default_dtype(self.weights)
         return nullcontext()
 
-    @property
-    def needs_context(self) -> bool:
-        return self.autocast is not None or self.weights is not None
-
     def bind(self, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         """`function` under this precision; the function itself where there is nothing to do."""
-        if not self.needs_context:
-            return function
         if self.autocast is not None:
             context = torch.autocast(device.type, dtype=self.autocast)  # reusable: saves its construction each step
 
@@ -47,8 +41,12 @@ class Precision:
 
             return under_autocast
 
+        dtype = self.weights
+        if dtype is None:
+            return function
+
         def in_dtype(*args: Any) -> Any:
-            with _default_dtype(self.weights):
+            with _default_dtype(dtype):
                 return function(*args)
 
         return in_dtype
@@ -67,7 +65,7 @@ class Precision:
 class _default_dtype(AbstractContextManager[None]):
     """Tensors made inside have this dtype by default."""
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def __enter__(self) -> None:

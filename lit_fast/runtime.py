@@ -1,4 +1,4 @@
-"""What surrounds the loop in every run: attaching, preparing, calling hooks outside the step, logging, signals, teardown.
+"""What surrounds the loop in every run: attaching, preparing, rare hooks, logging, signals, teardown.
 
 `Runtime` is the inner half of `Trainer`; nothing in it runs once per step.
 """
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
@@ -51,7 +51,7 @@ def configure_callbacks(given: Any, config: TrainerConfig) -> list[Callback]:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
-                f"Trainer(callbacks=...) was given {type(callback).__name__}; a callback derives from lit_fast.Callback."
+                f"Trainer(callbacks=...) was given {type(callback).__name__}; callbacks derive from lit_fast.Callback."
             )
     from lit_fast.callbacks.checkpoint import Checkpoint
 
@@ -153,7 +153,7 @@ def _compile_steps(compiled: Any, module: LightningModule) -> dict[str, Any]:
     before = {name: module.__dict__.get(name) for name in (*names, "log")}
     for name in names:
         module.__dict__[name] = compiled.dynamo_ctx(getattr(module, name))
-    module.__dict__["log"] = torch.compiler.disable(module.log)  # it reads a number: not part of the graph
+    module.__dict__["log"] = torch.compiler.disable(module.log)  # type: ignore[no-untyped-call]  # it reads a number: not part of the graph
     return before
 
 
@@ -161,8 +161,18 @@ class Runtime:
     """The inner half of `Trainer`."""
 
     if TYPE_CHECKING:
+        callbacks: list[Any]
+        datamodule: Any
+        _interrupt: int | None
+        _pending_metrics: dict[str, Any] | None
+        _pending_rng: dict[str, Any] | None
 
         def __getattr__(self, name: str) -> Any: ...
+
+    @property
+    def _trainer(self) -> Trainer:
+        """This object under the name that the rooms below take it by."""
+        return cast("Trainer", self)
 
     # -- the frame of a run
 
@@ -180,8 +190,8 @@ class Runtime:
     def _check_can_fit(self, module: LightningModule) -> None:
         if not is_overridden("training_step", module, LightningModule):
             raise MisconfigurationException(
-                f"{type(module).__name__} defines no training_step(self, batch, batch_idx); trainer.fit() needs one that "
-                f"returns the loss."
+                f"{type(module).__name__} defines no training_step(self, batch, batch_idx); trainer.fit() needs one "
+                f"that returns the loss."
             )
         if module.automatic_optimization and not is_overridden("configure_optimizers", module, LightningModule):
             raise MisconfigurationException(
@@ -222,12 +232,12 @@ class Runtime:
             callback.setup(self, module, stage)
         module.setup(stage)
         module.configure_model()
-        path = checkpoint_state.find(self, ckpt_path)
+        path = checkpoint_state.find(self._trainer, ckpt_path)
         self.ckpt_path = None if path is None else str(path)
         if path is None:
             return None
         checkpoint = checkpoint_state.read(path, weights_only)
-        checkpoint_state.restore_model(self, checkpoint, path)
+        checkpoint_state.restore_model(self._trainer, checkpoint, path)
         return checkpoint
 
     def _attach_model_callbacks(self, module: LightningModule) -> None:
@@ -248,12 +258,12 @@ class Runtime:
         self.config.precision.convert_module(module)
         module.to(self.config.device)
         self._configure_optimizers(module)
-        self.fit_loop.plans = Plans(self, module)
+        self.fit_loop.plans = Plans(self._trainer, module)
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")
         self._log_hyperparameters(module)
         if checkpoint is not None:
-            checkpoint_state.restore_training(self, checkpoint)
+            checkpoint_state.restore_training(self._trainer, checkpoint)
         mid_epoch = self._progress.stage in ("batch", "stepped", "validated", "scheduled")
         if self.enable_validation and self.config.num_sanity_val_steps and not mid_epoch:
             self._evaluation.sanity_check()
@@ -263,8 +273,9 @@ class Runtime:
         resting = [name for name, child in module.named_modules() if not child.training]
         if resting:
             warnings.warn(
-                f"{len(resting)} modules are in evaluation mode as training starts ({resting[0] or type(module).__name__} "
-                f"is the first): dropout and batch norm stay off there. Call model.train() before fit to train them.",
+                f"{len(resting)} modules are in evaluation mode as training starts (the first is "
+                f"{resting[0] or type(module).__name__!r}): dropout and batch norm stay off there. "
+                f"Call model.train() before fit to train them.",
                 stacklevel=3,
             )
         self._metric_log.epoch_end = True  # what is logged before the first step is of the epoch
@@ -423,9 +434,11 @@ class Runtime:
     def _data_hook(self, name: str) -> Callable[..., Any] | None:
         """A transfer hook, where the datamodule or the module overrides it."""
         if self._datamodule_overrides(name):
-            return getattr(self.datamodule, name)
+            return cast(Callable[..., Any], getattr(self.datamodule, name))
         module = self.lightning_module
-        return getattr(module, name) if is_overridden(name, module, LightningModule) else None
+        if not is_overridden(name, module, LightningModule):
+            return None
+        return cast(Callable[..., Any], getattr(module, name))
 
     def _batch_receivers(self, log: MetricLog, stage: str, dataloader_idx: int = 0) -> tuple[Callable[[Any], Any], ...]:
         """What happens to a batch between the loader and the step: nothing, on the CPU in full precision."""
@@ -529,7 +542,7 @@ class Runtime:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for the running step, so that a checkpoint can be written; a second Ctrl-C does not."""
+        """Ctrl-C and SIGTERM wait for the running step, then a checkpoint is written; a second Ctrl-C does not wait."""
         if threading.current_thread() is not threading.main_thread() or self.state.fn != TrainerFn.FITTING:
             yield
             return
@@ -561,7 +574,7 @@ class Runtime:
     def _raise_interrupt(self) -> None:
         """End the run between two steps: save first, say how to go on."""
         number, self._interrupt = self._interrupt, None
-        path = None if self.sanity_checking else checkpoint_state.interrupt_path(self)
+        path = None if self.sanity_checking else checkpoint_state.interrupt_path(self._trainer)
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)

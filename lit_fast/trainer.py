@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor
 
@@ -120,8 +120,8 @@ class Trainer(Runtime):
         self.strategy = SingleDeviceStrategy(self.config.device)
         self.state = TrainerState()
         self.loggers: list[Any] = configure_loggers(loggers, self.config.default_root_dir)
-        self.callbacks: list[Callback] = configure_callbacks(given_callbacks, self.config)
-        self.datamodule: Any = None
+        self.callbacks = configure_callbacks(given_callbacks, self.config)
+        self.datamodule = None
         self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
         self._lightning_optimizers: list[LightningOptimizer] = []
@@ -132,9 +132,9 @@ class Trainer(Runtime):
         self.fit_loop = FitLoop(self)
         self._evaluation = EvaluationLoop(self)
         self._should_stop = False
-        self._interrupt: int | None = None  # a signal that waits for the end of the running step
-        self._pending_rng: dict[str, Any] | None = None  # of a checkpoint, until the first step is near
-        self._pending_metrics: dict[str, Any] | None = None  # the same, until the sanity check is over
+        self._interrupt = None  # a signal that waits for the end of the running step
+        self._pending_rng = None  # of a checkpoint, until the first step is near
+        self._pending_metrics = None  # the same, until the sanity check is over
         self._sources: dict[str, Any] = {}
         self.ckpt_path: str | None = None
 
@@ -194,7 +194,7 @@ class Trainer(Runtime):
         with attach_model(self, model, TrainerFn.VALIDATING) as module:
             if not can_validate(module):
                 raise MisconfigurationException(
-                    f"{type(module).__name__} defines no validation_step(batch, batch_idx); trainer.validate() needs it."
+                    f"{type(module).__name__} defines no validation_step(batch, batch_idx); validate() needs it."
                 )
             self._use_data(module, datamodule, val_dataloader=dataloaders)
             self._prepare(module, "validate", ckpt_path, weights_only)
@@ -391,7 +391,7 @@ class Trainer(Runtime):
     def log_dir(self) -> str | None:
         """Where the first logger writes, or `default_root_dir`."""
         if self.loggers:
-            return getattr(self.loggers[0], "log_dir", None) or self.loggers[0].save_dir
+            return cast("str | None", getattr(self.loggers[0], "log_dir", None) or self.loggers[0].save_dir)
         return str(self.default_root_dir)
 
     @property

@@ -87,19 +87,7 @@ class DataPosition:
     def set_epoch(self, epoch: int) -> None:
         """Tell the samplers, and the loader itself, that have a `set_epoch` which epoch begins."""
         self._epoch = epoch
-        loader = self.dataloader
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        told: set[int] = set()
-        for target in (
-            loader,
-            getattr(loader, "sampler", None),
-            batch_sampler,
-            getattr(batch_sampler, "sampler", None),
-        ):
-            call = getattr(target, "set_epoch", None)
-            if callable(call) and id(target) not in told:
-                told.add(id(target))
-                call(epoch)
+        tell_epoch(self.dataloader, epoch)
 
     def end_epoch(self) -> None:
         """Say that the consumer wants no more of this epoch, whether or not batches are left in it.
@@ -214,3 +202,13 @@ def _source_of(data: Any) -> Source:
             f"a {type(data).__name__} cannot be iterated over; give a DataLoader, a list of batches or an iterable"
         )
     return ReplaySource(data)
+
+
+def tell_epoch(loader: Any, epoch: int) -> None:
+    """Call every `set_epoch` of a loader and its samplers, each object's once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    targets = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    for target in {id(target): target for target in targets}.values():
+        call = getattr(target, "set_epoch", None)
+        if callable(call):
+            call(epoch)

@@ -11,9 +11,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_fast.errors import MisconfigurationException
 
-_FORMS = (
-    "an optimizer, a list of optimizers, ([optimizers], [schedulers]), or {'optimizer': ..., 'lr_scheduler': ...}"
-)
+_FORMS = "an optimizer, a list of optimizers, ([optimizers], [schedulers]), or {'optimizer': ..., 'lr_scheduler': ...}"
 
 
 @dataclass
@@ -57,7 +55,7 @@ def parse_optimizers(returned: Any, automatic: bool) -> tuple[list[Optimizer], l
     for optimizer in optimizers:
         if not _is_optimizer(optimizer):
             raise MisconfigurationException(
-                f"configure_optimizers returned {type(optimizer).__name__} where an optimizer belongs; allowed: {_FORMS}."
+                f"configure_optimizers returned {type(optimizer).__name__} for an optimizer; allowed: {_FORMS}."
             )
     if automatic and len(optimizers) > 1:
         raise MisconfigurationException(
