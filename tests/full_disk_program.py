@@ -1,4 +1,7 @@
-"""A fit whose files may not grow past a limit from the second epoch on, as on a full disk: python full_disk_program.py FOLDER."""
+"""A fit whose files may not grow past a limit from the third epoch on, as on a full disk.
+
+python full_disk_program.py FOLDER
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """A training run with everything random in it, to be killed and started again: python resume_program.py FOLDER JSON.
 
-Each step's loss is appended to FOLDER/losses.txt as `global_step batch_idx loss-in-hex`, flushed to the system before the
-next step, so that a killed process leaves what it did. A resumed run repeats the steps after its checkpoint: later lines
-win, and all lines of one step must agree.
+Each loss is appended to FOLDER/losses.txt as `epoch batch_idx loss-in-hex global_step` before the step goes on, so
+that a killed process leaves what it did. A resumed run repeats the steps after its checkpoint: all lines of one step
+must agree.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize("options,message", WRONG, ids=[",".join(map(str, o)) + str(i) for i, (o, _) in enumerate(WRONG)])
+@pytest.mark.parametrize("options,message", WRONG, ids=[f"{i}-{','.join(o)}" for i, (o, _) in enumerate(WRONG)])
 def test_wrong_options_say_what_is_allowed(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=f"(?s){message}"):
         trainer(**options)
@@ -128,7 +128,7 @@ def test_batch_limit(limit: float, length: int | None, expected: int | None) -> 
 
 
 def test_batch_limit_that_leaves_nothing() -> None:
-    with pytest.raises(MisconfigurationException, match="less than one batch; use at least 0.1"):
+    with pytest.raises(MisconfigurationException, match=r"less than one batch; use at least 0\.1"):
         config.batch_limit("limit_train_batches", 0.01, 10)
     with pytest.raises(MisconfigurationException, match="no length"):
         config.batch_limit("limit_train_batches", 0.5, None)

@@ -77,7 +77,7 @@ def test_wrong_names_and_kinds() -> None:
             super().__init__()
             self.save_hyperparameters("widht")
 
-    with pytest.raises(MisconfigurationException, match="'widht' is no argument of Wrong.__init__; there are: width"):
+    with pytest.raises(MisconfigurationException, match=r"'widht' is no argument of Wrong\.__init__; there are: width"):
         Wrong()
     with pytest.raises(MisconfigurationException, match="was given int"):
         Takes(3)

@@ -188,7 +188,7 @@ def test_skipping_the_rest_of_an_epoch_counts_no_step() -> None:
 
 
 def test_no_data() -> None:
-    with pytest.raises(MisconfigurationException, match=r"No training data: pass trainer.fit\(model, train_dataloaders"):
+    with pytest.raises(MisconfigurationException, match=r"No training data: pass trainer.fit\(model"):
         fitted(Plain(), None, max_epochs=1)
 
 
@@ -198,8 +198,9 @@ def test_data_that_cannot_be_iterated(data: Any) -> None:
         fitted(Plain(), data, max_epochs=1)
 
 
-@pytest.mark.parametrize("data", [[], shuffled(3, batch_size=4, drop_last=True), NoLength([])], ids=["list", "loader", "stream"])
-def test_empty_data(data: Any) -> None:
+@pytest.mark.parametrize("kind", ["list", "loader", "stream"])
+def test_empty_data(kind: str) -> None:
+    data = {"list": [], "loader": shuffled(3, batch_size=4, drop_last=True), "stream": NoLength([])}[kind]
     with pytest.raises(DataError, match=r"is empty|gave no batch"):
         fitted(Plain(), data, max_epochs=2)
 

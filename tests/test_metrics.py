@@ -57,7 +57,8 @@ def test_a_value_changed_in_place_after_log_stays() -> None:
     ],
 )
 def test_values(value: Any, expected: float) -> None:
-    made = fitted(Logs(lambda module, batch, index: module.log("value", value, prog_bar=True)), batches(1), max_epochs=1)
+    model = Logs(lambda module, batch, index: module.log("value", value, prog_bar=True))
+    made = fitted(model, batches(1), max_epochs=1)
     for published in (made.callback_metrics, made.logged_metrics):
         got = published["value"]
         assert isinstance(got, Tensor) and got.dim() == 0 and got.dtype == torch.float32 and not got.requires_grad
@@ -95,7 +96,9 @@ def test_reductions_over_the_epoch(reduce_fx: Any, expected: float) -> None:
 
 
 def test_batch_size_given() -> None:
-    what = lambda module, batch, index: module.log("v", float(index), on_epoch=True, on_step=False, batch_size=index + 1)  # noqa: E731
+    def what(module: Logs, batch: Any, index: int) -> None:
+        module.log("v", float(index), on_epoch=True, on_step=False, batch_size=index + 1)
+
     made = fitted(Logs(what), batches(3), max_epochs=1)
     assert made.callback_metrics["v"].item() == torch.tensor((0 * 1 + 1 * 2 + 2 * 3) / 6).item()
 
@@ -135,7 +138,7 @@ def test_different_options_for_one_name() -> None:
     def what(module: Logs, batch: Any, batch_idx: int) -> None:
         module.log("v", 1.0, prog_bar=batch_idx > 0)
 
-    with pytest.raises(MisconfigurationException, match="twice in `training_step` with different options.*prog_bar=False"):
+    with pytest.raises(MisconfigurationException, match=r"twice in `training_step` .*prog_bar=False"):
         fitted(Logs(what), batches(2), max_epochs=1)
 
 

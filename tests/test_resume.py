@@ -65,7 +65,8 @@ class Hook(lit_fast.Callback):
         self.function(trainer)
 
     on_train_batch_end = on_validation_batch_start = on_validation_batch_end = on_train_batch_start
-    on_fit_end = on_train_epoch_start = on_train_epoch_end = on_validation_start = on_validation_end = on_train_batch_start
+    on_train_epoch_start = on_train_epoch_end = on_fit_end = on_train_batch_start
+    on_validation_start = on_validation_end = on_train_batch_start
 
 
 def kill_at(folder: Path, hook: str, number: int, **options: Any) -> None:

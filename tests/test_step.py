@@ -172,7 +172,7 @@ def test_accumulation_bit_equal(window: int, sized: bool) -> None:
     optimizer = OPTIMIZERS["adamw_fused"]
     model = Plain(optimizer)
     made = fitted(model, data if sized else NoLength(data), max_epochs=10, accumulate_grad_batches=window)
-    expected, net = hand_losses(optimizer, data, 200, window)
+    expected, _ = hand_losses(optimizer, data, 200, window)
     assert made.global_step == 10 * -(-20 // window)
     short = 20 % window
     if sized or short == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import resource
@@ -43,7 +44,7 @@ def test_no_configure_optimizers() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(1, 1), 3, None, Plain], ids=["module", "int", "none", "class"])
 def test_no_lightning_module(model: Any) -> None:
-    with pytest.raises(MisconfigurationException, match="it needs a lit_fast.LightningModule.*lit-fast run"):
+    with pytest.raises(MisconfigurationException, match=r"it needs a lit_fast\.LightningModule.*lit-fast run"):
         fitted(model, batches(1))
 
 
@@ -131,7 +132,7 @@ def test_attributes_during_a_fit() -> None:
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
     program = [sys.executable, full_disk_program.__file__, str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     last_line = done.stderr.strip().splitlines()[-1]
     assert "CheckpointError" in last_line and "epoch=2-step=9.ckpt" in last_line, done.stderr
@@ -155,8 +156,9 @@ def test_nothing_outlives_its_trainer(tmp_path: Path) -> None:
 
     model = Validates()
     made = lit_fast.Trainer(
-        accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False
-    )
+        accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
     made.fit(model, shuffled(12), [batches(1)])
     gc.collect()
     assert model.batch() is None, "the last batch is not kept after the fit"
@@ -173,10 +175,8 @@ def test_the_last_batch_is_let_go_after_an_error_too() -> None:
             raise KeyError("mine")
 
     model, made = Breaks(), trainer(max_epochs=1)
-    try:
+    with contextlib.suppress(KeyError):
         made.fit(model, shuffled(12))
-    except KeyError:
-        pass
     gc.collect()
     assert model.batch() is None
 
@@ -202,7 +202,7 @@ def test_two_thousand_steps_do_not_grow() -> None:
         def on_train_epoch_end(self) -> None:
             self.counts.append((live_tensors(), rss()))
 
-    model = Watches(lambda p: torch.optim.AdamW(p))
+    model = Watches(torch.optim.AdamW)
     model.counts = []
     fitted(model, batches(250), max_epochs=10, gradient_clip_val=1.0)
     tensors = [count for count, _ in model.counts]

@@ -82,7 +82,7 @@ def test_of_another_model(tmp_path: Path) -> None:
             super().__init__()
             self.more = nn.Linear(1, 1)
 
-    with pytest.raises(CheckpointError, match="2 keys are missing in the file .more.bias"):
+    with pytest.raises(CheckpointError, match=r"2 keys are missing in the file \(more.bias"):
         resume(path, More())
 
 
@@ -116,7 +116,7 @@ def test_no_checkpoint_of_a_trainer(tmp_path: Path) -> None:
 
 def test_other_optimizers(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.ckpt")
-    with pytest.raises(CheckpointError, match="1 schedulers|0 schedulers"):
+    with pytest.raises(CheckpointError, match=r"holds 0 schedulers and this run has 1"):
         class Scheduled(NeverTrains):
             def configure_optimizers(self) -> Any:
                 optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
