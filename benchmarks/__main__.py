@@ -12,9 +12,7 @@ from pathlib import Path
 
 from benchmarks import harness
 
-NAMES = sorted(
-    p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("harness", "__init__", "__main__")
-)
+NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("harness", "__init__", "__main__"))
 
 
 def main() -> int:

@@ -242,12 +242,8 @@ def step_rows(rounds: int, count: int) -> list[Row]:
         if theirs is not None:
             runs["Lightning"] = lambda n: trainer_steps(theirs, n, root)
         measured = harness.Rounds({case: slope_ms(run, count) for case, run in runs.items()}, rounds)
-    rows = [
-        Row(f"GPT-2 124M, {BATCH} x {TOKENS} tokens, {case}", measured.median(case), "ms") for case in runs
-    ]
-    rows += [
-        Row(f"GPT-2 124M, {case} / eager loop", measured.ratio(case, "eager loop"), "x") for case in runs
-    ]
+    rows = [Row(f"GPT-2 124M, {BATCH} x {TOKENS} tokens, {case}", measured.median(case), "ms") for case in runs]
+    rows += [Row(f"GPT-2 124M, {case} / eager loop", measured.ratio(case, "eager loop"), "x") for case in runs]
     tokens = BATCH * TOKENS / measured.median("lit_fast")
     rows.append(Row("GPT-2 124M, lit_fast: tokens", tokens * 1e3, "per s"))
     return rows

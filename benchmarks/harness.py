@@ -131,9 +131,7 @@ def commit() -> str:
     """Short hash of the checkout, with + where files differ from it; empty outside a checkout."""
     try:
         git = ["git", "-C", str(ROOT)]
-        head = subprocess.check_output(
-            [*git, "rev-parse", "--short=10", "HEAD"], text=True, stderr=-3
-        ).strip()
+        head = subprocess.check_output([*git, "rev-parse", "--short=10", "HEAD"], text=True, stderr=-3).strip()
         dirty = subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True, stderr=-3).strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

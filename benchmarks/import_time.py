@@ -117,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     Row(importing + note, milliseconds, "ms", ("<=", 150) if promised else None),
                     Row(first_step + note, seconds, "s", ("<=", 0.4) if promised else None),
                 ]
-    return harness.finish(
-        "import_time", "Start", rows, options, harness.lightning_version(options.lightning_python)
-    )
+    return harness.finish("import_time", "Start", rows, options, harness.lightning_version(options.lightning_python))
 
 
 if __name__ == "__main__":

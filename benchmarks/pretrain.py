@@ -101,9 +101,7 @@ def trainer_round(name: str) -> Callable[[], Time]:
         reads_gradients = False
         began = ended = Time(0.0, 0.0)
 
-        def on_train_batch_end(
-            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-        ) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if batch_idx + 1 == warmup:
                 self.began = Time.now()
             self.ended = Time.now()

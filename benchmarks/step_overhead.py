@@ -185,9 +185,7 @@ def run_worker(python: str, framework: str, steps: int, rounds: int) -> dict[str
             raise SystemExit(f"{' '.join(program)} failed:\n{screen.decode(errors='replace')[-4000:]}")
         found: dict[str, Any] = json.loads(out.read_text())
     drawn = redraws(screen)
-    found["redraws per second"] = {
-        case: drawn.get(case, 0) / seconds for case, seconds in found["seconds"].items()
-    }
+    found["redraws per second"] = {case: drawn.get(case, 0) / seconds for case, seconds in found["seconds"].items()}
     return found
 
 
@@ -221,15 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = rows_of(run_worker(sys.executable, "lit_fast", options.steps, options.rounds), options.steps)
     version = harness.lightning_version(options.lightning_python)
     if options.lightning_python:
-        theirs = run_worker(
-            options.lightning_python, "lightning", options.steps // 3, max(3, options.rounds // 2)
-        )
+        theirs = run_worker(options.lightning_python, "lightning", options.steps // 3, max(3, options.rounds // 2))
         for case in (FULL_CSV, FULL_TB, BARE):
             rows.append(Row(f"Lightning, {case}: time of a step", theirs["us"][case], "us"))
             rows.append(Row(f"Lightning, {case} / {HAND}", theirs[f"over {HAND}"][case], "x"))
-    return harness.finish(
-        "step_overhead", "Step overhead, Linear(32, 2), batch 4, AdamW", rows, options, version
-    )
+    return harness.finish("step_overhead", "Step overhead, Linear(32, 2), batch 4, AdamW", rows, options, version)
 
 
 if __name__ == "__main__":

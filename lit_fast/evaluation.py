@@ -212,6 +212,3 @@ def _by_loader(log: Any, logged: dict[str, Any], loaders: int) -> list[dict[str,
 
 def can_validate(module: LightningModule) -> bool:
     return is_overridden("validation_step", module, LightningModule)
-
-
-__all__ = ["EvaluationLoop", "can_validate"]

@@ -235,8 +235,8 @@ class FitLoop:
         progress = self.progress
         if progress.batch_idx < 0:
             raise DataError(
-                f"The training data ({type(self.loader).__name__}) gave no batch in epoch {progress.epoch}: an iterator, "
-                f"such as a generator, can be read only once: pass an object whose __iter__ begins anew, or "
+                f"The training data ({type(self.loader).__name__}) gave no batch in epoch {progress.epoch}: an "
+                f"iterator, such as a generator, can be read only once: pass an object whose __iter__ begins anew, or "
                 f"max_epochs=1."
             )
         warnings.warn(

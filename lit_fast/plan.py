@@ -17,8 +17,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_fast import step
-from lit_fast.callbacks.callback import Callback
-from lit_fast.errors import MisconfigurationException
+from lit_fast.backward import (
+    detached,
+    engine_backward,
+    losses_over,
+    manual_outputs,
+    no_backward,
+    no_losses,
+    outputs_of,
+    read_losses,
+)
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
@@ -117,7 +125,7 @@ class Plans:
             self.whole,
             losses=losses,
             backward=self.wrap("backward", backward),
-            returned_loss=_detached(losses),
+            returned_loss=detached(losses),
             on_train_batch_end=self._bind_batch_end(losses),
         )
         if not first:
@@ -167,9 +175,9 @@ class Plans:
             on_train_batch_start=self._bind_batch_start(),
             training_step=self._bind_training_step(),
             zero_grad=self._bind_zero_grad(),
-            losses=_no_losses,
+            losses=no_losses,
             on_before_backward=self._hooks("on_before_backward") if self.automatic else (),
-            backward=_no_backward,
+            backward=no_backward,
             on_after_backward=self._hooks("on_after_backward") if self.automatic else (),
             on_before_optimizer_step=self.before_step[0] if self._steps_inline else (),
             clip=self._bind_clip() if self._steps_inline else (),
@@ -178,9 +186,9 @@ class Plans:
             schedulers=self._bind_schedulers(),
             on_train_batch_end=(),
             optimizer_step=self._bind_optimizer_step(),
-            returned_loss=_detached(_no_losses),
+            returned_loss=detached(no_losses),
         )
-        self._bind_batch_end(_no_losses, note=True)
+        self._bind_batch_end(no_losses, note=True)
 
     @property
     def _steps_inline(self) -> bool:
@@ -284,7 +292,7 @@ class Plans:
     def _bind_backward(self, length: int) -> tuple[Callable[[Any], tuple[Tensor, ...]], Callable[[Tensor], None]]:
         """`losses` reads training_step's output; `backward` runs the engine with the weight 1/length of the window."""
         if not self.automatic:
-            return _no_losses, _no_backward
+            return no_losses, no_backward
         watched = self._overrides("backward") or bool(self.whole.on_before_backward)
         if self._overrides("backward"):
             table, log, hook = self.log.table("backward", "train"), self.log, self.module.backward
@@ -293,10 +301,10 @@ class Plans:
                 log.current = table
                 hook(loss)
 
-            return _losses_over(length), overridden
+            return losses_over(length), overridden
         if watched:
-            return _losses_over(length), _engine_backward(1.0, self.trainer.config.device)
-        return read_losses, _engine_backward(1.0 / length, self.trainer.config.device)
+            return losses_over(length), engine_backward(1.0, self.trainer.config.device)
+        return read_losses, engine_backward(1.0 / length, self.trainer.config.device)
 
     def _bind_clip(self) -> Bound:
         config, module, optimizer = self.trainer.config, self.module, self.trainer.optimizers[0]
@@ -345,7 +353,7 @@ class Plans:
             return ()
 
         def on_train_batch_end(output: Any, batch: Any, batch_idx: int) -> None:
-            outputs = _outputs(output, losses) if self.automatic else _manual_outputs(output)
+            outputs = outputs_of(output, losses) if self.automatic else manual_outputs(output)
             for hook in hooks:
                 hook(outputs, batch, batch_idx)
 
@@ -418,103 +426,7 @@ class Plans:
         return "\n".join(lines)
 
 
-# -- reading what training_step returned
-
-
-def read_losses(output: Any) -> tuple[Tensor, ...]:
-    """The loss in a tuple, to loop over; empty where `training_step` returned None.
-
-    Raises:
-        MisconfigurationException: no scalar tensor, and no dict with one under "loss".
-    """
-    if type(output) is Tensor and not output.dim():
-        return (output,)
-    if output is None:
-        return ()
-    if isinstance(output, Tensor):
-        loss: Any = output
-    elif hasattr(output, "get"):
-        loss = output.get("loss")
-        if loss is None:
-            raise MisconfigurationException(
-                f"training_step returned a dict with the keys {sorted(map(str, output))}; it must hold 'loss'."
-            )
-    else:
-        loss = output
-    if not isinstance(loss, Tensor):
-        raise MisconfigurationException(
-            f"training_step returned {type(loss).__name__}; allowed are a scalar tensor, a dict with one under 'loss', "
-            f"or None to skip this batch."
-        )
-    if loss.numel() != 1:
-        raise MisconfigurationException(
-            f"training_step returned a loss of shape {tuple(loss.shape)}; return one number, such as loss.mean()."
-        )
-    return (loss.reshape(()),)
-
-
-def _losses_over(length: int) -> Callable[[Any], tuple[Tensor, ...]]:
-    if length == 1:
-        return read_losses
-    return lambda output: tuple(loss / length for loss in read_losses(output))
-
-
-def _no_losses(output: Any) -> tuple[Tensor, ...]:
-    return ()
-
-
-def _no_backward(loss: Tensor) -> None: ...
-
-
-def _detached(losses: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Tensor | None]:
-    def returned_loss(output: Any) -> Tensor | None:
-        for loss in losses(output):
-            return loss.detach().clone()
-        return None
-
-    return returned_loss
-
-
-def _outputs(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict[str, Any]:
-    """What `on_train_batch_end` gets: the detached loss and whatever else the step's dict held."""
-    extra = {key: value for key, value in output.items() if key != "loss"} if hasattr(output, "items") else {}
-    for loss in losses(output):
-        return {"loss": loss.detach().clone(), **extra}
-    return {}
-
-
-def _manual_outputs(output: Any) -> dict[str, Any]:
-    """The same in manual optimization, where `training_step` need not return anything.
-
-    Raises:
-        MisconfigurationException: it returned something that is no tensor, dict or None.
-    """
-    if output is None:
-        return {}
-    if isinstance(output, Tensor):
-        return {"loss": output.detach()}
-    if hasattr(output, "items"):
-        return dict(output)
-    raise MisconfigurationException(
-        f"training_step returned {type(output).__name__}; in manual optimization a tensor, a dict or None is allowed."
-    )
-
-
 # -- small callables, each bound once
-
-
-def _engine_backward(weight: float, device: torch.device) -> Callable[[Tensor], None]:
-    """Backward through the engine itself: `loss.backward()` builds the same call anew each time, for 8 us more."""
-    run_backward = torch.autograd.Variable._execution_engine.run_backward
-    seeds = {torch.float32: (torch.full((), weight, device=device),)}
-
-    def backward(loss: Tensor) -> None:
-        seed = seeds.get(loss.dtype)
-        if seed is None:
-            seed = seeds[loss.dtype] = (torch.full((), weight, device=loss.device, dtype=loss.dtype),)
-        run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
-
-    return backward
 
 
 def _callback_hook(
@@ -584,6 +496,3 @@ def positional_arguments(function: Callable[..., Any]) -> int:
 
 def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", repr(function)).split(".<locals>.")[-1]
-
-
-__all__ = ["Callback", "Plans", "SkipEpoch", "StepPlan", "clip_in_place", "read_losses"]

@@ -55,9 +55,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
             f"{source}: {given!r} is no integer; give a number from 0 to 2**32 - 1."
         ) from None
     if not min_seed_value <= seed <= max_seed_value:
-        raise MisconfigurationException(
-            f"{source}: {seed} is out of bounds; give a number from 0 to 2**32 - 1."
-        )
+        raise MisconfigurationException(f"{source}: {seed} is out of bounds; give a number from 0 to 2**32 - 1.")
 
     os.environ["PL_GLOBAL_SEED"] = str(seed)
     os.environ["PL_SEED_WORKERS"] = str(int(workers))

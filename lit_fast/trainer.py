@@ -11,6 +11,7 @@ from torch import Tensor
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.config import refuse_unknown, resolve_config
+from lit_fast.defaults import configure_callbacks, configure_loggers
 from lit_fast.errors import MisconfigurationException
 from lit_fast.evaluation import EvaluationLoop, can_validate
 from lit_fast.hooks import is_overridden
@@ -18,7 +19,7 @@ from lit_fast.loop import FitLoop, Progress
 from lit_fast.metrics import MetricLog
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans, clip_in_place
-from lit_fast.runtime import Runtime, attach_model, borrow_model, configure_callbacks, configure_loggers
+from lit_fast.runtime import Runtime, attach_model, borrow_model
 from lit_fast.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from lit_fast.strategies import SingleDeviceStrategy
 

@@ -89,9 +89,7 @@ class Framework:
 class Recorder:
     """Collects events; the recording classes hold a reference to it, the trainer and the module."""
 
-    def __init__(
-        self, framework: Framework, *, grad_norms: bool = False, seen_metrics: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, framework: Framework, *, grad_norms: bool = False, seen_metrics: tuple[str, ...] = ()) -> None:
         self.fw = framework
         self.trainer: Any = None
         self.module: Any = None
@@ -124,9 +122,7 @@ class Recorder:
         if "exception" in arguments:
             words.append(f"exception={type(arguments['exception']).__name__}")
         if hook in ("configure_gradient_clipping",):
-            words.append(
-                f"clip={arguments.get('gradient_clip_val')},{arguments.get('gradient_clip_algorithm')}"
-            )
+            words.append(f"clip={arguments.get('gradient_clip_val')},{arguments.get('gradient_clip_algorithm')}")
         if hook == "lr_scheduler_step":
             words.append(f"metric={'none' if arguments.get('metric') is None else 'given'}")
         t, m = self.trainer, self.module
@@ -245,9 +241,7 @@ def make_module(record: Recorder, extra: dict[str, Any] | None = None, step_poin
     return record.module
 
 
-def make_data(
-    record: Recorder, train: Any = None, val: Any = None, state: dict[str, Any] | None = None
-) -> Any:
+def make_data(record: Recorder, train: Any = None, val: Any = None, state: dict[str, Any] | None = None) -> Any:
     class Data(record.fw.LightningDataModule):  # type: ignore[name-defined,misc]
         def train_dataloader(self) -> Any:
             return train
@@ -343,9 +337,7 @@ def run_scenario(framework: Framework, name: str) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     scenarios = all_scenarios()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=("lightning", "lit_fast"), required=True)
     parser.add_argument("--out", help="file to write; without it, to standard output")
     parser.add_argument("scenarios", nargs="*", help="names; without any, all of them")

@@ -187,9 +187,7 @@ class Stream(IterableDataset[torch.Tensor]):
 
 
 def stop_at(batch: int) -> dict[str, Any]:
-    def on_train_batch_end(
-        self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == stop_batch:
             trainer.should_stop = True
 
@@ -406,9 +404,7 @@ def resuming(fw: Framework, root: str, where: dict[str, Any], **options: Any) ->
     epoch, batch_idx = where["save_at"]
     path = os.path.join(root, "mid.ckpt")
 
-    def at_batch_end(
-        self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def at_batch_end(self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) == (epoch, save_batch):
             trainer.save_checkpoint(path)
 
@@ -417,11 +413,7 @@ def resuming(fw: Framework, root: str, where: dict[str, Any], **options: Any) ->
             trainer.save_checkpoint(path)
 
     save_batch = batch_idx
-    body = (
-        {"on_train_batch_end": at_batch_end}
-        if batch_idx is not None
-        else {"on_train_epoch_end": at_epoch_end}
-    )
+    body = {"on_train_batch_end": at_batch_end} if batch_idx is not None else {"on_train_epoch_end": at_epoch_end}
     first = Recorder(fw)
     state = {"rows_read": 3}
     scheduled = sgd_with(step_lr(interval="epoch"))
@@ -436,9 +428,7 @@ def resuming(fw: Framework, root: str, where: dict[str, Any], **options: Any) ->
     second = Recorder(fw)
     run_one(second, {}, path)
     second.facts.update(global_step=second.trainer.global_step, current_epoch=second.trainer.current_epoch)
-    second.facts["saving"] = [
-        line for line in first.events if "save_checkpoint" in line or "state_dict" in line
-    ]
+    second.facts["saving"] = [line for line in first.events if "save_checkpoint" in line or "state_dict" in line]
     return second
 
 
@@ -447,9 +437,7 @@ def checkpoint_keys(fw: Framework, root: str) -> Recorder:
     """What a checkpoint written at a training batch's end holds: every key, and the kind of every value."""
     path = os.path.join(root, "mid.ckpt")
 
-    def at_batch_end(
-        self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def at_batch_end(self: Any, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) == (1, 2):
             trainer.save_checkpoint(path)
 

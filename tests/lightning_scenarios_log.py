@@ -79,9 +79,7 @@ def around_saves(events: list[str]) -> list[str]:
     kept: list[str] = []
     for index, line in enumerate(events):
         if line.startswith("lm.on_save_checkpoint"):
-            before = next(
-                e for e in reversed(events[:index]) if "save_checkpoint" not in e and "state_dict" not in e
-            )
+            before = next(e for e in reversed(events[:index]) if "save_checkpoint" not in e and "state_dict" not in e)
             kept += [before, line]
     return kept
 
@@ -328,9 +326,7 @@ def log_allowed(fw: Framework, root: str) -> Recorder:
         validation_step=validation_step,
         configure_optimizers=configure_optimizers,
     )
-    hooks = {
-        n: wrap(fw.Callback, n, "cb") for n in CALLBACK_HOOKS if n not in ("state_dict", "load_state_dict")
-    }
+    hooks = {n: wrap(fw.Callback, n, "cb") for n in CALLBACK_HOOKS if n not in ("state_dict", "load_state_dict")}
     trainer = make_trainer(record, root, max_epochs=1, callbacks=[type("Logs", (fw.Callback,), hooks)()])
     trainer.fit(make_module(record, body), loader(2), loader(1, 1))
     trainer.save_checkpoint(os.path.join(root, "any.ckpt"))
@@ -339,9 +335,7 @@ def log_allowed(fw: Framework, root: str) -> Recorder:
     return record
 
 
-def losses(
-    optimizer: Callable[[Any], Any], batches: int = 10, max_steps: int = 50, **options: Any
-) -> Scenario:
+def losses(optimizer: Callable[[Any], Any], batches: int = 10, max_steps: int = 50, **options: Any) -> Scenario:
     """A small network trained from a seed; every loss is kept."""
 
     def run(fw: Framework, root: str) -> Recorder:

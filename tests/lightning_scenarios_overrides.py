@@ -24,9 +24,7 @@ from lightning_scenarios import fit, plateau, scenario, sgd_with, show_lr, step_
 def override_optimizer_step_every_second(fw: Framework, root: str) -> Recorder:
     """A module that steps its optimizer in every second batch and only runs the closure in the others."""
 
-    def optimizer_step(
-        self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
+    def optimizer_step(self: Any, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         if batch_idx % 2:
             optimizer.step(closure=optimizer_closure)
         else:
@@ -70,9 +68,7 @@ def override_zero_grad(fw: Framework, root: str) -> Recorder:
     def optimizer_zero_grad(self: Any, epoch: int, batch_idx: int, optimizer: Any) -> None:
         optimizer.zero_grad(set_to_none=False)
 
-    return fit(
-        fw, root, module={"optimizer_zero_grad": optimizer_zero_grad}, train=loader(3), grad_norms=True
-    )
+    return fit(fw, root, module={"optimizer_zero_grad": optimizer_zero_grad}, train=loader(3), grad_norms=True)
 
 
 @scenario
@@ -112,9 +108,7 @@ def compiled_module(fw: Framework, root: str) -> Recorder:
     def run(record: Recorder, model: Any, data: Any) -> None:
         record.trainer.fit(torch.compile(model, backend="eager"), datamodule=data)
 
-    return fit(
-        fw, root, train=loader(2), val=loader(1, 1), max_epochs=1, run=run, callbacks=({"setup": nothing},)
-    )
+    return fit(fw, root, train=loader(2), val=loader(1, 1), max_epochs=1, run=run, callbacks=({"setup": nothing},))
 
 
 def nothing(self: Any, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -143,9 +137,7 @@ def bf16_mixed(fw: Framework, root: str) -> Recorder:
         "validation_step": validation_step,
         "on_after_backward": on_after_backward,
     }
-    return fit(
-        fw, root, module=body, train=loader(2), val=loader(1, 1), precision="bf16-mixed", record=record
-    )
+    return fit(fw, root, module=body, train=loader(2), val=loader(1, 1), precision="bf16-mixed", record=record)
 
 
 @scenario
@@ -263,9 +255,7 @@ def default_folders(fw: Framework, root: str) -> Recorder:
             self.log("loss", 1.0)
             return self(batch).square().mean()
 
-        trainer.fit(
-            make_module(record, {"training_step": training_step}), datamodule=make_data(record, loader(2))
-        )
+        trainer.fit(make_module(record, {"training_step": training_step}), datamodule=make_data(record, loader(2)))
     found = [os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names]
     record.facts["files"] = sorted(os.path.relpath(path, root) for path in found)
     with open(os.path.join(root, "lightning_logs", "version_0", "metrics.csv")) as file:

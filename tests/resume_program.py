@@ -98,9 +98,7 @@ def make_loader(options: dict[str, Any]) -> Any:
     if options["kind"] == "stream":
         return DataLoader(Stream(options["rows"]), batch_size=4, num_workers=options["workers"])
     data: Any = Noisy(options["rows"]) if options["kind"] == "noisy" else Plain(options["rows"])
-    return DataLoader(
-        data, batch_size=4, shuffle=True, num_workers=options["workers"], generator=generator
-    )
+    return DataLoader(data, batch_size=4, shuffle=True, num_workers=options["workers"], generator=generator)
 
 
 class Plain(Noisy):

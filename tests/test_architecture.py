@@ -23,9 +23,9 @@ FLOORS = [
     "cli compat fabric pytorch",
     "models tuner",
     "trainer",
-    "runtime evaluation loop",
+    "runtime defaults evaluation loop",
     "step plan",  # the plan picks one of the two step shapes; a step reads the plan it is given
-    "module precision strategies metrics callbacks loggers checkpoint data profiler config seed hparams "
+    "module precision strategies metrics backward callbacks loggers checkpoint data profiler config seed hparams "
     "backends",
     "optim triton",
     "ops",

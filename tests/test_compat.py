@@ -24,9 +24,7 @@ def installed() -> Iterator[None]:
 
 
 # The recorder's comparison may have imported Lightning itself into this process.
-pytestmark = pytest.mark.skipif(
-    "lightning" in sys.modules, reason="Lightning itself is imported in this process"
-)
+pytestmark = pytest.mark.skipif("lightning" in sys.modules, reason="Lightning itself is imported in this process")
 
 
 def test_alias_package_without_install() -> None:

@@ -77,9 +77,7 @@ def test_gradients_are_released_before_validation_and_kept_inside_a_window() -> 
     for window, expected in ((1, [False, False]), (4, [True, False])):
         model = Looks()
         model.grads = []
-        fitted(
-            model, batches(4), [batches(1)], max_epochs=1, val_check_interval=2, accumulate_grad_batches=window
-        )
+        fitted(model, batches(4), [batches(1)], max_epochs=1, val_check_interval=2, accumulate_grad_batches=window)
         assert model.grads == expected
 
 

@@ -91,25 +91,19 @@ def assert_floats(theirs: list[float], ours: list[float], eps: float) -> None:
     """Value i is the outcome of at most i + 1 steps, each of a handful of operations rounded to `eps`."""
     assert len(theirs) == len(ours)
     for index, (a, b) in enumerate(zip(theirs, ours, strict=True)):
-        assert abs(a - b) <= 8 * eps * (index + 1) * max(abs(a), abs(b)), (
-            f"value {index}: Lightning {a}, ours {b}"
-        )
+        assert abs(a - b) <= 8 * eps * (index + 1) * max(abs(a), abs(b)), f"value {index}: Lightning {a}, ours {b}"
 
 
 def missing(theirs: Any, ours: Any, at: str = "") -> list[str]:
     """Paths in Lightning's nested record that are absent or different in ours; ours may hold more."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         absent = [f"{at}.{key} is missing" for key in theirs if key not in ours]
-        return absent + [
-            p for key in theirs if key in ours for p in missing(theirs[key], ours[key], f"{at}.{key}")
-        ]
+        return absent + [p for key in theirs if key in ours for p in missing(theirs[key], ours[key], f"{at}.{key}")]
     return [] if theirs == ours else [f"{at}: Lightning {theirs!r}, ours {ours!r}"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_same_as_lightning(
-    name: str, framework: lightning_recorder.Framework, live: dict[str, Any] | None
-) -> None:
+def test_same_as_lightning(name: str, framework: lightning_recorder.Framework, live: dict[str, Any] | None) -> None:
     recorded = (live or GOLDEN)["scenarios"][name]
     theirs = as_ours(name, recorded)
     ours = json.loads(json.dumps(lightning_recorder.run_scenario(framework, name)))

@@ -12,9 +12,7 @@ import pytest
 import lit_fast
 import lit_fast.pytorch
 
-HEAVY = tuple(
-    "rich tensorboard torchmetrics jsonargparse tokenizers matplotlib yaml triton lightning".split()
-)
+HEAVY = tuple("rich tensorboard torchmetrics jsonargparse tokenizers matplotlib yaml triton lightning".split())
 
 
 def in_order(names: list[str]) -> list[str]:
@@ -42,9 +40,7 @@ def test_public_names_are_sorted_and_there() -> None:
             assert name in dir(package)
 
 
-@pytest.mark.parametrize(
-    "room", ["callbacks", "checkpoint", "data", "loggers", "models", "optim", "strategies"]
-)
+@pytest.mark.parametrize("room", ["callbacks", "checkpoint", "data", "loggers", "models", "optim", "strategies"])
 def test_each_room_has_sorted_names_that_exist(room: str) -> None:
     package = getattr(lit_fast, room)
     assert package.__all__ == in_order(package.__all__)

@@ -11,8 +11,9 @@ from heart_models import Plain, batches, fitted, trainer
 from torch import Tensor
 
 import lit_fast
+from lit_fast.backward import read_losses
 from lit_fast.errors import MisconfigurationException
-from lit_fast.plan import StepPlan, read_losses
+from lit_fast.plan import StepPlan
 
 
 def bound(plan: StepPlan) -> dict[str, int]:

@@ -51,11 +51,7 @@ class Callback:
         hooks that its options do not use.
         """
         own = vars(self)
-        return {
-            name
-            for name in HOOK_NAMES
-            if name in own or getattr(type(self), name) is not getattr(Callback, name)
-        }
+        return {name for name in HOOK_NAMES if name in own or getattr(type(self), name) is not getattr(Callback, name)}
 
     def _without(self, live: set[str], base: type[Callback], *unused: str) -> set[str]:
         """`live` less the `unused` hooks, but for those that a subclass of `base` overrides anew."""
@@ -141,9 +137,7 @@ class Callback:
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A training batch is on the device."""
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A training batch is done; `outputs` is what `training_step` returned."""
 
     def on_validation_batch_start(
@@ -208,7 +202,5 @@ class Callback:
 
 _NOT_HOOKS = {"live_hooks", "state_key"}
 HOOK_NAMES: tuple[str, ...] = tuple(
-    name
-    for name, value in vars(Callback).items()
-    if callable(value) and name[0] != "_" and name not in _NOT_HOOKS
+    name for name, value in vars(Callback).items() if callable(value) and name[0] != "_" and name not in _NOT_HOOKS
 )

@@ -104,9 +104,7 @@ class EarlyStopping(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self._check_on_train_epoch_end is None:
             # with several validations per epoch, or epochs without one, a check belongs to the validation
-            self._check_on_train_epoch_end = (
-                trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
-            )
+            self._check_on_train_epoch_end = trainer.val_check_interval == 1.0 and trainer.check_val_every_n_epoch == 1
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self._check_on_train_epoch_end and not self._should_skip_check(trainer):
@@ -179,8 +177,7 @@ class EarlyStopping(Callback):
         if self.divergence_threshold is not None and self.monitor_op(-current, -self.divergence_threshold):
             self.stopping_reason = EarlyStoppingReason.DIVERGENCE_THRESHOLD
             return True, (
-                f"{self.monitor} = {current} is worse than divergence_threshold {self.divergence_threshold}: "
-                f"stopping."
+                f"{self.monitor} = {current} is worse than divergence_threshold {self.divergence_threshold}: stopping."
             )
         if self.monitor_op(current - self.min_delta, best):
             self.best_score = current
@@ -189,7 +186,5 @@ class EarlyStopping(Callback):
         self.wait_count += 1
         if self.wait_count >= self.patience:
             self.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED
-            return True, (
-                f"{self.monitor} did not improve in {self.wait_count} checks (best {best:.3f}): stopping."
-            )
+            return True, (f"{self.monitor} did not improve in {self.wait_count} checks (best {best:.3f}): stopping.")
         return False, None

@@ -64,9 +64,7 @@ class LearningRateMonitor(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.loggers:
-            raise MisconfigurationException(
-                "LearningRateMonitor needs a logger; the Trainer has logger=False."
-            )
+            raise MisconfigurationException("LearningRateMonitor needs a logger; the Trainer has logger=False.")
         groups = [(name, group) for _, group, name in self._groups(trainer)]
         if self.log_momentum and any("momentum" not in g and "betas" not in g for _, g in groups):
             warnings.warn(

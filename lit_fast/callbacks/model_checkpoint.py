@@ -193,9 +193,7 @@ class ModelCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._last_time_checked = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
         if self._train_time_interval is not None:
             now = time.monotonic()
@@ -253,10 +251,7 @@ class ModelCheckpoint(Checkpoint):
     def _should_save_on_train_epoch_end(self, trainer: Any) -> bool:
         if self._save_on_train_epoch_end is not None:
             return self._save_on_train_epoch_end
-        if (
-            getattr(trainer, "_val_check_time_interval", None) is not None
-            or trainer.check_val_every_n_epoch != 1
-        ):
+        if getattr(trainer, "_val_check_time_interval", None) is not None or trainer.check_val_every_n_epoch != 1:
             return False
         # with several validations per epoch, a checkpoint belongs to the validation that scored it
         return _total(trainer.num_val_batches) == 0 or trainer.val_check_interval == 1.0
@@ -346,9 +341,7 @@ class ModelCheckpoint(Checkpoint):
         self.current_score = current
         self.best_k_models[filepath] = current
         if len(self.best_k_models) == k:
-            self.kth_best_model_path = worst(
-                self.best_k_models, key=lambda path: float(self.best_k_models[path])
-            )
+            self.kth_best_model_path = worst(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
             self.kth_value = self.best_k_models[self.kth_best_model_path]
         self.best_model_path = best(self.best_k_models, key=lambda path: float(self.best_k_models[path]))
         self.best_model_score = self.best_k_models[self.best_model_path]
@@ -473,9 +466,7 @@ class ModelCheckpoint(Checkpoint):
         """Write `best_k_models` (path: score) as YAML, to `<dirpath>/best_k_models.yaml` when left out."""
         if filepath is None:
             if self.dirpath is None:
-                raise MisconfigurationException(
-                    "ModelCheckpoint.to_yaml() has no directory yet; pass `filepath`."
-                )
+                raise MisconfigurationException("ModelCheckpoint.to_yaml() has no directory yet; pass `filepath`.")
             filepath = os.path.join(self.dirpath, "best_k_models.yaml")
         from lit_fast.loggers.utilities import write_yaml
 

@@ -169,9 +169,7 @@ class ModelSummary(Callback):
     ) -> None:
         """Show one summary. Override it to show it elsewhere. `total_flops` is not counted: always 0."""
         widths = [max(map(len, [title, *texts])) for title, texts in summary_data]
-        titles = " | ".join(
-            title.ljust(width) for (title, _), width in zip(summary_data, widths, strict=True)
-        )
+        titles = " | ".join(title.ljust(width) for (title, _), width in zip(summary_data, widths, strict=True))
         lines = [titles, "-" * len(titles)]
         for row in zip(*(texts for _, texts in summary_data), strict=True):
             lines.append(" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))

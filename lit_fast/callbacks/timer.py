@@ -55,9 +55,7 @@ class Timer(Callback):
         try:
             self._interval = Interval(interval)
         except ValueError:
-            raise MisconfigurationException(
-                f"Timer(interval={interval!r}): allowed are 'step' and 'epoch'."
-            ) from None
+            raise MisconfigurationException(f"Timer(interval={interval!r}): allowed are 'step' and 'epoch'.") from None
         self._duration = None if limit is None else limit.total_seconds()
         self._verbose = verbose
         self._start_time: dict[str, float] = {}
@@ -65,9 +63,7 @@ class Timer(Callback):
         self._offset = 0.0
 
     def live_hooks(self, trainer: Any = None) -> set[str]:
-        unused = (
-            ["on_fit_start", "on_train_batch_end", "on_train_epoch_end"] if self._duration is None else []
-        )
+        unused = ["on_fit_start", "on_train_batch_end", "on_train_epoch_end"] if self._duration is None else []
         unused.append("on_train_epoch_end" if self._interval is Interval.step else "on_train_batch_end")
         return self._without(super().live_hooks(trainer), Timer, *unused)
 
@@ -115,9 +111,7 @@ class Timer(Callback):
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         self._end_time["test"] = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self._interval is Interval.step and self._duration is not None:
             self._check_time_remaining(trainer)
 

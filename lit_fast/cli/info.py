@@ -39,9 +39,7 @@ def torch_facts() -> dict[str, Any]:
         "parallel backend": parallel.partition("ATen parallel backend: ")[2].partition("\n")[0],
     }
     if not torch.cuda.is_available():
-        facts["CUDA devices"] = (
-            f"none (torch built for CUDA {torch.version.cuda})" if torch.version.cuda else "none"
-        )
+        facts["CUDA devices"] = f"none (torch built for CUDA {torch.version.cuda})" if torch.version.cuda else "none"
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
@@ -62,9 +60,7 @@ def facts() -> dict[str, Any]:
         },
         "core": dict(ops.build_info()),
         "torch": torch_facts(),
-        "optional packages": {
-            name: f"{version(name) or 'not installed'} ({use})" for name, use in OPTIONAL.items()
-        },
+        "optional packages": {name: f"{version(name) or 'not installed'} ({use})" for name, use in OPTIONAL.items()},
     }
 
 

@@ -59,32 +59,20 @@ def build_parser() -> ArgumentParser:
 
     parser = ArgumentParser(prog="lit-fast pretrain", description="Pretrain a language model on text.")
     parser.add_argument("--config", action="config", help="YAML file with any of these settings.")
-    parser.add_argument(
-        "--preset", type=str, help=f"One of {', '.join(presets())}; tiny on a CPU, else gpt2-124m."
-    )
+    parser.add_argument("--preset", type=str, help=f"One of {', '.join(presets())}; tiny on a CPU, else gpt2-124m.")
     parser.add_argument(
         "--data", type=str, nargs="+", help="Text files or folders; default: Python's standard library."
     )
-    parser.add_argument(
-        "--out", type=str | None, help="Folder for everything the run writes; default: runs/<preset>."
-    )
+    parser.add_argument("--out", type=str | None, help="Folder for everything the run writes; default: runs/<preset>.")
     parser.add_argument("--resume", action="store_true", help="Go on from the newest checkpoint in --out.")
     parser.add_argument("--seed", type=int, default=1234, help="Seed of every random number.")
-    parser.add_argument(
-        "--vocab_size", type=int, default=4096, help="Most tokens the byte-level BPE may learn."
-    )
-    parser.add_argument(
-        "--val_fraction", type=float, default=0.02, help="Share of the text that is held out."
-    )
+    parser.add_argument("--vocab_size", type=int, default=4096, help="Most tokens the byte-level BPE may learn.")
+    parser.add_argument("--val_fraction", type=float, default=0.02, help="Share of the text that is held out.")
     parser.add_argument("--cache_dir", type=str | None, help="Default: LIT_FAST_CACHE, or ~/.cache/lit_fast.")
     parser.add_argument("--batch_size", type=int, default=8, help="Sequences a micro-batch.")
-    parser.add_argument(
-        "--val_batch_size", type=int | None, help="Sequences a validation batch; default: batch_size."
-    )
+    parser.add_argument("--val_batch_size", type=int | None, help="Sequences a validation batch; default: batch_size.")
     parser.add_argument("--num_workers", type=int, default=0, help="Processes that load data.")
-    parser.add_argument(
-        "--checkpoint_every", type=int, default=500, help="Optimizer steps between checkpoints."
-    )
+    parser.add_argument("--checkpoint_every", type=int, default=500, help="Optimizer steps between checkpoints.")
     parser.add_argument("--sample.prompt", type=str, default="", help="What the sample starts with.")
     parser.add_argument("--sample.tokens", type=int, default=200, help="Most tokens of the sample.")
     parser.add_argument("--sample.temperature", type=float, default=0.8, help="0 takes the likeliest token.")
@@ -115,9 +103,7 @@ def parse(argv: list[str]) -> Namespace:
         out = out or f"runs/{preset or default_preset()}"
         saved = Path(out) / "config.yaml"
         if not saved.is_file():
-            raise MisconfigurationException(
-                f"--resume: there is no run in {out} ({saved} is missing). Give its --out."
-            )
+            raise MisconfigurationException(f"--resume: there is no run in {out} ({saved} is missing). Give its --out.")
         preset = preset or _from_yaml(saved).get("preset")
         layers.append(saved)
     preset = preset or default_preset()
@@ -190,9 +176,7 @@ def build_model(settings: Namespace, data: TokenData, trainer_options: dict[str,
     if steps == -1:
         epochs = trainer_options["max_epochs"]
         if not epochs or epochs < 0:
-            raise MisconfigurationException(
-                "Nothing ends this run: give --trainer.max_steps or --trainer.max_epochs."
-            )
+            raise MisconfigurationException("Nothing ends this run: give --trainer.max_steps or --trainer.max_epochs.")
         windows = len(data.dataset("train", options["block_size"])) // settings.batch_size
         steps = epochs * math.ceil(windows / trainer_options["accumulate_grad_batches"])
     rows = math.ceil(settings.vocab_size / 64) * 64
@@ -340,9 +324,7 @@ def _interrupted(console: Any, monitor: PretrainMonitor, argv: list[str]) -> int
     if saved is None:
         console.print("Interrupted before the first step: there is nothing to resume.")
     else:
-        console.print(
-            f"Interrupted; saved {saved}\nGo on with: lit-fast pretrain {' '.join(again)}", soft_wrap=True
-        )
+        console.print(f"Interrupted; saved {saved}\nGo on with: lit-fast pretrain {' '.join(again)}", soft_wrap=True)
     return 130
 
 

@@ -43,9 +43,7 @@ class PretrainMonitor(Callback):
 
     reads_gradients = False
 
-    def __init__(
-        self, checkpoint: Path, every: int, flops_per_token: int = 0, peak_flops: float | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Path, every: int, flops_per_token: int = 0, peak_flops: float | None = None) -> None:
         self.checkpoint, self.every = checkpoint, max(1, every)
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.train_curve: list[tuple[int, Tensor | float]] = []
@@ -59,9 +57,7 @@ class PretrainMonitor(Callback):
         self._since = (time.perf_counter(), self.tokens)
         self.first_step = trainer.global_step
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.tokens += batch.shape[0] * (batch.shape[1] - 1)
         if self.first_loss is None or (batch_idx + 1) % self.every == 0:
             self._read(trainer, pl_module, outputs)

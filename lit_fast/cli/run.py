@@ -19,9 +19,7 @@ def main(argv: Sequence[str]) -> int:
         description="Runs a Python program as `python` would, with every import of lightning, "
         "pytorch_lightning and lightning_fabric leading to lit_fast.",
     )
-    parser.add_argument(
-        "-m", dest="module", action="store_true", help="the program is a module's name, not a file"
-    )
+    parser.add_argument("-m", dest="module", action="store_true", help="the program is a module's name, not a file")
     parser.add_argument("program")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)

@@ -95,8 +95,7 @@ def find_text_files(paths: Sequence[str | Path]) -> list[TextFile]:
         text = [file for file in candidates if file.size and _is_text(file.path)]
         if not text:
             raise DataError(
-                f"--data {given}: no text there. {_describe(candidates)} "
-                "Give UTF-8 text files or folders of them."
+                f"--data {given}: no text there. {_describe(candidates)} Give UTF-8 text files or folders of them."
             )
         files.update((file.path.resolve(), file) for file in text)
     return sorted(files.values(), key=lambda file: (file.name, str(file.path)))
@@ -146,9 +145,7 @@ class TokenData:
         """Windows of `block_size + 1` tokens of "train" or "val"."""
         return TokenDataset(self.folder / f"{split}.bin", self.header["dtype"], block_size)
 
-    def dataloader(
-        self, split: str, block_size: int, batch_size: int, num_workers: int = 0
-    ) -> DataLoader[Tensor]:
+    def dataloader(self, split: str, block_size: int, batch_size: int, num_workers: int = 0) -> DataLoader[Tensor]:
         """Batches (batch_size, block_size + 1) int64; "train" is shuffled and drops a last, shorter batch."""
         dataset = self.dataset(split, block_size)
         train = split == "train"
@@ -262,9 +259,7 @@ def _open(folder: Path) -> TokenData:
     try:
         header = json.loads((folder / "header.json").read_text(encoding="utf-8"))
         width = {"uint16": 2, "uint32": 4}[header["dtype"]]
-        whole = all(
-            (folder / f"{s}.bin").stat().st_size == width * header[s]["tokens"] for s in ("train", "val")
-        )
+        whole = all((folder / f"{s}.bin").stat().st_size == width * header[s]["tokens"] for s in ("train", "val"))
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole or not (folder / "tokenizer.json").exists():
@@ -364,9 +359,7 @@ def _split(files: list[TextFile], val_fraction: float) -> tuple[list[_Document],
         content = largest.read_bytes()
         cut = content.rfind(b"\n", 0, int(len(content) * (1 - val_fraction))) + 1
         if not 0 < cut < len(content):
-            raise DataError(
-                f"{largest}: {len(content)} bytes without a line end cannot be split; give more text."
-            )
+            raise DataError(f"{largest}: {len(content)} bytes without a line end cannot be split; give more text.")
         train = [_Document(largest, 0, cut) if d.path == largest else d for d in train]
         val = [_Document(largest, cut)]
     return train, val
@@ -395,9 +388,7 @@ def _fingerprint(files: list[TextFile], vocab_size: int, val_fraction: float) ->
 
 def _walk(root: Path, skipped: frozenset[str]) -> Iterator[TextFile]:
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(
-            name for name in subfolders if name not in skipped and not name.startswith(".")
-        )
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped and not name.startswith("."))
         for name in sorted(names):
             path = Path(folder) / name
             if not name.startswith(".") and path.is_file():
@@ -421,9 +412,7 @@ def _is_text(path: Path) -> bool:
 def _describe(candidates: list[TextFile]) -> str:
     if not candidates:
         return "The folder holds no files."
-    kinds = Counter(
-        "empty" if not file.size else file.path.suffix or "without a suffix" for file in candidates
-    )
+    kinds = Counter("empty" if not file.size else file.path.suffix or "without a suffix" for file in candidates)
     listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     return f"Found {len(candidates)} file(s): {listed}; none is UTF-8 text."
 

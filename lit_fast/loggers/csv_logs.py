@@ -167,9 +167,7 @@ class CSVLogger(Logger):
             self._flushes = flushes
             self.save()
 
-    def log_hyperparams(
-        self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any
-    ) -> None:
+    def log_hyperparams(self, params: dict[str, Any] | Namespace | None = None, *args: Any, **kwargs: Any) -> None:
         self.experiment.log_hparams(params_dict(params))
 
     def save(self) -> None:

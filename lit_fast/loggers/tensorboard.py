@@ -160,9 +160,7 @@ class TensorBoardLogger(Logger):
             try:
                 values = [scalar(tag=name, simple_value=value) for name, value in scalars.items()]
             except TypeError:
-                name, value = next(
-                    item for item in scalars.items() if not isinstance(item[1], bool | int | float)
-                )
+                name, value = next(item for item in scalars.items() if not isinstance(item[1], bool | int | float))
                 raise ValueError(
                     f"TensorBoardLogger was given {name!r} = {value!r} ({type(value).__name__}); allowed are "
                     f"numbers, 0-dim tensors and dicts of them."

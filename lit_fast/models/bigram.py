@@ -50,9 +50,7 @@ class Bigram:
         previous, following = previous.astype(np.int64), following.astype(np.int64)
         wanted = previous * self.vocab_size + following
         place = np.minimum(np.searchsorted(self.pairs, wanted), max(0, len(self.pairs) - 1))
-        count = (
-            np.where(self.pairs[place] == wanted, self.counts[place], 0) if len(self.pairs) else wanted * 0
-        )
+        count = np.where(self.pairs[place] == wanted, self.counts[place], 0) if len(self.pairs) else wanted * 0
         context = self.context_counts[previous]
         known = np.maximum(context, 1)
         direct = np.maximum(count - self.discount, 0.0) / known

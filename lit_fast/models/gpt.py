@@ -116,9 +116,7 @@ class GPT(LanguageModel):
         """Logits (B, T, V) of the token after each of `tokens` (B, T) int64, T <= block_size."""
         T = tokens.shape[1]
         if self.block_size < T:
-            raise MisconfigurationException(
-                f"{T} tokens were given; block_size={self.block_size} is the most."
-            )
+            raise MisconfigurationException(f"{T} tokens were given; block_size={self.block_size} is the most.")
         positions = torch.arange(T, device=tokens.device)
         x_BTC = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
         for block in self.blocks:

@@ -116,13 +116,9 @@ class LanguageModel(LightningModule):
             MisconfigurationException: no token to start from, a negative temperature or `top_k` below 1.
         """
         if tokens.dim() != 2 or tokens.shape[1] < 1:
-            raise MisconfigurationException(
-                f"tokens has shape {tuple(tokens.shape)}: (batch, at least 1) is needed."
-            )
+            raise MisconfigurationException(f"tokens has shape {tuple(tokens.shape)}: (batch, at least 1) is needed.")
         if temperature < 0 or (top_k is not None and top_k < 1):
-            raise MisconfigurationException(
-                f"temperature={temperature}, top_k={top_k}: at least 0 and 1 are allowed."
-            )
+            raise MisconfigurationException(f"temperature={temperature}, top_k={top_k}: at least 0 and 1 are allowed.")
         was_training = self.training
         self.eval()
         stopped = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)

@@ -164,9 +164,7 @@ class Llama(LanguageModel):
         """Logits (B, T, V) of the token after each of `tokens` (B, T) int64, T <= block_size."""
         T = tokens.shape[1]
         if self.block_size < T:
-            raise MisconfigurationException(
-                f"{T} tokens were given; block_size={self.block_size} is the most."
-            )
+            raise MisconfigurationException(f"{T} tokens were given; block_size={self.block_size} is the most.")
         x_BTC = self.token_embedding(tokens)
         cos_TD, sin_TD = self.cos[:T], self.sin[:T]
         for block in self.blocks:

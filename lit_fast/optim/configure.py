@@ -55,7 +55,8 @@ def parse_optimizers(returned: Any, automatic: bool) -> tuple[list[Optimizer], l
     for optimizer in optimizers:
         if not _is_optimizer(optimizer):
             raise MisconfigurationException(
-                f"configure_optimizers returned {type(optimizer).__name__} for an optimizer; allowed: {_FORMS}."
+                f"configure_optimizers returned {type(optimizer).__name__} where an optimizer belongs; "
+                f"allowed: {_FORMS}."
             )
     if automatic and len(optimizers) > 1:
         raise MisconfigurationException(

@@ -146,9 +146,7 @@ class _Existing(importlib.abc.Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = load(self.key)
-        self.kept = getattr(
-            module, "__spec__", None
-        )  # the import system overwrites it with the second name's
+        self.kept = getattr(module, "__spec__", None)  # the import system overwrites it with the second name's
         return module
 
     def exec_module(self, module: ModuleType) -> None:

@@ -44,9 +44,7 @@ class StandInTrainer(SimpleNamespace):
                 **options,
             }
         )
-        loop = SimpleNamespace(
-            batch_idx=-1, _batches_that_stepped=0, val_loop=SimpleNamespace(_has_run=False)
-        )
+        loop = SimpleNamespace(batch_idx=-1, _batches_that_stepped=0, val_loop=SimpleNamespace(_has_run=False))
         loop.batch_progress = self
         self.fit_loop = SimpleNamespace(epoch_loop=loop)
         self.strategy = SimpleNamespace(

@@ -74,9 +74,7 @@ def outcome(callback_class: type, scenario: dict[str, Any]) -> Any:
                 os.readlink(path) if path.is_symlink() else None,
             ]
         state = {
-            name: str(round(float(value), 4))
-            if isinstance(value, torch.Tensor)
-            else str(value).replace(root, "")
+            name: str(round(float(value), 4)) if isinstance(value, torch.Tensor) else str(value).replace(root, "")
             for name, value in callback.state_dict().items()
         }
         return {"saved": trainer.saved, "files": files, "state": state, "key": callback.state_key}

@@ -78,9 +78,7 @@ def test_state_keys() -> None:
 
 def test_lambda_callback_calls_what_it_was_given() -> None:
     seen = []
-    callback = LambdaCallback(
-        on_train_epoch_end=lambda trainer, module: seen.append((trainer, module)), setup=None
-    )
+    callback = LambdaCallback(on_train_epoch_end=lambda trainer, module: seen.append((trainer, module)), setup=None)
     callback.on_train_epoch_end(1, 2)
     callback.on_train_end(1, 2)
     assert seen == [(1, 2)] and callback.live_hooks() == {"on_train_epoch_end"}

@@ -56,9 +56,7 @@ def test_early_stopping_checkpoints_and_loggers_agree(tmp_path: Path) -> None:
     assert trainer.current_epoch == 4 and stop.stopped_epoch == 3
     checkpoints = tmp_path / "lightning_logs" / "version_0" / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == ["epoch=1-val_loss=0.0.ckpt", "last.ckpt"]
-    assert best.best_model_score == 0.0 and best.best_model_path == str(
-        checkpoints / "epoch=1-val_loss=0.0.ckpt"
-    )
+    assert best.best_model_score == 0.0 and best.best_model_path == str(checkpoints / "epoch=1-val_loss=0.0.ckpt")
     assert timer.time_elapsed("train") > timer.time_elapsed("validate") > 0
     assert rates.lrs == {"lr-SGD": [0.1] * 4}
     with open(checkpoints.parent / "metrics.csv", newline="") as file:
@@ -75,8 +73,6 @@ def test_a_default_trainer_has_bar_summary_and_checkpoints_and_none_watches_a_st
     trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path)
     kinds = {type(callback) for callback in trainer.callbacks}
     assert kinds == {ModelCheckpoint, RichProgressBar, RichModelSummary}
-    per_step = {
-        name for callback in trainer.callbacks for name in callback.live_hooks(trainer) if "batch" in name
-    }
+    per_step = {name for callback in trainer.callbacks for name in callback.live_hooks(trainer) if "batch" in name}
     assert per_step == set()
     assert not any(callback.reads_gradients for callback in trainer.callbacks)

@@ -32,9 +32,7 @@ Reason = EarlyStoppingReason
         ({"divergence_threshold": 2, "mode": "max"}, [3, 1, 9], 2, Reason.DIVERGENCE_THRESHOLD),
     ],
 )
-def test_stops(
-    tmp_path: Path, options: dict[str, Any], values: list[float], epochs: int, reason: Reason
-) -> None:
+def test_stops(tmp_path: Path, options: dict[str, Any], values: list[float], epochs: int, reason: Reason) -> None:
     trainer = StandInTrainer(tmp_path)
     callback = EarlyStopping("val_loss", **options)
     trainer.run(callback, [{"val_loss": torch.tensor(float(value))} for value in values])

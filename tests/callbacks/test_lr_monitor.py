@@ -87,8 +87,6 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         LearningRateMonitor("minute")  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match="logger"):
         LearningRateMonitor().on_train_start(StandInTrainer(tmp_path), None)
-    twice = torch.optim.SGD(
-        [{"params": [parameter()], "name": "a"}, {"params": [parameter()], "name": "a"}], lr=1
-    )
+    twice = torch.optim.SGD([{"params": [parameter()], "name": "a"}, {"params": [parameter()], "name": "a"}], lr=1)
     with pytest.raises(MisconfigurationException, match="'a'"):
         run(tmp_path, LearningRateMonitor(), optimizers=[twice])

@@ -127,9 +127,7 @@ def test_a_link_never_dangles(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("val_batches", [0, 2])
-def test_a_metric_that_nobody_logs_is_an_error_that_lists_what_is_logged(
-    tmp_path: Path, val_batches: int
-) -> None:
+def test_a_metric_that_nobody_logs_is_an_error_that_lists_what_is_logged(tmp_path: Path, val_batches: int) -> None:
     trainer = StandInTrainer(tmp_path, num_val_batches=[val_batches])
     with pytest.raises(MisconfigurationException, match=r"'val_lss'.*'val_loss'.*self\.log\('val_lss'"):
         trainer.run(ModelCheckpoint(monitor="val_lss"), losses(1))

@@ -20,9 +20,7 @@ def test_totals(tmp_path: Path) -> None:
     trainer = StandInTrainer(tmp_path, num_val_batches=[3, math.inf], num_sanity_val_batches=[1, 2])
     bar.setup(trainer, None, "fit")
     assert bar.total_train_batches == 4
-    assert (
-        bar.has_dataloader_changed(0) and not bar.has_dataloader_changed(0) and bar.has_dataloader_changed(1)
-    )
+    assert bar.has_dataloader_changed(0) and not bar.has_dataloader_changed(0) and bar.has_dataloader_changed(1)
     assert bar.total_val_batches_current_dataloader == math.inf
     trainer.sanity_checking = True
     assert bar.total_val_batches_current_dataloader == 2

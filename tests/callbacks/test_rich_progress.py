@@ -139,9 +139,7 @@ def test_in_a_pipe_there_are_plain_lines_and_no_control_codes() -> None:
     assert "\x1b" not in text and "\r" not in text
     lines = text.splitlines()
     printed = [line for line in lines if not line.startswith(("Epoch", "RESULT"))]
-    assert printed == [
-        line for epoch in range(2) for line in (f"printed in epoch {epoch}", "unfinished ... finished")
-    ]
+    assert printed == [line for epoch in range(2) for line in (f"printed in epoch {epoch}", "unfinished ... finished")]
     assert re.fullmatch(r"Epoch 1/1: 100% 40/40 in 0:00:0\d, [\d.]+it/s, loss=0.125, lr=1.00e-05", lines[-2])
     assert lines[-1].startswith("RESULT 0 ")
     assert len([line for line in lines if line.startswith("Epoch")]) <= 2

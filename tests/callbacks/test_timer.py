@@ -38,9 +38,7 @@ def test_what_cannot_be_read_is_refused(options: dict[str, Any], message: str) -
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.parametrize(("interval", "epoch"), [("step", 0), ("epoch", 0)])
-def test_stops_when_the_time_is_up_and_a_resumed_run_has_less(
-    tmp_path: Path, interval: str, epoch: int
-) -> None:
+def test_stops_when_the_time_is_up_and_a_resumed_run_has_less(tmp_path: Path, interval: str, epoch: int) -> None:
     trainer = StandInTrainer(tmp_path)
     timer = Timer({"seconds": 1}, interval=interval)
     trainer.run(timer, [{}] * 3)

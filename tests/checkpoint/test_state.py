@@ -117,6 +117,7 @@ def test_no_checkpoint_of_a_trainer(tmp_path: Path) -> None:
 def test_other_optimizers(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"holds 0 schedulers and this run has 1"):
+
         class Scheduled(NeverTrains):
             def configure_optimizers(self) -> Any:
                 optimizer = torch.optim.SGD(self.parameters(), lr=0.1)

@@ -101,9 +101,7 @@ def test_run_a_module(tmp_path: Path) -> None:
 
 
 def test_run_shows_the_programs_own_traceback(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(
-        "def inner():\n    raise RuntimeError('from the script')\n\ninner()\n"
-    )
+    (tmp_path / "script.py").write_text("def inner():\n    raise RuntimeError('from the script')\n\ninner()\n")
     done = lit_fast("run", str(tmp_path / "script.py"))
     assert done.returncode == 1
     assert "from the script" in done.stderr and "in inner" in done.stderr

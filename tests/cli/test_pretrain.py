@@ -46,10 +46,7 @@ def text(tmp_path, monkeypatch, request):
     folder = tmp_path / "text"
     folder.mkdir()
     for index in range(12):
-        lines = (
-            f"def function_{index}_{line}(value):\n    return value * {line} + {index}\n"
-            for line in range(40)
-        )
+        lines = (f"def function_{index}_{line}(value):\n    return value * {line} + {index}\n" for line in range(40))
         (folder / f"module{index}.py").write_text("".join(lines))
     return folder
 
@@ -91,9 +88,7 @@ def test_resumed_run_equals_an_uninterrupted_one(text, tmp_path):
     assert main(["--resume", "--trainer.max_steps=12", "--out=parts"]) == 0
     whole, parts = (checkpoint(tmp_path / out / "checkpoints" / "last.ckpt") for out in ("whole", "parts"))
     assert whole["global_step"] == parts["global_step"] == 12
-    assert all(
-        torch.equal(whole["state_dict"][name], parts["state_dict"][name]) for name in whole["state_dict"]
-    )
+    assert all(torch.equal(whole["state_dict"][name], parts["state_dict"][name]) for name in whole["state_dict"])
     curves = [saved["callbacks"]["PretrainMonitor"]["train_curve"] for saved in (whole, parts)]
     assert curves[0] == curves[1]
     assert [step for step, _ in curves[0]] == [1, 2, 4, 6, 8, 10, 12]

@@ -21,9 +21,7 @@ class _Box:
 def test_generators_are_found_by_path_once_and_within_limits() -> None:
     shared = torch.Generator()
     inner = _Box(transforms=[_Box(rng=random.Random(1)), {"noise": np.random.default_rng(1)}])
-    box = _Box(
-        generator=shared, again=shared, inner=inner, samples=[_Box(g=random.Random(i)) for i in range(500)]
-    )
+    box = _Box(generator=shared, again=shared, inner=inner, samples=[_Box(g=random.Random(i)) for i in range(500)])
     box.cycle = box
     found = find_generators(data=box, other=None)
     assert found["data.generator"] is shared and "data.again" not in found

@@ -57,9 +57,7 @@ def test_counts_and_token_bytes_add_up(data, text):
         counted = data.header[split]
         assert len(data.tokens(split)) == counted["tokens"]
         assert lengths[data.tokens(split)].sum() == counted["bytes"]
-    assert data.header["train"]["bytes"] + data.header["val"]["bytes"] == sum(
-        p.stat().st_size for p in text.iterdir()
-    )
+    assert data.header["train"]["bytes"] + data.header["val"]["bytes"] == sum(p.stat().st_size for p in text.iterdir())
     assert data.tokens("train").dtype == np.uint16
     assert data.vocab_size <= 400
 
@@ -152,9 +150,7 @@ def test_what_is_not_text_is_passed_over_beside_text(text):
     assert names == sorted(f"part{index}.txt" for index in range(10))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("vocab_size", 256), ("val_fraction", 0.0), ("val_fraction", 0.6)]
-)
+@pytest.mark.parametrize(("option", "value"), [("vocab_size", 256), ("val_fraction", 0.0), ("val_fraction", 0.6)])
 def test_options_out_of_range(text, option, value):
     with pytest.raises(DataError, match=option):
         prepare_tokens([text], **{option: value})

@@ -36,9 +36,7 @@ def test_states_are_known_after_each_of_the_last_batches() -> None:
     start = pack()
     watch = _watch(dict.fromkeys(range(20), True))
     assert watch.drawn and not watch.hidden and watch.fetched().tolist() == [20]
-    assert watch.states(torch.tensor([0])) == [None], (
-        "before the first draw it is the state that a worker starts in"
-    )
+    assert watch.states(torch.tensor([0])) == [None], "before the first draw it is the state that a worker starts in"
     assert watch.states(torch.tensor([5])) is None, "long ago"
     [state] = watch.states(torch.tensor([18]))
     unpack(start)

@@ -54,9 +54,7 @@ def test_goes_on_after_finalize(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("every", "interval", "written"), [(10, 1, 10), (10, 3, 4), (100, 50, 0), (5, 7, 2)])
-def test_writes_whenever_a_full_interval_has_passed(
-    tmp_path: Path, every: int, interval: int, written: int
-) -> None:
+def test_writes_whenever_a_full_interval_has_passed(tmp_path: Path, every: int, interval: int, written: int) -> None:
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=every)
     for step in range(interval - 1, 18, interval):
         logger.log_metrics({"loss": 1.0}, step=step)

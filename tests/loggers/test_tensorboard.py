@@ -108,9 +108,7 @@ def test_the_graph_is_written_when_asked(tmp_path: Path) -> None:
     assert b"aten::linear" in data
 
 
-def test_nothing_is_imported_or_written_before_it_is_needed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_imported_or_written_before_it_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logger = TensorBoardLogger(tmp_path)
     assert logger.version == 0 and list(tmp_path.iterdir()) == []
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)

@@ -100,9 +100,7 @@ def test_schedule_steps_with_the_optimizer_and_keeps_its_length_out_of_its_state
     assert schedule["scheduler"].state_dict()["lr_lambdas"] == [None, None]
 
 
-@pytest.mark.parametrize(
-    ("step", "factor"), [(0, 0.25), (3, 1.0), (4, 1.0), (54, 0.55), (104, 0.1), (500, 0.1)]
-)
+@pytest.mark.parametrize(("step", "factor"), [(0, 0.25), (3, 1.0), (4, 1.0), (54, 0.55), (104, 0.1), (500, 0.1)])
 def test_warmup_cosine_at_its_corners(step, factor):
     assert warmup_cosine(step, warmup_steps=4, total_steps=104, floor=0.1) == pytest.approx(factor)
 
@@ -158,9 +156,7 @@ def test_llama_preset_has_about_a_billion_parameters():
     with torch.device("meta"):
         model = Llama(num_kv_heads=8, hidden_dim=8192)
     attention, mlp, norms = 2 * 2048**2 + 2 * 2048 * 512, 3 * 2048 * 8192, 2 * 2048
-    assert (
-        sum(p.numel() for p in model.parameters()) == 16 * (attention + mlp + norms) + 2 * 32768 * 2048 + 2048
-    )
+    assert sum(p.numel() for p in model.parameters()) == 16 * (attention + mlp + norms) + 2 * 32768 * 2048 + 2048
 
 
 def test_flops_follow_the_published_formula():

@@ -133,18 +133,14 @@ def render_plain(track: Track, metrics: dict[str, Any], look: Look) -> str:
     left = track.remaining if not track.finished else None
     clock = duration(track.elapsed) + (f" (about {duration(left)} left)" if left else "")
     values = "".join(", " + text for text in metric_texts(metrics, look.metrics_format))
-    return (
-        f"{track.description}:{share} {track.completed}{total} in {clock}, {speed_text(track.speed)}{values}"
-    )
+    return f"{track.description}:{share} {track.completed}{total} in {clock}, {speed_text(track.speed)}{values}"
 
 
 def _bar(track: Track, look: Look, width: int) -> str:
     full, empty = ("━", "━") if look.unicode else ("#", "-")
     if look.unicode and not look.codes:
         empty = " "
-    if (
-        not math.isfinite(track.total) and not track.finished
-    ):  # unknown length: a block that wanders, once in 2 s
+    if not math.isfinite(track.total) and not track.finished:  # unknown length: a block that wanders, once in 2 s
         block = max(3, width // 5)
         span = width - block
         phase = (track.elapsed % 2.0) - 1.0
@@ -155,11 +151,7 @@ def _bar(track: Track, look: Look, width: int) -> str:
             ("bar_back", empty * (span - start)),
         )
     else:
-        share = (
-            1.0
-            if track.finished and not math.isfinite(track.total)
-            else track.completed / max(track.total, 1)
-        )
+        share = 1.0 if track.finished and not math.isfinite(track.total) else track.completed / max(track.total, 1)
         done = max(0, min(width, int(share * width)))
         pieces = (
             ("bar_finished" if done == width else "bar", full * done),

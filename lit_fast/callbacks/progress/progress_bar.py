@@ -67,9 +67,7 @@ class ProgressBar(Callback):
     def total_val_batches_current_dataloader(self) -> int | float:
         """Batches of the validation loader that runs; fewer during the sanity check."""
         trainer = self.trainer
-        return self._of_current(
-            trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        )
+        return self._of_current(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
 
     @property
     def total_test_batches_current_dataloader(self) -> int | float:

@@ -192,9 +192,7 @@ class RichProgressBar(ProgressBar):
         self._end_evaluation(keep=True)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._draw(
-            self._shown
-        )  # what stays on the screen; asking for metrics anew might wait for a lost device
+        self._draw(self._shown)  # what stays on the screen; asking for metrics anew might wait for a lost device
         self._stop()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -265,9 +263,7 @@ class RichProgressBar(ProgressBar):
         terminal = is_terminal(stream) if forced is None else bool(forced)
         if not terminal or console.legacy_windows:
             return None, look
-        look.unicode = (
-            (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
-        )
+        look.unicode = (getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
         if console.color_system is not None and not console.no_color:
             name = {"256": "EIGHT_BIT"}.get(console.color_system, console.color_system.upper())
             styles = {
@@ -397,9 +393,7 @@ class RichProgressBar(ProgressBar):
             return
         self._observe()
         self._line_written_at = time.monotonic()
-        stream = self._console_kwargs.get("file") or (
-            sys.stderr if self._console_kwargs.get("stderr") else sys.stdout
-        )
+        stream = self._console_kwargs.get("file") or (sys.stderr if self._console_kwargs.get("stderr") else sys.stdout)
         try:
             print(render_plain(track, self._metrics(), self._look or Look()), file=stream, flush=True)
         except (OSError, ValueError):  # the reader of the pipe went away: nobody is left to tell

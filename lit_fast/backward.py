@@ -1,0 +1,104 @@
+"""From what `training_step` returned to gradients: reading the loss, weighting it, running the autograd engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_fast.errors import MisconfigurationException
+
+
+def read_losses(output: Any) -> tuple[Tensor, ...]:
+    """The loss in a tuple, to loop over; empty where `training_step` returned None.
+
+    Raises:
+        MisconfigurationException: no scalar tensor, and no dict with one under "loss".
+    """
+    if type(output) is Tensor and not output.dim():
+        return (output,)
+    if output is None:
+        return ()
+    if isinstance(output, Tensor):
+        loss: Any = output
+    elif hasattr(output, "get"):
+        loss = output.get("loss")
+        if loss is None:
+            raise MisconfigurationException(
+                f"training_step returned a dict with the keys {sorted(map(str, output))}; it must hold 'loss'."
+            )
+    else:
+        loss = output
+    if not isinstance(loss, Tensor):
+        raise MisconfigurationException(
+            f"training_step returned {type(loss).__name__}; allowed are a scalar tensor, a dict with one under 'loss', "
+            f"or None to skip this batch."
+        )
+    if loss.numel() != 1:
+        raise MisconfigurationException(
+            f"training_step returned a loss of shape {tuple(loss.shape)}; return one number, such as loss.mean()."
+        )
+    return (loss.reshape(()),)
+
+
+def losses_over(length: int) -> Callable[[Any], tuple[Tensor, ...]]:
+    if length == 1:
+        return read_losses
+    return lambda output: tuple(loss / length for loss in read_losses(output))
+
+
+def no_losses(output: Any) -> tuple[Tensor, ...]:
+    return ()
+
+
+def no_backward(loss: Tensor) -> None: ...
+
+
+def detached(losses: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Tensor | None]:
+    def returned_loss(output: Any) -> Tensor | None:
+        for loss in losses(output):
+            return loss.detach().clone()
+        return None
+
+    return returned_loss
+
+
+def outputs_of(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict[str, Any]:
+    """What `on_train_batch_end` gets: the detached loss and whatever else the step's dict held."""
+    extra = {key: value for key, value in output.items() if key != "loss"} if hasattr(output, "items") else {}
+    for loss in losses(output):
+        return {"loss": loss.detach().clone(), **extra}
+    return {}
+
+
+def manual_outputs(output: Any) -> dict[str, Any]:
+    """The same in manual optimization, where `training_step` need not return anything.
+
+    Raises:
+        MisconfigurationException: it returned something that is no tensor, dict or None.
+    """
+    if output is None:
+        return {}
+    if isinstance(output, Tensor):
+        return {"loss": output.detach()}
+    if hasattr(output, "items"):
+        return dict(output)
+    raise MisconfigurationException(
+        f"training_step returned {type(output).__name__}; in manual optimization a tensor, a dict or None is allowed."
+    )
+
+
+def engine_backward(weight: float, device: torch.device) -> Callable[[Tensor], None]:
+    """Backward through the engine itself: `loss.backward()` builds the same call anew each time, for 8 us more."""
+    run_backward = torch.autograd.Variable._execution_engine.run_backward
+    seeds = {torch.float32: (torch.full((), weight, device=device),)}
+
+    def backward(loss: Tensor) -> None:
+        seed = seeds.get(loss.dtype)
+        if seed is None:
+            seed = seeds[loss.dtype] = (torch.full((), weight, device=loss.device, dtype=loss.dtype),)
+        run_backward((loss,), seed, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+    return backward
