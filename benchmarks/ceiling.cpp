@@ -5,7 +5,7 @@
 
 namespace {
 
-typedef float Line __attribute__((vector_size(64), aligned(4)));  // 16 floats; loads and stores may be misaligned
+typedef float Line __attribute__((vector_size(32), aligned(4)));  // 8 floats; loads and stores may be misaligned
 
 Line load(const float* p) { return *reinterpret_cast<const Line*>(p); }
 void store(float* p, Line line) { *reinterpret_cast<Line*>(p) = line; }
@@ -25,10 +25,12 @@ void step_mix(float* p, const float* g, float* m, float* v, std::int64_t n) {
                 __builtin_prefetch(m + i + kAhead / 4);
                 __builtin_prefetch(v + i + kAhead / 4);
             }
-            const Line x = load(g + i);
-            store(m + i, load(m + i) + x);
-            store(v + i, load(v + i) - x);
-            store(p + i, load(p + i) * x);
+            for (std::int64_t k = i; k < i + 16; k += 8) {
+                const Line x = load(g + k);
+                store(m + k, load(m + k) + x);
+                store(v + k, load(v + k) - x);
+                store(p + k, load(p + k) * x);
+            }
         }
     }
 }
@@ -40,12 +42,12 @@ float read(const float* p, std::int64_t n) {
 #pragma omp parallel for schedule(dynamic) reduction(+ : sum)
     for (std::int64_t block = 0; block < n / kBlock; ++block) {
         Line lines[kStreams] = {};
-        for (std::int64_t i = 0; i < kBlock / kStreams; i += 16) {
+        for (std::int64_t i = 0; i < kBlock / kStreams; i += 8) {
             for (int s = 0; s < kStreams; ++s) {
                 lines[s] = lines[s] + load(p + block * kBlock + s * (kBlock / kStreams) + i);
             }
         }
-        for (int s = 0; s < kStreams; ++s) sum += lines[s][0] + lines[s][15];
+        for (int s = 0; s < kStreams; ++s) sum += lines[s][0] + lines[s][7];
     }
     return sum;
 }
@@ -68,7 +70,7 @@ float read_four_streams(const float* p, const float*, const float*, const float*
 void copy_two(float* p, const float* g, float* m, const float* v, std::int64_t n) {
 #pragma omp parallel for schedule(dynamic)
     for (std::int64_t block = 0; block < n / kBlock; ++block) {
-        for (std::int64_t i = block * kBlock; i < (block + 1) * kBlock; i += 16) {
+        for (std::int64_t i = block * kBlock; i < (block + 1) * kBlock; i += 8) {
             store(p + i, load(g + i));
             store(m + i, load(v + i));
         }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import harness
-from benchmarks.harness import Row, Rounds
+from benchmarks.harness import Rounds, Row
 
 if TYPE_CHECKING:
     import torch

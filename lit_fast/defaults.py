@@ -34,7 +34,8 @@ def configure_callbacks(given: Any, config: TrainerConfig) -> list[Callback]:
     for callback in callbacks:
         if not isinstance(callback, Callback):
             raise MisconfigurationException(
-                f"Trainer(callbacks=...) was given {type(callback).__name__}; callbacks derive from lit_fast.Callback."
+                f"Trainer(callbacks=...) was given {type(callback).__name__}; "
+                f"a callback derives from lit_fast.Callback."
             )
     from lit_fast.callbacks.checkpoint import Checkpoint
 
