@@ -2,7 +2,7 @@
 
 Everything is measured interleaved, in one run. Bytes a parameter are those that the work needs (the gradient read
 once for the norm and once for the step, nothing rewritten), so GB/s is useful bandwidth. The ceiling is this
-machine's best with the step's own mix of reads and writes (ceiling.cpp), measured in the same rounds.
+machine's best pattern with the step's own mix of reads and writes (ceiling.cpp), measured in the same rounds.
 
 On a machine whose cores others use too, torch's fused step loses more than ours: it waits for all threads once a
 tensor, ours once a step.
@@ -96,26 +96,28 @@ def pattern(library: ctypes.CDLL, name: str, arrays: Sequence[torch.Tensor]) -> 
 
 
 def rows_of(rounds: Rounds, where: str, count: int, size: int, elements: int, promised: bool) -> list[Row]:
-    """Also prints the table."""
+    """Also prints the table. Medians throughout; shares of the ceiling are taken round by round."""
 
-    def speed(name: str, moved: int) -> float:
-        return moved / min(rounds.values(name)) / 1e9
+    def speed(name: str) -> float:
+        return elements * PATTERNS[name] / rounds.median(name) / 1e9
 
-    ceiling = max(speed(name, elements * width) for name, width in STEP_MIXES.items())
-    print(f"\n{where}: " + ", ".join(f"{n} {speed(n, elements * w):.1f}" for n, w in PATTERNS.items()) + " GB/s")
+    best = max(STEP_MIXES, key=speed)
+    print(f"\n{where}: " + ", ".join(f"{name} {speed(name):.1f}" for name in PATTERNS) + " GB/s")
     print(f"{'':<34}{'ms':>9}{'x fused':>9}{'B/param':>9}{'GB/s':>8}{'of ceiling':>12}")
-    rows = [Row(f"{where}: ceiling of the step's mix", ceiling, "GB/s")]
+    rows = [Row(f"{where}: ceiling of the step's mix", speed(best), "GB/s")]
     for kind, accesses in (("clip + step + zero", 8), ("step", 7)):
         for name in (OURS, FUSED, FOREACH):
             case = f"{kind}, {name}"
             spent, faster = rounds.median(case), rounds.ratio(f"{kind}, {FUSED}", case)
-            used = count * accesses * size / spent / 1e9
-            print(f"{case:<34}{spent * 1e3:>9.1f}{faster:>9.2f}{accesses * size:>9}{used:>8.1f}{used / ceiling:>12.0%}")
+            moved = count * accesses * size
+            share = rounds.ratio(best, case) * moved / (elements * PATTERNS[best])
+            figures = f"{accesses * size:>9}{moved / spent / 1e9:>8.1f}{share:>12.0%}"
+            print(f"{case:<34}{spent * 1e3:>9.1f}{faster:>9.2f}{figures}")
             rows.append(Row(f"{where}: {case}", spent * 1e3, "ms"))
             if name == OURS:
                 limit = (">=", 1.4) if promised and kind != "step" else None
                 rows.append(Row(f"{where}: {kind}, times as fast as {FUSED}", faster, "x", limit))
-                rows.append(Row(f"{where}: {kind}, share of the ceiling", 100 * used / ceiling, "%"))
+                rows.append(Row(f"{where}: {kind}, share of the ceiling", 100 * share, "%"))
     return rows
 
 

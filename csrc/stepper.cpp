@@ -156,9 +156,10 @@ StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool 
             if (grad == Py_None) continue;
             TensorView view;
             std::string cause;
-            if (!torch_side().reader.plain(grad) || !torch_side().reader.read(grad, view, cause) ||
-                !torch_side().reader.holds_values(grad, cause)) {
-                result.refusal = "a gradient is a " + type_name(grad) + " that cannot be read " + cause;
+            if (!torch_side().reader.plain(grad)) {
+                result.refusal = "a gradient is a " + type_name(grad) + ", not a plain tensor";
+            } else if (!torch_side().reader.read(grad, view, cause) || !torch_side().reader.holds_values(grad, cause)) {
+                result.refusal = "a gradient cannot be read: " + cause;
             } else if (!(cause = misplaced(view, cuda)).empty()) {
                 result.refusal = "a gradient " + cause;
             } else if (view.dtype == Dtype::other || !view.dense()) {

@@ -236,10 +236,12 @@ def connect(use_exchange_api: bool = True) -> None:
     """Show the core torch: how to read its tensors, its threads, its OpenMP runtime. Done at import.
 
     Args:
-        use_exchange_api: read tensors through DLPack's C exchange where this torch has it (2.10 and later), and
+        use_exchange_api: read tensors through DLPack's C exchange where this torch has it, and
             through their Python attributes otherwise.
     """
-    _core.configure(torch, use_exchange_api, torch._C._increment_version, torch.get_num_threads, _vector_width())
+    _core.configure(
+        torch, use_exchange_api, torch.autograd.graph.increment_version, torch.get_num_threads, _vector_width()
+    )
     _core.find_openmp(os.path.dirname(torch.__file__))
 
 

@@ -214,16 +214,13 @@ def test_a_small_step_is_one_call_into_the_core():
     adopted = adopt(torch.optim.AdamW(model.parameters()))
     model(torch.ones(4, 32)).sum().backward()
     adopted.step()
-    called = []
-    sys.setprofile(lambda frame, event, arg: called.append(frame.f_code.co_qualname) if event == "call" else None)
+    frames = []
+    sys.setprofile(lambda frame, event, arg: frames.append(frame.f_code) if event == "call" else None)
     try:
         adopted.step()
     finally:
         sys.setprofile(None)
-    ours = [
-        name
-        for name in called
-        if name
-        not in ("Tensor.__hash__", "_handle_torch_function_and_wrap_type_error_to_not_implemented.<locals>.wrapped")
-    ]
-    assert ours == ["AdoptedOptimizer.step"], called
+    here = str(Path(ops.__file__).parent)
+    assert [code.co_name for code in frames if code.co_filename.startswith(here)] == ["step"]
+    # Of torch's: a hash for each parameter's place in optimizer.state, and increment_version.
+    assert len(frames) <= 1 + 2 * len(list(model.parameters())) + 1, frames

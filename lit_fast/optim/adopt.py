@@ -21,7 +21,7 @@ from torch.optim import lr_scheduler as torch_lr_scheduler
 from torch.optim import optimizer as torch_optimizer
 
 from lit_fast import ops
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import KernelError, MisconfigurationException
 
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
 _profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
@@ -113,7 +113,7 @@ class AdoptedOptimizer:
         max_norm, clip_value = (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
         norm = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
         if isinstance(norm, str):
-            return self._step_elsewhere(norm, grad_scale, clip)
+            return self._step_after_refusal(grad_scale, clip)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
         return ops.scalar(norm) if isinstance(norm, float) else norm
 
@@ -146,11 +146,12 @@ class AdoptedOptimizer:
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
         if mapping is not None:
-            stepper = ops.Stepper(mapping, optimizer.param_groups[0]["params"][0].device)
+            first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+            stepper = ops.Stepper(mapping, torch.device("cpu") if first is None else first.device)
             why_not = stepper.refusal(optimizer.param_groups)
             where = ops.build_info()["cpu_target"] if stepper.device.type == "cpu" else str(stepper.device)
             self._core_step = stepper.step
-        self.compiled = not why_not
+        self.compiled, self._why_not = not why_not, why_not
         if self.compiled and mapping is not None:
             self.reason = f"{name}: compiled step ({mapping.formula} on {where})"
         else:
@@ -159,21 +160,27 @@ class AdoptedOptimizer:
     def _limits(self, clip: bool) -> tuple[float, float]:
         return (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
 
-    def _step_elsewhere(self, why_not: str, grad_scale: float, clip: bool) -> Tensor | None:
-        """After a refusal: the parameters may have moved to another device since `adopt`; else torch steps."""
-        self._bind()
+    def _try_core(self, grad_scale: float, max_norm: float, clip_value: float) -> Tensor | str | None:
+        """The core's step, its norm as a tensor; or why it refused, for good."""
         optimizer = self.optimizer
-        if self.compiled:
-            norm = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, *self._limits(clip))
-            if not isinstance(norm, str):
-                optimizer._opt_called = True  # type: ignore[attr-defined]
-                return ops.scalar(norm) if isinstance(norm, float) else norm
-            why_not = norm
-        self._give_up(why_not)
-        return self._own_step(grad_scale, clip)
+        result = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
+        if isinstance(result, str):  # the parameters may have moved to another device since they were looked at
+            self._bind()
+            if not self.compiled:
+                return self._why_not
+            result = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
+        return ops.scalar(result) if isinstance(result, float) else result
+
+    def _step_after_refusal(self, grad_scale: float, clip: bool) -> Tensor | None:
+        norm = self._try_core(grad_scale, *self._limits(clip))
+        if isinstance(norm, str):
+            self._give_up(norm)
+            return self._own_step(grad_scale, clip)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        return norm
 
     def _give_up(self, why_not: str) -> None:
-        self.compiled = False
+        self.compiled, self._why_not = False, why_not
         self.reason = f"{type(self.optimizer).__name__}: its own step, because {why_not}"
         warnings.warn(f"The compiled optimizer step is off from here on. {self.reason}.", stacklevel=3)
 
@@ -211,15 +218,16 @@ class AdoptedOptimizer:
         if closure is not None:
             with torch.enable_grad():
                 closure()
-        result = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
+        result = self._try_core(grad_scale, max_norm, clip_value) if self.compiled else self._why_not
         if isinstance(result, str):
-            self._give_up(result)
+            if self.compiled:
+                self._give_up(result)
             clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
-            norm = clipped if norm is None else norm
             with torch.no_grad():
                 _innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
-        elif result is not None:
-            norm = ops.scalar(result) if isinstance(result, float) else result
+        else:
+            clipped = result
+        norm = clipped if norm is None else norm
         optimizer._opt_called = True  # type: ignore[attr-defined]
         for post_hook in post_hooks:
             post_hook(optimizer, args, kwargs)
@@ -235,7 +243,10 @@ class AdoptedOptimizer:
         if grad_scale == 1.0 and max_norm < 0.0 and clip_value < 0.0:
             return None
         if self.compiled:
-            return ops.clip_gradients_(self.optimizer.param_groups, grad_scale, max_norm, clip_value)
+            try:
+                return ops.clip_gradients_(self.optimizer.param_groups, grad_scale, max_norm, clip_value)
+            except KernelError as error:  # nothing was changed
+                self._give_up(str(error))
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         if grad_scale != 1.0:
             for p in params:

@@ -398,6 +398,27 @@ def test_an_option_without_kernel_that_is_set_later_is_refused():
     refused(torch.optim.AdamW, amsgrad, "option amsgrad")
 
 
+def test_refused_gradients_are_clipped_by_torch_before_hooks_see_them():
+    ours, theirs, seen = make_params(), make_params(), []
+    for params in (ours, theirs):
+        params[0].grad = params[0].grad.as_subclass(Subclass)
+    optimizer = torch.optim.SGD(ours, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten() for p in ours]).norm().item()))
+    adopted = adopt(optimizer, max_norm=0.5)
+    with pytest.warns(UserWarning, match="clip_gradients_"):
+        norm = adopted.step()
+    assert norm == clip_grad_norm_(theirs, 0.5)
+    torch.optim.SGD(theirs, lr=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(seen) == 1 and abs(seen[0] - 0.5) < 1e-5
+
+
+def test_an_empty_first_group_is_no_obstacle():
+    optimizer = torch.optim.SGD([{"params": []}, {"params": make_params()}], lr=0.1)
+    adopted = adopt(optimizer, max_norm=1.0)
+    assert adopted.step().item() > 0 and adopted.compiled
+
+
 def test_a_lazily_negated_gradient_is_refused():
     def negate(params, optimizer):
         params[0].grad = torch._neg_view(params[0].grad)
