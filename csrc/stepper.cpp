@@ -21,7 +21,7 @@ int threads_for(std::int64_t elements) {
     return static_cast<int>(threads);
 }
 
-// Runs without the GIL where that pays.
+// Runs without the GIL where that pays; has it back whatever happens.
 template <class Work>
 void run(std::int64_t elements, const Work& work) {
     const int threads = threads_for(elements);
@@ -29,9 +29,11 @@ void run(std::int64_t elements, const Work& work) {
         work(threads);
         return;
     }
-    PyThreadState* thread_state = PyEval_SaveThread();
+    struct WithoutGil {
+        PyThreadState* thread_state = PyEval_SaveThread();
+        ~WithoutGil() { PyEval_RestoreThread(thread_state); }
+    } without_gil;
     work(threads);
-    PyEval_RestoreThread(thread_state);
 }
 
 void increment_versions(const std::vector<PyObject*>& tensors) {

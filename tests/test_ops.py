@@ -131,6 +131,11 @@ def test_an_unknown_or_unsupported_target_is_a_clear_error():
         assert result.returncode != 0
         assert f"KernelError: LIT_FAST_CPU_TARGET={name}" in result.stderr
         assert ("lacks these instructions" if name in lacking else "is not a target of this build") in result.stderr
+        large = "import torch; p = torch.nn.Parameter(torch.zeros(100_000)); p.grad = torch.ones(100_000)"
+        result = run_with(
+            {"LIT_FAST_CPU_TARGET": name}, f"{large}\nfrom lit_fast import ops; ops.gradient_norm([{{'params': [p]}}])"
+        )
+        assert result.returncode == 1 and "KernelError" in result.stderr  # raised while the GIL is released
     with pytest.raises(KernelError, match="not part of this build"):
         ops.use_cpu_target("nonsense")
 
