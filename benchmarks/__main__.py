@@ -18,13 +18,15 @@ NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--readme", action="store_true", help="print the last results as markdown tables")
+    parser.add_argument("--readme", action="store_true", help="print the last results as a markdown table")
+    parser.add_argument("--write", action="store_true", help="with --readme: put the table into README.md")
     options, passed_on = parser.parse_known_args()
     unknown = [name for name in options.names if name not in NAMES]
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     if options.readme:
-        print("\n\n".join(filter(None, map(harness.markdown, options.names or NAMES))))
+        table = harness.markdown(options.names or NAMES)
+        harness.write_readme(table) if options.write else print(table)
         return 0
     code = 0
     for name in options.names or NAMES:

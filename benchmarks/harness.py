@@ -254,19 +254,31 @@ def latest(benchmark: str) -> list[dict[str, str]]:
     return [row for row in rows if all(row[key] == rows[-1][key] for key in ("date", "hardware", "commit"))]
 
 
-def markdown(benchmark: str) -> str:
-    """The last run as a table for the README; empty where there is none."""
-    rows = latest(benchmark)
-    if not rows:
-        return ""
-    first = rows[0]
-    beside = f", lightning {first['lightning']}" if first["lightning"] else ""
-    lines = [
-        f"**{benchmark.replace('_', ' ')}** ({first['hardware']}, torch {first['torch']}{beside}, "
-        f"{first['date'][:10]}, commit {first['commit'] or 'unknown'})",
-        "",
-        "| | measured | promised |",
-        "|---|---:|---:|",
-    ]
-    lines += [f"| {r['case']} | {float(r['value']):.3g} {r['unit']} | {r['limit']} |" for r in rows]
-    return "\n".join(lines)
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def markdown(names: Sequence[str]) -> str:
+    """The last runs as one table for the README: every promise, and what Lightning gives beside it."""
+    lines = ["| | measured | promised |", "|---|---:|---:|"]
+    origins: list[str] = []
+    for name in names:
+        rows = latest(name)
+        shown = [r for r in rows if r["limit"] or (r["case"].startswith("Lightning") and r["unit"] == "x")]
+        if not shown:
+            continue
+        lines.append(f"| **{name.replace('_', ' ')}** | | |")
+        lines += [f"| {r['case']} | {float(r['value']):.3g} {r['unit']} | {r['limit']} |" for r in shown]
+        first = rows[0]
+        beside = f", lightning {first['lightning']}" if first["lightning"] else ""
+        origins.append(
+            f"{name}: {first['hardware']}, torch {first['torch']}{beside}, {first['date'][:10]}, "
+            f"commit {first['commit'] or 'unknown'}"
+        )
+    return "\n".join([*lines, "", f"<sub>{'; '.join(origins)}</sub>"]) if origins else ""
+
+
+def write_readme(table: str, readme: Path = ROOT / "README.md") -> None:
+    """Put `table` between the two markers of the README."""
+    text = readme.read_text()
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")

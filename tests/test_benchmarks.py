@@ -53,8 +53,8 @@ def test_results_name_machine_and_commit(tmp_path: Path, monkeypatch: pytest.Mon
     kept = harness.latest("trial")
     assert kept[-1]["case"] == "slow" and kept[-1]["limit"] == "<= 0.5"
     assert all(kept[-1][key] for key in ("date", "hardware", "threads", "python", "torch", "lit_fast"))
-    assert "| slow | 0.75 x | <= 0.5 |" in harness.markdown("trial")
-    assert harness.markdown("nothing_ran_yet") == ""
+    assert "| slow | 0.75 x | <= 0.5 |" in harness.markdown(["trial"])
+    assert harness.markdown(["nothing_ran_yet"]) == ""
 
 
 def test_every_benchmark_can_be_called() -> None:
@@ -77,3 +77,11 @@ def test_redraws_do_not_count_newlines() -> None:
 
     screen = b"@@ a @@\r\nline\r\n\rbar 1\rbar 2\r\n@@ end @@\r\nbetween\r@@ b @@\r\n@@ end @@"
     assert redraws(screen) == {"a": 2, "b": 0}
+
+
+def test_the_table_lands_between_the_markers_of_the_readme(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"top\n{harness.BEGIN}\nold\n{harness.END}\nbottom\n")
+    for _ in range(2):
+        harness.write_readme("| new |", readme)
+        assert readme.read_text() == f"top\n{harness.BEGIN}\n| new |\n{harness.END}\nbottom\n"
