@@ -99,7 +99,10 @@ class Slot:
         self.newest: Any = None
 
     def write(self, value: Any, batch_size: int | None) -> None:
-        self.newest = _scalar(value, self.name)
+        if value.__class__ is Tensor and value.is_cpu and not value.dim():  # the common case, one call less
+            self.newest = value.item()
+        else:
+            self.newest = _scalar(value, self.name)
         self.fresh = True
 
     def step_value(self) -> Any:
