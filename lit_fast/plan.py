@@ -34,8 +34,8 @@ from lit_fast.optim.adopt import adopt
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 
 if TYPE_CHECKING:
-    from lit_fast.loop import Progress
     from lit_fast.optim.adopt import AdoptedOptimizer
+    from lit_fast.progress import Progress
     from lit_fast.trainer import Trainer
 
 Bound = tuple[Callable[..., Any], ...]

@@ -23,6 +23,7 @@ from lit_fast.metrics import MetricLog, to_float
 from lit_fast.module import LightningModule
 from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.plan import Plans
+from lit_fast.progress import NOW
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -502,7 +503,7 @@ class Runtime:
             if self._interrupt is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self._interrupt = number
-            self._progress.boundary = -1
+            self._progress.boundary = NOW
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in before:

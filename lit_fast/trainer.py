@@ -15,10 +15,11 @@ from lit_fast.defaults import configure_callbacks, configure_loggers
 from lit_fast.errors import MisconfigurationException
 from lit_fast.evaluation import EvaluationLoop, can_validate
 from lit_fast.hooks import is_overridden
-from lit_fast.loop import FitLoop, Progress
+from lit_fast.loop import FitLoop
 from lit_fast.metrics import MetricLog
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans, clip_in_place
+from lit_fast.progress import NOW, Progress
 from lit_fast.runtime import Runtime, attach_model, borrow_model
 from lit_fast.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from lit_fast.strategies import SingleDeviceStrategy
@@ -294,7 +295,7 @@ class Trainer(Runtime):
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
         self._should_stop = stop
-        self._progress.boundary = -1
+        self._progress.boundary = NOW
 
     @property
     def global_step(self) -> int:

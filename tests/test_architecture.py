@@ -30,7 +30,7 @@ FLOORS = [
     "optim triton",
     "ops",
     "_core",
-    "errors hooks states",
+    "errors hooks states progress",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 
