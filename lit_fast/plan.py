@@ -239,11 +239,10 @@ class Plans:
 
     def _bind_receive(self) -> Bound:
         """How a batch gets to the device; nothing at all on the CPU in full precision."""
-        trainer = self.trainer
-        convert = trainer._batch_receivers(self.log, "train")
-        for function in convert:
-            self._note("receive", type(trainer.config.precision).__name__ if not convert else "data", _name(function))
-        return tuple(self.wrap("data", function) for function in convert)
+        receivers = self.trainer._batch_receivers(self.log, "train")
+        for function in receivers:
+            self._note("receive", "data", _name(function))
+        return tuple(self.wrap("data", function) for function in receivers)
 
     def _bind_batch_start(self) -> Bound:
         hooks = self._hooks("on_train_batch_start")
