@@ -1,5 +1,5 @@
 # The two commands:   make train     make test
-# The developer's:    make test-all  make bench  make lint  make format  make gpu  make clean
+# The developer's:    make test-all  make bench  make lint  make format  make docs  make gpu  make clean
 # A fresh machine needs Python >= 3.10 with pip and headers, a C++ compiler and make; the rest comes from pip.
 
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test test-all bench lint format gpu clean setup
+.PHONY: help train test test-all bench lint format docs gpu clean setup
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -49,6 +49,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+docs: setup $(VENV)/.docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html $(ARGS)
+
+$(VENV)/.docs: docs/requirements.txt $(VENV)/.installed
+	$(PIP) install -r docs/requirements.txt
+	touch $@
 
 format: setup
 	$(BIN)/ruff check --fix .
