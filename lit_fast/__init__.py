@@ -38,7 +38,7 @@ _HOME = {
     "Trainer": "lit_fast.trainer",
     "seed_everything": "lit_fast.seed",
 }
-_ROOMS = tuple("callbacks checkpoint compat data errors loggers models ops optim pytorch strategies".split())
+_ROOMS = tuple("callbacks checkpoint compat data demos errors loggers models ops optim pytorch strategies".split())
 
 __all__ = ["Callback", "LightningDataModule", "LightningModule", "Trainer", "seed_everything"]
 

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "lit_fast"
 # Rooms from the top to the bottom, as docs/architecture.md has them; a room imports its own floor and below.
 FLOORS = [
     "cli compat fabric pytorch",
-    "models tuner",
+    "demos models tuner",
     "trainer",
     "runtime defaults evaluation loop",
     "step plan",  # the plan picks one of the two step shapes; a step reads the plan it is given

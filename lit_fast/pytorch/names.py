@@ -36,6 +36,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     "": _CORE,
     "pytorch": "lit_fast.pytorch",
     "pytorch.callbacks": "lit_fast.callbacks",
+    "pytorch.demos": "lit_fast.demos",
     "pytorch.loggers": "lit_fast.loggers",
     "pytorch.core": {
         "LightningDataModule": "lit_fast:LightningDataModule",
