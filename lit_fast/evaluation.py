@@ -102,7 +102,9 @@ class EvaluationLoop:
         trainer = self.trainer
         log = trainer._metric_log
         log.stage, log.epoch_end = "validate", False
-        no_grad = torch.inference_mode() if trainer.config.inference_mode else torch.no_grad()
+        # Inside a fit what a hook makes (a mask, a mean) may be trained with: not in inference mode, as in Lightning.
+        inference = trainer.config.inference_mode and trainer.state.fn != TrainerFn.FITTING
+        no_grad = torch.inference_mode() if inference else torch.no_grad()
         profiler = trainer._profiler
         with no_grad, profiler.phase("validation") if profiler is not None else nullcontext():
             self.load_data()

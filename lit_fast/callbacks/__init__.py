@@ -6,12 +6,15 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "BackboneFinetuning": "finetuning",
+    "BaseFinetuning": "finetuning",
     "Callback": "callback",
     "Checkpoint": "checkpoint",
     "EarlyStopping": "early_stopping",
     "LambdaCallback": "lambda_function",
     "LearningRateMonitor": "lr_monitor",
     "ModelCheckpoint": "model_checkpoint",
+    "ModelPruning": "pruning",
     "ModelSummary": "model_summary",
     "ProgressBar": "progress.progress_bar",
     "RichModelSummary": "rich_model_summary",
@@ -20,12 +23,15 @@ _HOME = {
 }
 
 __all__ = [
+    "BackboneFinetuning",
+    "BaseFinetuning",
     "Callback",
     "Checkpoint",
     "EarlyStopping",
     "LambdaCallback",
     "LearningRateMonitor",
     "ModelCheckpoint",
+    "ModelPruning",
     "ModelSummary",
     "ProgressBar",
     "RichModelSummary",

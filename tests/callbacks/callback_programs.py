@@ -1,0 +1,306 @@
+"""Small programs with callbacks that change training, run under either package; lightning 2.6.6's results are in
+callback_programs.json.
+
+To record anew, where lightning is installed: python tests/callbacks/callback_programs.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+GOLDENS = Path(__file__).with_name("callback_programs.json")
+PROGRAMS: dict[str, Callable[[Names, str], Any]] = {}
+
+
+class Names:
+    """The names of one package: `names("callbacks", "ModelPruning")`."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def __call__(self, submodule: str, name: str) -> Any:
+        return getattr(importlib.import_module(f"{self.root}.{submodule}".rstrip(".")), name)
+
+
+def program(function: Callable[[Names, str], Any]) -> Callable[[Names, str], Any]:
+    PROGRAMS[function.__name__] = function
+    return function
+
+
+def run(name: str, root: str) -> Any:
+    """One program's result, as JSON gives it back."""
+    torch.set_num_threads(1)
+    torch.manual_seed(3)
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return json.loads(json.dumps(PROGRAMS[name](Names(root), directory)))
+
+
+def dataset(rows: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 8, generator=generator)
+    return TensorDataset(x, (x[:, :2].sum(1, keepdim=True) + 0.1 * torch.randn(rows, 1, generator=generator)))
+
+
+def make_module(names: Names, rows: int = 24, **methods: Any) -> Any:
+    """A backbone with batch norm and dropout, a head; it keeps every loss, and the rates of each epoch's end."""
+
+    class Model(names("", "LightningModule")):  # type: ignore[misc]
+        def __init__(self, lr: float = 0.05, batch_size: int = 4) -> None:
+            super().__init__()
+            self.lr, self.batch_size = lr, batch_size
+            self.backbone = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.2))
+            self.head = nn.Linear(6, 1)
+            self.losses: list[float] = []
+            self.sizes: list[int] = []
+            self.rates: list[list[float]] = []
+            self.frozen: list[list[str]] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            loss = (self.head(self.backbone(x)) - y).square().mean()
+            self.losses.append(loss.item())
+            self.sizes.append(len(x))
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            self.log("val_loss", (self.head(self.backbone(x)) - y).square().mean())
+
+        def on_train_epoch_end(self) -> None:
+            self.rates.append([group["lr"] for group in self.trainer.optimizers[0].param_groups])
+            self.frozen.append([name for name, p in self.named_parameters() if not p.requires_grad])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr, momentum=0.9)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(dataset(rows), batch_size=self.batch_size, shuffle=True)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(dataset(8), batch_size=self.batch_size)
+
+    for name, method in methods.items():
+        setattr(Model, name, method)
+    return Model()
+
+
+def make_trainer(names: Names, root: str, **options: Any) -> Any:
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, "max_epochs": 4,
+        "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": root,
+    }  # fmt: skip
+    return names("", "Trainer")(**{**quiet, **options})
+
+
+def history(module: Any) -> dict[str, Any]:
+    return {"losses": module.losses, "rates": module.rates, "frozen": module.frozen}
+
+
+# -- fine-tuning
+
+
+@program
+def finetuning_of_a_subclass(names: Names, root: str) -> Any:
+    base = names("callbacks", "BaseFinetuning")
+
+    class Unfreeze(base):  # type: ignore[misc]
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.backbone, train_bn=False)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.backbone[1], optimizer, lr=0.01)
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.backbone, optimizer, initial_denom_lr=5.0)
+
+    callback, module = Unfreeze(), make_module(names)
+    make_trainer(names, root, callbacks=callback).fit(module)
+    return {**history(module), "state": callback.state_dict()}
+
+
+def _backbone(names: Names, root: str, **options: Any) -> Any:
+    callback, module = names("callbacks", "BackboneFinetuning")(**options), make_module(names)
+    make_trainer(names, root, callbacks=callback).fit(module)
+    return {**history(module), "state": callback.state_dict()}
+
+
+@program
+def backbone_finetuning(names: Names, root: str) -> Any:
+    return _backbone(names, root, unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.3)
+
+
+@program
+def backbone_finetuning_unaligned(names: Names, root: str) -> Any:
+    return _backbone(
+        names, root, unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.02, lambda_func=lambda epoch: epoch * 1.5,
+        should_align=False, train_bn=False, verbose=True,
+    )  # fmt: skip
+
+
+@program
+def finetuning_from_a_checkpoint(names: Names, root: str) -> Any:
+    """Groups and rates after resuming; not the losses, since Lightning leaves the backbone frozen then."""
+    rates = []
+    path = f"{root}/at_two.ckpt"
+    for options, ckpt_path in (({"max_epochs": 2}, None), ({"max_epochs": 4}, path)):
+        callback = names("callbacks", "BackboneFinetuning")(unfreeze_backbone_at_epoch=1)
+        module = make_module(names)
+        trainer = make_trainer(names, root, callbacks=callback, **options)
+        trainer.fit(module, ckpt_path=ckpt_path)
+        trainer.save_checkpoint(path)
+        rates.append([module.rates, callback.state_dict()])
+    return rates
+
+
+@program
+def finetuning_helpers(names: Names, root: str) -> Any:
+    base = names("callbacks", "BaseFinetuning")
+
+    class Parent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = nn.Parameter(torch.zeros(2))
+            self.child = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.BatchNorm1d(3))
+
+    parent = Parent()
+    found = {
+        "flat": [type(m).__name__ for m in base.flatten_modules(parent)],
+        "flat_of_dict": [
+            type(m).__name__ for m in base.flatten_modules(nn.ModuleDict({"a": Parent(), "b": nn.ReLU()}))
+        ],
+        "flat_of_nested": [type(m).__name__ for m in base.flatten_modules([[parent.child], nn.Linear(1, 1)])],
+        "params": [list(p.shape) for p in base.filter_params(parent)],
+        "without_bn": [list(p.shape) for p in base.filter_params(parent, train_bn=False)],
+    }
+    base.freeze(parent)
+    found["after_freeze"] = [p.requires_grad for p in parent.parameters()]
+    found["frozen"] = [list(p.shape) for p in base.filter_params(parent, requires_grad=False)]
+    base.freeze(parent, train_bn=False)
+    found["after_full_freeze"] = [p.requires_grad for p in parent.parameters()]
+    found["statistics"] = [parent.child[2].track_running_stats]
+    base.make_trainable(parent)
+    found["after_unfreeze"] = [p.requires_grad for p in parent.parameters()]
+    found["statistics"].append(parent.child[2].track_running_stats)
+    base.freeze_module(parent)
+    found["only_itself"] = [p.requires_grad for p in parent.parameters()]
+    return found
+
+
+# -- pruning
+
+
+def _pruned(names: Names, root: str, pruning_fn: Any = "l1_unstructured", linear: bool = False, **options: Any) -> Any:
+    module = make_module(names)
+    if linear:
+        options["parameters_to_prune"] = [(module.backbone[0], "weight"), (module.head, "weight")]
+    callback = names("callbacks", "ModelPruning")(pruning_fn, **options)
+    made = make_trainer(names, root, callbacks=callback)
+    in_training: list[Any] = []
+
+    def note() -> None:
+        made.save_checkpoint(f"{root}/inside.ckpt")
+        saved = torch.load(f"{root}/inside.ckpt", weights_only=False)["state_dict"]
+        in_training.append([sorted(module.state_dict()), sorted(saved), zeros(saved)])
+
+    module.on_train_epoch_start = note
+    made.fit(module)
+    return {"losses": module.losses, "inside": in_training, "zeros": zeros(module.state_dict()),
+            "keys": list(module.state_dict()), "sum": sum(float(p.sum()) for p in module.parameters())}  # fmt: skip
+
+
+def zeros(state: dict[str, Tensor]) -> dict[str, int]:
+    return {name: int((tensor == 0).sum()) for name, tensor in sorted(state.items()) if tensor.is_floating_point()}
+
+
+@program
+def pruning_with_a_lottery_ticket(names: Names, root: str) -> Any:
+    return _pruned(names, root, amount=0.2)
+
+
+@program
+def pruning_without(names: Names, root: str) -> Any:
+    return _pruned(names, root, amount=0.3, use_lottery_ticket_hypothesis=False, make_pruning_permanent=False)
+
+
+@program
+def pruning_by_functions_of_the_epoch(names: Names, root: str) -> Any:
+    return _pruned(
+        names, root, amount=lambda epoch: [0, 5, 0.1, 0.1][epoch], apply_pruning=lambda epoch: epoch != 2,
+        use_lottery_ticket_hypothesis=lambda epoch: epoch == 1, parameter_names=["weight"], verbose=2,
+    )  # fmt: skip
+
+
+@program
+def pruning_each_tensor(names: Names, root: str) -> Any:
+    return _pruned(
+        names, root, "random_unstructured", amount=0.25, use_global_unstructured=False, resample_parameters=True,
+        verbose=1,
+    )  # fmt: skip
+
+
+@program
+def pruning_channels_after_validation(names: Names, root: str) -> Any:
+    return _pruned(
+        names, root, "ln_structured", amount=0.3, use_global_unstructured=False, pruning_dim=1, pruning_norm=1,
+        linear=True, prune_on_train_epoch_end=False, use_lottery_ticket_hypothesis=False,
+    )  # fmt: skip
+
+
+@program
+def pruning_by_a_class(names: Names, root: str) -> Any:
+    from torch.nn.utils.prune import L1Unstructured
+
+    return _pruned(names, root, L1Unstructured, amount=7, use_lottery_ticket_hypothesis=False)
+
+
+@program
+def pruning_refuses(names: Names, root: str) -> Any:
+    from torch.nn.utils.prune import LnStructured
+
+    made: list[dict[str, Any]] = [
+        {"pruning_fn": "l2"}, {"pruning_fn": "l1_unstructured", "parameter_names": ["gain"]}, {"pruning_fn": 3},
+        {"pruning_fn": "ln_structured", "use_global_unstructured": False},
+        {"pruning_fn": "ln_structured", "use_global_unstructured": False, "pruning_dim": 0},
+        {"pruning_fn": "ln_structured", "pruning_dim": 0, "pruning_norm": 1}, {"pruning_fn": LnStructured},
+        {"pruning_fn": "l1_unstructured", "amount": "all"}, {"pruning_fn": "l1_unstructured", "verbose": 3},
+        {"pruning_fn": LnStructured, "use_global_unstructured": False},
+    ]  # fmt: skip
+    sanitize = names("callbacks", "ModelPruning").sanitize_parameters_to_prune
+    module = make_module(names)
+    chosen = [
+        [(module.head, "weight")],
+        [(nn.Linear(1, 1), "weight")],
+        [(module.head, "gain")],
+        [(module.head,)],
+        "head",
+    ]
+    return [_error(lambda given=given: names("callbacks", "ModelPruning")(**given)) for given in made] + [
+        _error(lambda given=given: sanitize(module, given)) for given in chosen
+    ]
+
+
+def _error(call: Callable[[], Any]) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__
+    return None
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    rows = {name: run(name, "lightning.pytorch") for name in PROGRAMS}
+    lines = (f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    GOLDENS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
