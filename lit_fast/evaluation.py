@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_fast.binding import positional_arguments
 from lit_fast.checkpoint import rng
 from lit_fast.config import batch_limit
 from lit_fast.data.position import tell_epoch
@@ -16,7 +17,6 @@ from lit_fast.errors import DataError, MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.loop import length_of
 from lit_fast.module import LightningModule
-from lit_fast.plan import positional_arguments
 from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
+from lit_fast.binding import SkipEpoch
 from lit_fast.config import batch_limit
 from lit_fast.data.position import DataPosition
 from lit_fast.errors import DataError, MisconfigurationException
-from lit_fast.plan import Plans, SkipEpoch
+from lit_fast.plan import Plans
 from lit_fast.progress import NOW
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ class FitLoop:
             self._leave_epoch(whole=True)
             if self._finished():
                 return
+        assert self.plans is not None
         trainer._call("on_train_start")
+        self.plans.refresh()
         trainer._restore_rng()  # as the checkpoint holds them, after everything that only a resumed run does
         while True:
             if progress.stage == "start":
@@ -151,9 +154,10 @@ class FitLoop:
         progress.total_before += progress.batch_idx + 1
         progress.batch_idx, progress.is_last_batch = -1, False
         self._cut_short = False
-        assert self.position is not None
+        assert self.position is not None and self.plans is not None
         self.position.set_epoch(progress.epoch)
         self.trainer._call("on_train_epoch_start")
+        self.plans.refresh()
 
     def run_epoch(self) -> None:
         """One epoch, or the rest of one after a resume. The loop below is all that stands between two steps."""

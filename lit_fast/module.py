@@ -254,6 +254,14 @@ class LightningModule(HyperparametersMixin, nn.Module):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         return batch
 
+    def _apply_batch_transfer_handler(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        """A batch through the three transfer hooks, to `device` (the module's own where None)."""
+        batch = self.on_before_batch_transfer(batch, dataloader_idx)
+        batch = self.transfer_batch_to_device(batch, self.device if device is None else device, dataloader_idx)
+        return self.on_after_batch_transfer(batch, dataloader_idx)
+
     def on_fit_start(self) -> None: ...
     def on_fit_end(self) -> None: ...
     def on_train_start(self) -> None: ...
@@ -326,7 +334,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Optimizer | LightningOptimizer | list[Any]:
         """The optimizer(s) from `configure_optimizers`, for manual optimization: one, or a list of several."""
-        chosen = self.trainer._lightning_optimizers if use_pl_optimizer else self.trainer.optimizers
+        chosen = self.trainer.strategy._lightning_optimizers if use_pl_optimizer else self.trainer.optimizers
         return chosen[0] if len(chosen) == 1 else chosen
 
     def lr_schedulers(self) -> Any:

@@ -1,74 +1,21 @@
-"""Binding: from what a module, its callbacks and the options ask for, to the tuples of callables that a step runs.
+"""Which plan each micro-batch of a run has: the first or last of its window, by the window's length.
 
-Everything that can be decided before the first step is decided here, once. `StepPlan` is the result for one kind of
-micro-batch; `Plans` holds those of a run (first or last of its window, window length) and can explain itself.
+What stands in a plan is decided in binding.py.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
-
 from lit_fast import step
-from lit_fast.backward import (
-    detached,
-    engine_backward,
-    losses_over,
-    manual_outputs,
-    no_backward,
-    no_losses,
-    outputs_of,
-    read_losses,
-)
-from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
-from lit_fast.metrics import MetricLog, Table
+from lit_fast.binding import Binding, StepPlan
+from lit_fast.hooks import HOOKS
 from lit_fast.module import LightningModule
-from lit_fast.optim.adopt import adopt
-from lit_fast.optim.lightning_optimizer import LightningOptimizer
 
 if TYPE_CHECKING:
-    from lit_fast.optim.adopt import AdoptedOptimizer
-    from lit_fast.progress import Progress
     from lit_fast.trainer import Trainer
-
-Bound = tuple[Callable[..., Any], ...]
-
-
-class SkipEpoch(Exception):
-    """`on_train_batch_start` returned -1: the rest of the epoch is left out."""
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """What one micro-batch runs, by point of the step, in execution order (see step.py)."""
-
-    run: Callable[[StepPlan, Any, int], None]
-    log: MetricLog
-    progress: Progress
-    table: Table
-    receive: Bound
-    on_train_batch_start: Bound
-    training_step: Callable[[Any, int], Any]
-    zero_grad: Bound
-    losses: Callable[[Any], tuple[Tensor, ...]]
-    on_before_backward: Bound
-    backward: Callable[[Tensor], None]
-    on_after_backward: Bound
-    on_before_optimizer_step: Bound
-    clip: Bound
-    update: Bound
-    steps: int
-    schedulers: Bound
-    on_train_batch_end: Bound
-    optimizer_step: Callable[[int, Callable[[], Any]], None]
-    returned_loss: Callable[[Any], Tensor | None]
 
 
 class Plans:
@@ -76,16 +23,47 @@ class Plans:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer, self.module = trainer, module
-        self.log, self.progress = trainer._metric_log, trainer._progress
-        self.wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]] = (
-            trainer._profiler.wrap if trainer._profiler is not None else lambda phase, function: function
-        )
-        self.rows: list[tuple[str, str, str]] = []  # (point, who asked, what it does), for explain()
-        self.window = trainer.config.accumulate_grad_batches
+        self.progress = trainer._progress
+        self._bind(None)
+
+    def _bind(self, before: Binding | None) -> None:
+        self._bound_for = self._what_was_asked()
+        self.binding = Binding(self.trainer, self.module, before)
+        self.window, self.automatic = self.binding.window, self.binding.automatic
+        self.trainer.strategy._lightning_optimizers = self.binding.lightning_optimizers
         self._kinds: dict[tuple[bool, bool, int, bool], StepPlan] = {}
-        self.automatic = module.automatic_optimization
-        self.adopted: list[AdoptedOptimizer] = []
-        self._bind()
+
+    def refresh(self) -> None:
+        """Bind again where callbacks or the module have changed since what the plans were bound for.
+
+        That is: options of accumulation and clipping, optimizers, schedulers, callbacks, the precision, steps and
+        hooks put on the module itself. The loop asks where nothing is under way: before training and each epoch.
+        """
+        asked = self._what_was_asked()
+        if len(asked) != len(self._bound_for) or any(a is not b for a, b in zip(asked, self._bound_for, strict=True)):
+            self._bind(self.binding)
+
+    def _what_was_asked(self) -> list[Any]:
+        """Everything that a binding depends on and a run may change, to be compared by identity."""
+        trainer, own = self.trainer, self.module.__dict__
+        asked = [
+            trainer.accumulate_grad_batches,
+            trainer.gradient_clip_val,
+            trainer.gradient_clip_algorithm,
+            trainer.precision_plugin,
+            self.module.automatic_optimization,
+            *trainer.optimizers,
+            *trainer.callbacks,
+        ]
+        for config in trainer.lr_scheduler_configs:
+            asked += (config, config.scheduler, config.interval, config.frequency, config.reduce_on_plateau)
+        asked += [own[name] for name in HOOKS if name in own]
+        return asked
+
+    @property
+    def whole(self) -> StepPlan:
+        """The plan of a micro-batch that is a window of its own, less its backward."""
+        return self.binding.whole
 
     # -- the plans by place in a window
 
@@ -116,287 +94,8 @@ class Plans:
         """The plan of a micro-batch that is the first and/or the last of a window of `length`."""
         key = (first, last, length, short)
         if key not in self._kinds:
-            self._kinds[key] = self._make(first, last, length, short)
+            self._kinds[key] = self.binding.place(first, last, length, short)
         return self._kinds[key]
-
-    def _make(self, first: bool, last: bool, length: int, short: bool) -> StepPlan:
-        losses, backward = self._bind_backward(length)
-        plan = replace(
-            self.whole,
-            losses=losses,
-            backward=self.wrap("backward", backward),
-            returned_loss=detached(losses),
-            on_train_batch_end=self._bind_batch_end(losses),
-        )
-        if not first:
-            plan.zero_grad = ()
-        if not last and self.automatic:
-            plan.run = step.inline
-            plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
-            plan.steps = 0
-        if short:
-            plan.on_before_optimizer_step = (self._rescale_short_window, *plan.on_before_optimizer_step)
-        return plan
-
-    def _rescale_short_window(self) -> None:
-        length = self.progress.batch_idx % self.window + 1
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, self.window / length)
-
-    def _parameters(self) -> Iterator[torch.nn.Parameter]:
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                yield from group["params"]
-
-    # -- binding
-
-    def _bind(self) -> None:
-        trainer = self.trainer
-        self.in_place_clipping = self._gradients_are_watched()
-        for optimizer in trainer.optimizers:
-            self.adopted.append(self._adopt(optimizer))
-        self.before_step = [self._hooks("on_before_optimizer_step", optimizer) for optimizer in trainer.optimizers]
-        trainer._lightning_optimizers = [
-            LightningOptimizer(optimizer, self._user_step(index), self.adopted[index].zero_grad, trainer.optimizers)
-            for index, optimizer in enumerate(trainer.optimizers)
-        ]
-        needs_closure = (
-            self.automatic
-            and bool(trainer.optimizers)
-            and (self._overrides("optimizer_step") or _requires_closure(trainer.optimizers[0]))
-        )
-        self.whole = StepPlan(
-            run=step.closure if needs_closure else step.inline,
-            log=self.log,
-            progress=self.progress,
-            table=self.log.table("training_step", "train"),
-            receive=self._bind_receive(),
-            on_train_batch_start=self._bind_batch_start(),
-            training_step=self._bind_training_step(),
-            zero_grad=self._bind_zero_grad(),
-            losses=no_losses,
-            on_before_backward=self._hooks("on_before_backward") if self.automatic else (),
-            backward=no_backward,
-            on_after_backward=self._hooks("on_after_backward") if self.automatic else (),
-            on_before_optimizer_step=self.before_step[0] if self._steps_inline else (),
-            clip=self._bind_clip() if self._steps_inline else (),
-            update=self._bind_update() if self._steps_inline else (),
-            steps=1 if self.automatic and trainer.optimizers else 0,
-            schedulers=self._bind_schedulers(),
-            on_train_batch_end=(),
-            optimizer_step=self._bind_optimizer_step(),
-            returned_loss=detached(no_losses),
-        )
-        self._bind_batch_end(no_losses, note=True)
-
-    @property
-    def _steps_inline(self) -> bool:
-        return self.automatic and bool(self.trainer.optimizers)
-
-    def _overrides(self, name: str) -> bool:
-        return is_overridden(name, self.module, LightningModule)
-
-    def _note(self, point: str, who: str, what: str) -> None:
-        self.rows.append((point, who, what))
-
-    def _gradients_are_watched(self) -> bool:
-        """May something look at `p.grad` after clipping? Then clipped gradients are written back."""
-        if self.trainer.config.gradient_clip_val is None:
-            return False
-        for callback in self.trainer.callbacks:
-            if callback.reads_gradients and GRADIENT_OBSERVERS & callback.live_hooks(self.trainer):
-                return True
-        if any(self._overrides(name) for name in GRADIENT_OBSERVERS):
-            return True
-        return any(
-            getattr(optimizer, registry, None)
-            for optimizer in self.trainer.optimizers
-            for registry in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        )
-
-    def _adopt(self, optimizer: Optimizer) -> AdoptedOptimizer:
-        config = self.trainer.config
-        if not self.automatic or config.gradient_clip_val is None or self.in_place_clipping:
-            return adopt(optimizer)
-        if config.gradient_clip_algorithm == "value":
-            return adopt(optimizer, clip_value=config.gradient_clip_val)
-        return adopt(optimizer, max_norm=config.gradient_clip_val)
-
-    def _hooks(self, name: str, *fixed: Any) -> Bound:
-        """Every live hook of that name, callbacks first, ready to be called with the hook's own arguments."""
-        bound: list[Callable[..., Any]] = []
-        table = self.log.table(name, "train")
-        for callback in self.trainer.callbacks:
-            if name in callback.live_hooks(self.trainer):
-                hook = _callback_hook(getattr(callback, name), self.log, table, self.trainer, self.module, fixed)
-                bound.append(self.wrap("hooks", hook))
-                self._note(name, type(callback).__name__, "callback")
-        if self._overrides(name):
-            bound.append(self.wrap("hooks", _module_hook(getattr(self.module, name), self.log, table, fixed)))
-            self._note(name, type(self.module).__name__, "module")
-        return tuple(bound)
-
-    def _bind_receive(self) -> Bound:
-        """How a batch gets to the device; nothing at all on the CPU in full precision."""
-        receivers = self.trainer._batch_receivers(self.log, "train")
-        for function in receivers:
-            self._note("receive", "data", _name(function))
-        return tuple(self.wrap("data", function) for function in receivers)
-
-    def _bind_batch_start(self) -> Bound:
-        hooks = self._hooks("on_train_batch_start")
-        if not self._overrides("on_train_batch_start"):
-            return hooks
-        module_hook = hooks[-1]
-
-        def checked(batch: Any, batch_idx: int) -> None:
-            if module_hook(batch, batch_idx) == -1:
-                raise SkipEpoch
-
-        return (*hooks[:-1], checked)
-
-    def _bind_training_step(self) -> Callable[[Any, int], Any]:
-        function = self.module.training_step
-        who = f"{type(self.module).__name__}.training_step"
-        try:
-            positional = positional_arguments(function)
-        except (TypeError, ValueError):  # compiled or built-in: no signature to read
-            positional = 2
-        if positional < 2:
-            one_argument = function
-
-            def function(batch: Any, batch_idx: int) -> Any:
-                return one_argument(batch)
-
-        precision = self.trainer.config.precision
-        self._note("training_step", who, f"forward in {precision.precision}")
-        return self.wrap("forward", precision.bind(function, self.trainer.config.device))
-
-    def _bind_zero_grad(self) -> Bound:
-        if not self._steps_inline:
-            return ()
-        optimizer = self.trainer.optimizers[0]
-        hooks = [_without_index(hook) for hook in self._hooks("on_before_zero_grad", optimizer)]
-        if self._overrides("optimizer_zero_grad"):
-            table = self.log.table("optimizer_zero_grad", "train")
-            hook = _module_hook(self.module.optimizer_zero_grad, self.log, table)
-            progress = self.progress
-            self._note("zero_grad", type(self.module).__name__, "optimizer_zero_grad, overridden")
-            return (*hooks, lambda batch_idx: hook(progress.epoch, batch_idx, optimizer))
-        release = self.adopted[0].zero_grad
-        self._note("zero_grad", "lit_fast", "gradients released (set to None): backward writes them anew")
-        return (*hooks, self.wrap("optimizer", lambda batch_idx: release()))
-
-    def _bind_backward(self, length: int) -> tuple[Callable[[Any], tuple[Tensor, ...]], Callable[[Tensor], None]]:
-        """`losses` reads training_step's output; `backward` runs the engine with the weight 1/length of the window."""
-        if not self.automatic:
-            return no_losses, no_backward
-        watched = self._overrides("backward") or bool(self.whole.on_before_backward)
-        if self._overrides("backward"):
-            table, log, hook = self.log.table("backward", "train"), self.log, self.module.backward
-
-            def overridden(loss: Tensor) -> None:
-                log.current = table
-                hook(loss)
-
-            return losses_over(length), overridden
-        if watched:
-            return losses_over(length), engine_backward(1.0, self.trainer.config.device)
-        return read_losses, engine_backward(1.0 / length, self.trainer.config.device)
-
-    def _bind_clip(self) -> Bound:
-        config, module, optimizer = self.trainer.config, self.module, self.trainer.optimizers[0]
-        value, algorithm = config.gradient_clip_val, config.gradient_clip_algorithm
-        how = algorithm.value if algorithm is not None else "norm"
-        if self._overrides("configure_gradient_clipping"):
-            hook = _module_hook(
-                module.configure_gradient_clipping, self.log, self.log.table("configure_gradient_clipping", "train")
-            )
-            self._note("clip", type(module).__name__, "configure_gradient_clipping, overridden")
-            return (self.wrap("optimizer", lambda: hook(optimizer, value, algorithm)),)
-        if value is None:
-            return ()
-        if self.in_place_clipping:
-            self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
-            return (self.wrap("optimizer", lambda: clip_in_place(optimizer, value, algorithm)),)
-        self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
-        return ()
-
-    def _bind_update(self) -> Bound:
-        adopted = self.adopted[0]
-        self._note("update", type(adopted.optimizer).__name__, adopted.reason)
-        return (self.wrap("optimizer", adopted.step),)
-
-    def _bind_schedulers(self) -> Bound:
-        if not self.automatic:
-            return ()
-        bound: list[Callable[[int], None]] = []
-        for config in self.trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau:
-                continue
-            advance = self.trainer._scheduler_step(config)
-            if config.interval == "step":
-                bound.append(_every(config.frequency, advance))
-            else:
-                bound.append(_at_epoch_end(config.frequency, advance, self.progress))
-            self._note("schedulers", type(config.scheduler).__name__, f"every {config.frequency} {config.interval}(s)")
-        return tuple(self.wrap("schedulers", function) for function in bound)
-
-    def _bind_batch_end(self, losses: Callable[[Any], tuple[Tensor, ...]], note: bool = False) -> Bound:
-        before = len(self.rows)
-        hooks = self._hooks("on_train_batch_end")
-        if not note:
-            del self.rows[before:]
-        if not hooks:
-            return ()
-
-        def on_train_batch_end(output: Any, batch: Any, batch_idx: int) -> None:
-            outputs = outputs_of(output, losses) if self.automatic else manual_outputs(output)
-            for hook in hooks:
-                hook(outputs, batch, batch_idx)
-
-        return (on_train_batch_end,)
-
-    def _bind_optimizer_step(self) -> Callable[[int, Callable[[], Any]], None]:
-        """What the closure shape calls: the user's `optimizer_step`, or the optimizer with its closure."""
-        if not self._steps_inline:
-            return lambda batch_idx, closure: None
-        module, progress, log = self.module, self.progress, self.log
-        optimizer, table = self.trainer._lightning_optimizers[0], self.log.table("optimizer_step", "train")
-        if self._overrides("optimizer_step"):
-            self._note("update", type(module).__name__, "optimizer_step, overridden: it decides when the closure runs")
-
-        def optimizer_step(batch_idx: int, closure: Callable[[], Any]) -> None:
-            log.current = table
-            module.optimizer_step(progress.epoch, batch_idx, optimizer, closure)
-
-        return self.wrap("optimizer", optimizer_step)
-
-    def _user_step(self, index: int) -> Callable[..., Any]:
-        """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
-        adopted, before = self.adopted[index], self.before_step[index]
-        clip = self._bind_clip() if self.automatic else ()
-        counts = 0 if self.automatic else 1
-        progress, optimizer = self.progress, self.trainer.optimizers[index]
-
-        def evaluate(closure: Callable[[], Any] | None) -> Any:
-            with torch.enable_grad():
-                result = None if closure is None else closure()
-            for function in (*before, *clip):
-                function()
-            return result
-
-        def run_step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            if kwargs or _requires_closure(optimizer):
-                result = optimizer.step(closure=lambda: evaluate(closure), **kwargs)
-            else:
-                result = evaluate(closure)
-                adopted.step()
-            progress.global_step += counts
-            return result
-
-        return run_step
 
     def explain(self) -> str:
         """Every point of the step with what is bound there and who asked for it, in execution order."""
@@ -411,9 +110,9 @@ class Plans:
             "on_before_backward", "backward", "on_after_backward", "on_before_optimizer_step", "clip", "update",
             "schedulers", "on_train_batch_end",
         ]  # fmt: skip
-        rows = list(dict.fromkeys(self.rows))
+        rows = list(dict.fromkeys(self.binding.rows))
         if self.automatic:
-            if self._overrides("backward"):
+            if self.binding.overrides("backward"):
                 rows.append(("backward", type(self.module).__name__, "its own backward"))
             else:
                 rows.append(("backward", "lit_fast", "autograd engine, seeded with the micro-batch's weight"))
@@ -423,75 +122,3 @@ class Plans:
                     lines.append(f"  {point:<26} {who:<24} {what}")
         lines.extend(f"  {phase}: {microseconds:.1f} us a step" for phase, microseconds in costs.items())
         return "\n".join(lines)
-
-
-# -- small callables, each bound once
-
-
-def _callback_hook(
-    hook: Callable[..., Any], log: MetricLog, table: Table, trainer: Trainer, module: LightningModule, fixed: Any
-) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        log.current = table
-        return hook(trainer, module, *args, *fixed)
-
-    return call
-
-
-def _module_hook(hook: Callable[..., Any], log: MetricLog, table: Table, fixed: Any = ()) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        log.current = table
-        return hook(*args, *fixed)
-
-    return call
-
-
-def _without_index(hook: Callable[..., Any]) -> Callable[[int], Any]:
-    return lambda batch_idx: hook()
-
-
-def _every(frequency: int, advance: Callable[[], None]) -> Callable[[int], None]:
-    def schedule(batch_idx: int) -> None:
-        if (batch_idx + 1) % frequency == 0:
-            advance()
-
-    return schedule
-
-
-def _at_epoch_end(frequency: int, advance: Callable[[], None], progress: Progress) -> Callable[[int], None]:
-    def schedule(batch_idx: int) -> None:
-        last = progress.is_last_batch or batch_idx + 1 == progress.total
-        if last and (progress.epoch + 1) % frequency == 0:
-            advance()
-
-    return schedule
-
-
-def clip_in_place(optimizer: Optimizer, value: float, algorithm: str | None) -> None:
-    """Clip the gradients of one optimizer as torch does, rewriting them."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if algorithm == "value":
-        torch.nn.utils.clip_grad_value_(parameters, value)
-    else:
-        torch.nn.utils.clip_grad_norm_(parameters, value)
-
-
-def _requires_closure(optimizer: Optimizer) -> bool:
-    """Whether `optimizer.step` cannot be called without a closure (LBFGS)."""
-    step_of_class = inspect.unwrap(type(optimizer).step)
-    try:
-        parameter = inspect.signature(step_of_class).parameters.get("closure")
-    except (TypeError, ValueError):
-        return False
-    return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-def positional_arguments(function: Callable[..., Any]) -> int:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 2
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", repr(function)).split(".<locals>.")[-1]

@@ -39,6 +39,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
     module = _unwrapped(model, str(fn))
     restore = _compile_steps(model, module) if model is not module else {}
     trainer._module = module
+    trainer.strategy.connect(module)
     module.trainer = trainer
     trainer._begin(fn)
     try:
@@ -69,14 +70,16 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
 def borrow_model(trainer: Trainer, model: Any) -> Iterator[LightningModule]:
     """The module, attached for a look at its plan; afterwards trainer and module are as before."""
     module = _unwrapped(model, "explain")
-    names = ("_module", "optimizers", "lr_scheduler_configs", "_lightning_optimizers")
-    before, attached_to = {name: trainer.__dict__[name] for name in names}, module._trainer
+    strategy = trainer.strategy
+    before, held, attached_to = trainer._module, dict(vars(strategy)), module._trainer
     trainer._module = module
+    strategy.connect(module)
     module.trainer = trainer
     try:
         yield module
     finally:
-        trainer.__dict__.update(before)
+        trainer._module = before
+        vars(strategy).update(held)
         module.trainer = attached_to
 
 
@@ -145,14 +148,14 @@ class Runtime:
                 f"example torch.optim.AdamW(self.parameters())."
             )
         if not module.automatic_optimization:
-            if self.config.gradient_clip_val is not None:
+            if self.gradient_clip_val:
                 raise MisconfigurationException(
-                    f"Trainer(gradient_clip_val={self.config.gradient_clip_val}) has no effect in manual optimization; "
+                    f"Trainer(gradient_clip_val={self.gradient_clip_val}) has no effect in manual optimization; "
                     f"leave it out and call self.clip_gradients(optimizer, ...) before optimizer.step()."
                 )
-            if self.config.accumulate_grad_batches != 1:
+            if self.accumulate_grad_batches != 1:
                 raise MisconfigurationException(
-                    f"Trainer(accumulate_grad_batches={self.config.accumulate_grad_batches}) has no effect in manual "
+                    f"Trainer(accumulate_grad_batches={self.accumulate_grad_batches}) has no effect in manual "
                     f"optimization; leave it out and step the optimizer every so many batches in training_step."
                 )
 
@@ -204,9 +207,10 @@ class Runtime:
         self.config.precision.convert_module(module)
         module.to(self.config.device)
         self._configure_optimizers(module)
-        self.fit_loop.plans = Plans(self._trainer, module)
+        plans = self.fit_loop.plans = Plans(self._trainer, module)
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")
+        plans.refresh()
         self._log_hyperparameters(module)
         if checkpoint is not None:
             checkpoint_state.restore_training(self._trainer, checkpoint)
@@ -260,7 +264,8 @@ class Runtime:
 
     def _configure_optimizers(self, module: LightningModule) -> None:
         returned = module.configure_optimizers()
-        self.optimizers, self.lr_scheduler_configs = parse_optimizers(returned, module.automatic_optimization)
+        optimizers, schedulers = parse_optimizers(returned, module.automatic_optimization)
+        self.strategy.optimizers, self.strategy.lr_scheduler_configs = optimizers, schedulers
         if not self.optimizers and module.automatic_optimization:
             warnings.warn(
                 f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing will be trained.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lit_fast.plan import StepPlan
+    from lit_fast.binding import StepPlan
 
 
 def inline(plan: StepPlan, batch: Any, batch_idx: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from torch import Tensor
 
+from lit_fast.binding import clip_in_place
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.config import refuse_unknown, resolve_config
@@ -18,7 +19,7 @@ from lit_fast.hooks import is_overridden
 from lit_fast.loop import FitLoop
 from lit_fast.metrics import MetricLog
 from lit_fast.module import LightningModule
-from lit_fast.plan import Plans, clip_in_place
+from lit_fast.plan import Plans
 from lit_fast.progress import NOW, Progress
 from lit_fast.runtime import Runtime, attach_model, borrow_model
 from lit_fast.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -26,7 +27,6 @@ from lit_fast.strategies import SingleDeviceStrategy
 
 if TYPE_CHECKING:
     from lit_fast.optim.configure import LRSchedulerConfig
-    from lit_fast.optim.lightning_optimizer import LightningOptimizer
 
 
 class Trainer(Runtime):
@@ -119,14 +119,15 @@ class Trainer(Runtime):
             refuse_unknown(list(unknown), list(given))
         loggers, given_callbacks = given.pop("logger"), given.pop("callbacks")
         self.config = resolve_config(**given)
-        self.strategy = SingleDeviceStrategy(self.config.device)
+        self.strategy = SingleDeviceStrategy(self.config.device, precision_plugin=self.config.precision)
         self.state = TrainerState()
         self.loggers: list[Any] = configure_loggers(loggers, self.config.default_root_dir)
         self.callbacks = configure_callbacks(given_callbacks, self.config)
         self.datamodule = None
-        self.optimizers: list[Any] = []
-        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
-        self._lightning_optimizers: list[LightningOptimizer] = []
+        # Callbacks may change these; the loop asks before each epoch (`Plans.refresh`).
+        self.accumulate_grad_batches = self.config.accumulate_grad_batches
+        self.gradient_clip_val = self.config.gradient_clip_val
+        self.gradient_clip_algorithm = self.config.gradient_clip_algorithm
         self._module: LightningModule | None = None
         self._metric_log = MetricLog()
         self._progress = Progress()
@@ -260,9 +261,9 @@ class Trainer(Runtime):
             print(*args, **kwargs)
 
     def _clip_in_place(self, optimizer: Any, value: float | None, algorithm: str | None) -> None:
-        value = self.config.gradient_clip_val if value is None else value
+        value = self.gradient_clip_val if value is None else value
         if value:
-            clip_in_place(optimizer, value, algorithm or self.config.gradient_clip_algorithm)
+            clip_in_place(optimizer, value, algorithm or self.gradient_clip_algorithm)
 
     def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         module = self.lightning_module
@@ -286,6 +287,33 @@ class Trainer(Runtime):
     @property
     def model(self) -> LightningModule | None:
         return self._module
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers from `configure_optimizers`. May be set: other ones are stepped from the next epoch on."""
+        return self.strategy.optimizers
+
+    @optimizers.setter
+    def optimizers(self, optimizers: list[Any]) -> None:
+        self.strategy.optimizers = optimizers
+
+    @property
+    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
+        """The learning rate schedulers and when each of them steps. The list may be changed, as `optimizers`."""
+        return self.strategy.lr_scheduler_configs
+
+    @property
+    def accelerator(self) -> Any:
+        return self.strategy.accelerator
+
+    @property
+    def precision_plugin(self) -> Any:
+        return self.strategy.precision_plugin
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of "16-mixed", else None."""
+        return getattr(self.precision_plugin, "scaler", None)
 
     @property
     def should_stop(self) -> bool:
@@ -368,7 +396,7 @@ class Trainer(Runtime):
         total, config = self._progress.total, self.config
         if total is None or self.fit_loop.max_epochs == -1:
             return config.max_steps if config.max_steps != -1 else float("inf")
-        steps = -(-total // config.accumulate_grad_batches) * max(self.fit_loop.max_epochs, 1)
+        steps = -(-total // self.accumulate_grad_batches) * max(self.fit_loop.max_epochs, 1)
         return steps if config.max_steps == -1 else min(steps, config.max_steps)
 
     @property

@@ -24,7 +24,7 @@ FLOORS = [
     "demos models tuner",
     "trainer",
     "runtime defaults evaluation loop",
-    "step plan",  # the plan picks one of the two step shapes; a step reads the plan it is given
+    "step plan binding",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics backward callbacks loggers checkpoint data profiler config seed hparams "
     "backends",
     "optim triton",

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lit_fast
 from lit_fast.backward import read_losses
+from lit_fast.binding import StepPlan
 from lit_fast.errors import MisconfigurationException
-from lit_fast.plan import StepPlan
 
 
 def bound(plan: StepPlan) -> dict[str, int]:
@@ -176,3 +176,108 @@ def test_a_loss_without_a_graph() -> None:
 
     with pytest.raises(RuntimeError, match="does not require grad"):
         fitted(Detached(), batches(2), max_epochs=1)
+
+
+# -- bound anew
+
+
+class AtEpochs(lit_fast.Callback):
+    """Calls `change[epoch](trainer, module)` as that epoch starts."""
+
+    def __init__(self, **change: Any) -> None:
+        self.change = change
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.change.get(f"at_{trainer.current_epoch}", lambda *_: None)(trainer, pl_module)
+
+
+def test_nothing_changed_is_not_bound_again() -> None:
+    class Sees(Plain):
+        def on_train_epoch_end(self) -> None:
+            self.bindings = [*getattr(self, "bindings", []), self.trainer.fit_loop.plans.binding]
+
+    model = Sees()
+    fitted(model, batches(2), max_epochs=3)
+    assert len(model.bindings) == 3 and len({id(binding) for binding in model.bindings}) == 1
+
+
+def test_windows_may_change_between_epochs() -> None:
+    """Epochs of 5 batches in windows of 2, 1 and 4: 3 + 5 + 2 steps, as a hand-written loop takes them."""
+    steps: list[tuple[int, int]] = []
+
+    class Counts(lit_fast.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            steps.append((trainer.global_step, trainer.fit_loop.epoch_loop._batches_that_stepped))
+
+    def window(length: int) -> Any:
+        return lambda trainer, module: setattr(trainer, "accumulate_grad_batches", length)
+
+    data, model = batches(5), Plain()
+    change = AtEpochs(at_0=window(2), at_1=window(1), at_2=window(4))
+    made = fitted(model, data, max_epochs=3, callbacks=[change, Counts()])
+    assert [step for step, _ in steps] == [0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 9, 10]
+    assert [before for _, before in steps] == [0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 9]
+    assert made.global_step == made.fit_loop.windows_completed() == 10
+
+    net = Plain().net
+    optimizer, expected = torch.optim.SGD(net.parameters(), lr=0.05), []
+    for length in (2, 1, 4):
+        for begin in range(0, 5, length):
+            optimizer.zero_grad()
+            for batch in data[begin : begin + length]:
+                loss = (net(batch).squeeze(-1) - batch.sum(-1)).square().mean()
+                expected.append(loss.item())
+                (loss / len(data[begin : begin + length])).backward()
+            optimizer.step()
+    assert model.losses == expected
+
+
+def test_optimizers_and_clipping_may_change_between_epochs() -> None:
+    held: list[Any] = []
+
+    def clip(trainer: Any, module: Any) -> None:
+        held.extend([trainer.fit_loop.plans.binding.adopted[0], module.optimizers()])
+        trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.1, "value"
+
+    def replace(trainer: Any, module: Any) -> None:
+        held.extend([trainer.fit_loop.plans.binding.adopted[0], module.optimizers()])
+        trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.01)]
+
+    data, model = batches(4), Plain()
+    made = fitted(model, data, max_epochs=3, callbacks=AtEpochs(at_1=clip, at_2=replace))
+    assert held[0] is held[2] and held[1] is held[3], "an optimizer that stays is not adopted anew"
+    assert made.strategy.optimizers is made.optimizers
+    assert model.optimizers().optimizer is made.optimizers[0]
+    assert "by value 0.1, in place" in made.explain()
+
+    net, expected = Plain().net, []
+    for epoch in range(3):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01 if epoch == 2 else 0.05)
+        for batch in data:
+            loss = (net(batch).squeeze(-1) - batch.sum(-1)).square().mean()
+            expected.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            if epoch:
+                torch.nn.utils.clip_grad_value_(net.parameters(), 0.1)
+            optimizer.step()
+    assert model.losses == expected
+
+
+def test_a_step_or_a_callback_put_there_as_the_fit_starts_is_bound() -> None:
+    calls: list[str] = []
+
+    class Late(lit_fast.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            calls.append("late")
+
+    class Patches(lit_fast.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.callbacks.append(Late())
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            inner = pl_module.training_step
+            pl_module.training_step = lambda batch, batch_idx: (calls.append("patched"), inner(batch, batch_idx))[1]
+
+    fitted(Plain(), batches(2), max_epochs=1, callbacks=Patches())
+    assert calls == ["patched", "late"] * 2

@@ -15,23 +15,23 @@ class LightningOptimizer:
     Everything else (`param_groups`, `state`, `state_dict`, ...) is the wrapped optimizer's own.
 
     Args:
-        optimizer: the user's optimizer.
-        run_step: `run_step(closure, **kwargs)` does one step in the Trainer's terms.
-        release: sets the gradients of the optimizer's parameters to None.
-        siblings: every optimizer of the run, this one included.
+        optimizer: the user's optimizer. Without a Trainer, or before its plan is bound, the wrapper does what the
+            optimizer does.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        run_step: Callable[..., Any],
-        release: Callable[[], None],
-        siblings: Sequence[Optimizer],
-    ) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
-        self._run_step = run_step
-        self._siblings = siblings
-        self._release = release
+        self.bind(lambda closure=None, **kwargs: optimizer.step(closure, **kwargs), optimizer.zero_grad, [optimizer])
+
+    def bind(self, run_step: Callable[..., Any], release: Callable[[], None], siblings: Sequence[Optimizer]) -> None:
+        """Step in the Trainer's terms from now on.
+
+        Args:
+            run_step: `run_step(closure, **kwargs)` does one step.
+            release: sets the gradients of the optimizer's parameters to None.
+            siblings: every optimizer of the run, this one included.
+        """
+        self._run_step, self._release, self._siblings = run_step, release, siblings
 
     @property
     def optimizer(self) -> Optimizer:

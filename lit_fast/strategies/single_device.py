@@ -2,22 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lit_fast.module import LightningModule
+    from lit_fast.optim.configure import LRSchedulerConfig
+    from lit_fast.optim.lightning_optimizer import LightningOptimizer
 
 
 class SingleDeviceStrategy:
-    """The strategy of a Trainer on one device; what callbacks ask a strategy for, answered for one process."""
+    """The strategy of a Trainer on one device: who holds the model and its optimizers, and what callbacks ask for.
 
-    world_size = 1
-    global_rank = 0
-    local_rank = 0
-    node_rank = 0
+    Args:
+        device: where the model and its batches live.
+        accelerator: the kind of device, as an object of strategies/accelerator.py.
+        precision_plugin: how a step computes; the Trainer sets it.
+
+    Example:
+        >>> strategy = SingleDeviceStrategy("cpu")
+        >>> strategy.root_device, strategy.broadcast("a"), strategy.is_global_zero
+        (device(type='cpu'), 'a', True)
+    """
+
+    strategy_name = "single_device"
+    world_size = num_processes = num_nodes = 1
+    global_rank = local_rank = node_rank = 0
     is_global_zero = True
+    is_distributed = False
+    distributed_sampler_kwargs: dict[str, Any] | None = None
+    restore_checkpoint_after_setup = False
+    lightning_restore_optimizer = True
+    handles_gradient_accumulation = False
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, device: torch.device | str = "cpu", accelerator: Any = None, precision_plugin: Any = None
+    ) -> None:
         self.root_device = torch.device(device)
+        self.accelerator = accelerator
+        self.precision_plugin = precision_plugin
+        self.lightning_module: LightningModule | None = None
+        self.optimizers: list[Optimizer] = []
+        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
+        self._lightning_optimizers: list[LightningOptimizer] = []
+
+    @property
+    def model(self) -> LightningModule | None:
+        """What runs the forward pass: the module itself, since nothing wraps it here."""
+        return self.lightning_module
+
+    def connect(self, model: LightningModule) -> None:
+        self.lightning_module = model
+
+    def model_to_device(self) -> None:
+        assert self.lightning_module is not None, "no model is connected"
+        self.lightning_module.to(self.root_device)
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """The batch on `device` (the strategy's own where None), through the module's transfer hooks where it has a
+        module."""
+        target = self.root_device if device is None else device
+        if self.lightning_module is not None:
+            return self.lightning_module._apply_batch_transfer_handler(batch, target, dataloader_idx)
+        from lit_fast.data.transfer import move
+
+        return move(batch, target)
+
+    # -- state
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None, "no model is connected"
+        return self.lightning_module.state_dict()
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None, "no model is connected"
+        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(state)
+
+    # -- collectives of one process
 
     def barrier(self, name: str | None = None) -> None: ...
 
