@@ -24,3 +24,13 @@ class DataError(LitFastError, ValueError):
 
 class KernelError(LitFastError, RuntimeError):
     """A compiled kernel refused its input (dtype, device, layout, aliasing); the message names the tensor."""
+
+
+class TrainingSpikeException(LitFastError, RuntimeError):
+    """The loss leapt away from its running mean (see SpikeDetection). Named as in Lightning."""
+
+    def __init__(self, batch_idx: int, *args: object) -> None:
+        super().__init__(
+            f"The training loss spiked in batch {batch_idx}; that batch and the one before it were noted as bad.", *args
+        )
+        self.batch_idx = batch_idx

@@ -7,6 +7,7 @@ another step may be due. It is computed once per visit; setting `trainer.should_
 from __future__ import annotations
 
 import math
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
@@ -18,6 +19,7 @@ from lit_fast.data.position import DataPosition
 from lit_fast.errors import DataError, MisconfigurationException
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
+from lit_fast.step import closure, inline
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -229,6 +231,17 @@ class FitLoop:
         self._skip_rest_of_epoch()
         self._visit()
 
+    def note_exception(self, error: BaseException) -> None:
+        """A step that an exception cut short, before its last hooks, counts as not begun in what is saved now.
+
+        An error of the data loader comes between two steps: the batch before it stays done.
+        """
+        codes = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
+        current = self.trainer._metric_log.current
+        through = current is not None and current.hook in ("lr_scheduler_step", "on_train_batch_end")
+        if self.progress.stage == "batch" and codes & {inline.__code__, closure.__code__} and not through:
+            self.progress.stage = "broken"
+
     # -- between two steps
 
     def windows_completed(self, batches: int | None = None) -> int:
@@ -237,7 +250,7 @@ class FitLoop:
         progress = self.progress
         done = progress.batch_idx + 1 if batches is None else batches
         window = self.plans.window if self.plans is not None and self.plans.automatic else 1
-        last = progress.is_last_batch and done == progress.batch_idx + 1 and not self._cut_short
+        last = self.trainer.is_last_batch and done == progress.batch_idx + 1 and not self._cut_short
         return progress.stepped_before + (math.ceil(done / window) if last else done // window)
 
     def _visit(self) -> bool:
@@ -274,7 +287,11 @@ class FitLoop:
     def _window_is_open(self) -> bool:
         assert self.plans is not None
         done = self.progress.batch_idx + 1
-        return self.plans.automatic and not self.progress.is_last_batch and done % self.plans.window != 0
+        return self.plans.automatic and not self.trainer.is_last_batch and done % self.plans.window != 0
+
+    def _should_accumulate(self) -> bool:
+        """Lightning's name, for callbacks: whether the running batch only gathers gradients."""
+        return self._window_is_open()
 
     def _next_boundary(self) -> int:
         """The next batch after which something but a step may be due."""

@@ -24,5 +24,6 @@ class Progress:
         self.scheduled_before = 0  # ... in all epochs before this one
         self.is_last_batch = False
         self.boundary = NOW
-        # How far: start (of an epoch), batch (in a step), stepped, validated, scheduled, epoch_end (in its hooks).
+        # How far: start (of an epoch), batch (in a step), broken (an exception came before the step was through),
+        # stepped, validated, scheduled, epoch_end (in its hooks).
         self.stage = "start"

@@ -254,6 +254,8 @@ class Runtime:
     def _failed(self, error: BaseException) -> None:
         """An exception ends the run: whoever asked is told, and what was logged is written."""
         self.state.status = TrainerStatus.INTERRUPTED
+        if self.state.fn == TrainerFn.FITTING:
+            self.fit_loop.note_exception(error)
         module = self._module
         for callback in self.callbacks:
             callback.on_exception(self, module, error)

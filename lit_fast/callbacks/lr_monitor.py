@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch.optim import Optimizer
 
+from lit_fast.callbacks._logging_steps import training_logs
 from lit_fast.callbacks.callback import Callback
 from lit_fast.errors import MisconfigurationException
 
@@ -77,9 +78,7 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values = {f"{name}-weight_decay": None for name, _ in groups}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        every = trainer.log_every_n_steps
-        due = every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
-        if self.logging_interval != "epoch" and (due or trainer.should_stop):
+        if self.logging_interval != "epoch" and training_logs(trainer):
             # The rate of the step that is about to run stands in one row with what that step logs.
             self._log(trainer, "step" if self.logging_interval is None else None, steps_ahead=1)
 

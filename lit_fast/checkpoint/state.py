@@ -79,6 +79,8 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
     epoch, stage, batches = progress.epoch, progress.stage, progress.batch_idx + 1
     ended = stage == "start" and batches > 0  # the epoch's end is behind us, `epoch` counts it already
     whole = progress.is_last_batch
+    if stage == "broken":  # the batch that an exception cut short comes again
+        stage, batches = "scheduled", batches - 1
     if not whole and (stage == "epoch_end" or ended):  # a limit stopped the epoch inside; more steps go on from there
         epoch, stage = epoch - ended, "scheduled"
     starts_epoch = stage in ("start", "epoch_end")
@@ -101,7 +103,10 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
 
 def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     """What the open accumulation window has gathered so far; empty between two windows, where nobody needs it."""
-    if trainer.fit_loop.plans is None or trainer._progress.batch_idx < 0 or not trainer.fit_loop._window_is_open():
+    plans, progress = trainer.fit_loop.plans, trainer._progress
+    if plans is None or progress.batch_idx < 0:
+        return {}
+    if not (progress.batch_idx % plans.window if progress.stage == "broken" else trainer.fit_loop._window_is_open()):
         return {}
     parameters = trainer.lightning_module.named_parameters()
     return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
@@ -113,9 +118,12 @@ def _loops(trainer: Trainer) -> dict[str, Any]:
     done = progress.batch_idx + 1
     total = progress.total_before + done
     steps = progress.global_step
-    inside = progress.stage == "batch"  # Lightning counts a batch as completed, and as stepped, only afterwards
+    inside = progress.stage in (
+        "batch",
+        "broken",
+    )  # Lightning counts a batch as completed, and as stepped, only afterwards
     stepped = trainer.fit_loop.windows_completed()
-    stepped -= progress.stage in ("batch", "stepped", "validated") and stepped > progress.stepped_before
+    stepped -= progress.stage in ("batch", "broken", "stepped", "validated") and stepped > progress.stepped_before
     in_epoch = max(0, trainer.fit_loop.windows_completed() - progress.stepped_before)
     ended = progress.stage == "start" and done > 0
     started = progress.epoch + (0 if ended or done == 0 else 1)

@@ -191,7 +191,7 @@ def build_trainer(
     from lit_fast.callbacks import ModelCheckpoint
     from lit_fast.cli.report import PretrainMonitor
     from lit_fast.loggers import CSVLogger
-    from lit_fast.models.flops import peak_flops
+    from lit_fast.profiler.throughput import compute_dtype, get_available_flops
     from lit_fast.trainer import Trainer
 
     monitor = PretrainMonitor(
@@ -214,7 +214,7 @@ def build_trainer(
         profiler="step",
         **options,
     )
-    monitor.peak_flops = peak_flops(trainer.config.device, trainer.precision)
+    monitor.peak_flops = get_available_flops(trainer.config.device, compute_dtype(trainer.precision))
     return trainer, monitor
 
 

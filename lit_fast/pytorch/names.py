@@ -62,6 +62,11 @@ TABLE: dict[str, str | dict[str, str]] = {
     "fabric.utilities.exceptions": _EXCEPTIONS,
     "fabric.utilities.rank_zero": "lit_fast.pytorch.rank_zero",
     "fabric.utilities.seed": "lit_fast.seed",
+    "fabric.utilities.spike": {
+        "SpikeDetection": "lit_fast.callbacks.spike:LossSpikes",
+        "TrainingSpikeException": "lit_fast.errors:TrainingSpikeException",
+    },
+    "fabric.utilities.throughput": "lit_fast.profiler.throughput",
 }
 
 
