@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lit_fast.checkpoint import io, rng
+from lit_fast.data.position import count_only
 from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.module import LightningModule
 from lit_fast.states import TrainerFn
@@ -404,20 +405,33 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
 
 
 def _restore_lightning_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-    """A file of Lightning's says how many batches were seen, not which: an unfinished epoch starts again."""
+    """A file of Lightning's says how many batches of an epoch were seen, not which; as many are left out."""
     progress = trainer._progress
     loop = checkpoint.get("loops", {}).get("fit_loop", {})
     epochs = loop.get("epoch_progress", {}).get("current", {})
     batches = loop.get("epoch_loop.batch_progress", {})
     progress.epoch = epochs.get("processed", checkpoint.get("epoch", 0))
-    unfinished = epochs.get("started", progress.epoch) > progress.epoch and not batches.get("is_last_batch", True)
     progress.total_before = batches.get("total", {}).get("processed", 0)
     progress.stepped_before = loop.get("epoch_loop.state_dict", {}).get("_batches_that_stepped", progress.global_step)
-    if unfinished:
+    progress.scheduled = loop.get("epoch_loop.scheduler_progress", {}).get("total", {}).get("completed", 0)
+    if epochs.get("started", progress.epoch) == progress.epoch:
+        return
+    if batches.get("is_last_batch", True):  # what was due at the end of that epoch needs metrics, which are not saved
+        progress.epoch += 1
+        progress.stepped_before += 1  # counted only after the hooks in which files are written
+        return
+    seen = batches["current"]["processed"]
+    automatic = trainer.lightning_module.automatic_optimization
+    window = trainer.config.accumulate_grad_batches if automatic else 1
+    progress.stage, progress.batch_idx = "scheduled", seen - 1
+    progress.total_before -= seen
+    progress.stepped_before -= (seen - 1) // window
+    loaders = loop.get("state_dict", {}).get("combined_loader")
+    trainer.fit_loop.pending_data = count_only(seen, loaders)
+    if not loaders:
         warnings.warn(
-            f"{trainer.ckpt_path} was written inside epoch {progress.epoch} by a program that does not save its "
-            f"position in the data; that epoch starts again from its first batch.",
+            f"{trainer.ckpt_path} was written {seen} batches into epoch {progress.epoch} by a program that does not "
+            f"save its position in the data. The run goes on behind the first {seen} batches: the ones that were seen "
+            f"where the order is always the same, others where the loader shuffles.",
             stacklevel=3,
         )
-    elif epochs.get("started", progress.epoch) > progress.epoch:
-        progress.epoch += 1

@@ -189,10 +189,10 @@ class LoaderSource:
     def prefetch_safe(self) -> bool:
         return self._workers > 0 and self._known_samplers
 
-    def begin(self) -> Iterator[Any]:
+    def begin(self, skip: int = 0) -> Iterator[Any]:
         self._random = self._randomness()
-        self._start, self._skip = self._random.capture(), 0
-        self._stream = _IndexStream(self._index_sampler(), self._random, self._seed_generator())
+        self._start, self._skip = self._random.capture(), skip
+        self._stream = _IndexStream(self._index_sampler(), self._random, self._seed_generator(), skip)
         return self._iterate(None)
 
     def _randomness(self) -> Randomness:

@@ -21,6 +21,8 @@ One iteration costs nothing here: `iter(position)` hands out the loader's own it
 
 from __future__ import annotations
 
+import collections
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,6 +68,7 @@ class DataPosition:
         self._begun = False
         self._finished = False
         self._resume: dict[str, Any] | None = None
+        self._skip = 0  # batches at the beginning of the next epoch that are not wanted
 
     def __iter__(self) -> Iterator[Any]:
         """Begin an epoch, or go on inside the one that was loaded.
@@ -78,7 +81,8 @@ class DataPosition:
         state, self._resume = self._resume, None
         self._begun, self._finished = True, False
         if state is None:
-            return self._source.begin()
+            skip, self._skip = self._skip, 0
+            return _begin_behind(self._source, skip) if skip else self._source.begin()
         iterator = self._source.resume(state)
         if state["finished"]:
             return self._source.begin()
@@ -111,7 +115,9 @@ class DataPosition:
         After `load_state_dict` and before `iter`: the index of the batch that will come first.
         """
         if not self._begun:
-            return 0 if self._resume is None or self._resume["finished"] else int(self._resume["consumed"])
+            if self._resume is None:
+                return self._skip
+            return 0 if self._resume["finished"] else int(self._resume["consumed"])
         return self._source.handed_out()
 
     @property
@@ -143,7 +149,7 @@ class DataPosition:
         if not self._begun:
             # nothing has been drawn since the state was loaded, or since the beginning: it is still the
             # position
-            return self._resume if self._resume is not None else {"version": _VERSION, "begun": False}
+            return self._resume if self._resume is not None else count_only(self._skip)
         handed_out = self._source.handed_out()
         consumed = handed_out if consumed is None else consumed
         if not 0 <= consumed <= handed_out:
@@ -177,6 +183,10 @@ class DataPosition:
         self._begun = self._finished = False
         self._resume = None
         if not state["begun"]:
+            self._skip = state["skip"]
+            if state["loaders"] and isinstance(self._source, StatefulSource):
+                self.dataloader.load_state_dict(state["loaders"][0])
+                self._skip = 0
             return
         if state["kind"] != self._source.kind:
             raise DataError(
@@ -188,6 +198,25 @@ class DataPosition:
         if state["epoch"] is not None:
             self.set_epoch(state["epoch"])
         self._resume = state
+
+
+def count_only(skip: int, loaders: list[Any] | None = None) -> dict[str, Any]:
+    """A position that says how many batches of an epoch were seen, and not which: all that Lightning's files hold.
+
+    Args:
+        skip: The next epoch begins behind so many of its batches. Where the order is the same in every epoch they are
+            those that were seen; a loader that shuffles draws a new order, of which as many are left out.
+        loaders: What `state_dict` of the loaders that have one returned; goes before `skip`.
+    """
+    return {"version": _VERSION, "begun": False, "skip": skip, "loaders": loaders or []}
+
+
+def _begin_behind(source: Source, skip: int) -> Iterator[Any]:
+    if isinstance(source, LoaderSource):
+        return source.begin(skip)
+    iterator = source.begin()
+    collections.deque(itertools.islice(iterator, skip), maxlen=0)
+    return iterator
 
 
 def _source_of(data: Any) -> Source:
