@@ -85,7 +85,7 @@ class Binding:
             trainer._profiler.wrap if trainer._profiler is not None else lambda phase, function: function
         )
         self.rows: list[tuple[str, str, str]] = []  # (point, who asked, what it does), for explain()
-        self.window = trainer.accumulate_grad_batches
+        self.window: int = trainer.accumulate_grad_batches
         self.automatic = module.automatic_optimization
         self.in_place_clipping = self._gradients_are_watched()
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}

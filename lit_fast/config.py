@@ -4,67 +4,135 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass, field
+from ast import literal_eval
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import wraps
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from lit_fast.errors import MisconfigurationException
+from lit_fast.accelerators import Accelerator, resolve_accelerator
+from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError
 from lit_fast.precision import Precision, resolve_precision
 from lit_fast.states import GradClipAlgorithmType
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """What one Trainer was asked for, with every default filled in."""
+    """What one Trainer was asked for, with every default filled in. Written through the Trainer's attributes."""
 
+    accelerator: Accelerator
     device: torch.device
     precision: Precision
-    max_epochs: int
+    max_epochs: int | None  # None: not given; a fit then settles it
     max_steps: int
     min_epochs: int | None
     min_steps: int | None
+    max_time: timedelta | None
+    fast_dev_run: int | bool
+    barebones: bool
     limit_train_batches: int | float
     limit_val_batches: int | float
+    limit_test_batches: int | float
+    limit_predict_batches: int | float
     val_check_interval: int | float
+    val_check_seconds: float | None  # validation by the clock; `val_check_interval` is then not asked
     check_val_every_n_epoch: int | None
-    num_sanity_val_steps: int
+    num_sanity_val_steps: int | float
     log_every_n_steps: int
     enable_checkpointing: bool
     enable_progress_bar: bool
     enable_model_summary: bool
     accumulate_grad_batches: int
-    gradient_clip_val: float | None
+    gradient_clip_val: int | float | None
     gradient_clip_algorithm: GradClipAlgorithmType | None
+    deterministic: bool | str | None
+    benchmark: bool | None
     inference_mode: bool
+    use_distributed_sampler: bool
+    detect_anomaly: bool
     profiler: Any
     default_root_dir: Path
     enable_autolog_hparams: bool
+    suggest_integrations: bool
     keep_freed_memory: bool
-    max_epochs_given: bool = field(default=True)
+
+
+class Option:
+    """One option, read and written as an attribute of the Trainer; what is written holds from the next run on.
+
+    Raises:
+        MisconfigurationException: a limit that is out of range.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, trainer: Any, owner: type | None = None) -> Any:
+        return self if trainer is None else getattr(trainer.config, self.name)
+
+    def __set__(self, trainer: Any, value: Any) -> None:
+        if self.name.startswith("limit_"):
+            value = _check_limit(self.name, value)
+        trainer.config = replace(trainer.config, **{self.name: value})
 
 
 # Options of Lightning's Trainer that are accepted by name and not built yet: name -> the value that asks for nothing.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "strategy": ("auto", "single_device"),
-    "num_nodes": (1,),
-    "fast_dev_run": (False, 0),
-    "max_time": (None,),
-    "limit_test_batches": (None, 1.0),
-    "limit_predict_batches": (None, 1.0),
+    "num_nodes": (1,),  # more processes than one come with the distributed strategies
     "overfit_batches": (0.0, 0),
-    "deterministic": (None, False),
-    "benchmark": (None,),
-    "use_distributed_sampler": (True, False),  # one process: nothing to distribute
-    "detect_anomaly": (False,),
-    "barebones": (False,),
     "plugins": (None, []),
-    "sync_batchnorm": (False,),
     "reload_dataloaders_every_n_epochs": (0,),
-    "model_registry": (None,),
-    "suggest_integrations": (True, False),  # there is nothing that we suggest
 }
+
+# What `barebones` switches off, and the values of each that do not contradict it.
+BAREBONES: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "enable_checkpointing": ((None, False), False),
+    "logger": ((None, False), False),
+    "enable_progress_bar": ((None, False), False),
+    "log_every_n_steps": ((None, 0), 0),
+    "enable_model_summary": ((None, False), False),
+    "num_sanity_val_steps": ((None, 0), 0),
+    "fast_dev_run": ((False, 0), False),
+    "detect_anomaly": ((False,), False),
+    "profiler": ((None,), None),
+}
+
+
+def defaults_from_environment(init: Function) -> Function:
+    """`Trainer.__init__`, with a default for each argument in the variable PL_TRAINER_<ARGUMENT>, where it is set.
+
+    A value is read as a Python literal (`2`, `True`, `[0]`, `None`) where it is one, else as text.
+    """
+
+    @wraps(init)
+    def with_defaults(self: Any, **given: Any) -> None:
+        found = {}
+        for name in init.__kwdefaults__ or ():
+            text = os.environ.get(f"PL_TRAINER_{name.upper()}", "")
+            if text and name not in given:
+                found[name] = _literal(text)
+        try:
+            init(self, **found, **given)
+        except MisconfigurationException as error:
+            if not found:
+                raise
+            variables = ", ".join(f"PL_TRAINER_{name.upper()}={value!r}" for name, value in found.items())
+            raise type(error)(f"{error} Options were taken from the environment: {variables}.") from None
+
+    return with_defaults  # type: ignore[return-value]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def refuse_unknown(unknown: list[str], known: list[str]) -> NoReturn:
@@ -72,6 +140,21 @@ def refuse_unknown(unknown: list[str], known: list[str]) -> NoReturn:
     close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(sorted(known))}."
     raise MisconfigurationException(f"Trainer has no option {unknown[0]!r}; {hint}")
+
+
+def apply_barebones(given: dict[str, Any]) -> None:
+    """Switch off, in `given`, whatever costs time beside the step.
+
+    Raises:
+        MisconfigurationException: one of them was asked for.
+    """
+    for name, (allowed, off) in BAREBONES.items():
+        if not any(given[name] is value or given[name] == value for value in allowed):
+            raise MisconfigurationException(
+                f"Trainer(barebones=True, {name}={given[name]!r}) contradict each other: barebones leaves out "
+                f"everything that takes time beside the step. Drop one of them."
+            )
+        given[name] = off
 
 
 def resolve_config(**given: Any) -> TrainerConfig:
@@ -87,6 +170,16 @@ def resolve_config(**given: Any) -> TrainerConfig:
                 f"Trainer({name}={value!r}) is not built yet; allowed so far: "
                 f"{' or '.join(repr(choice) for choice in allowed)}. Leave the option out to go on."
             )
+    if given["model_registry"] is not None:
+        raise MisconfigurationException(
+            f"Trainer(model_registry={given['model_registry']!r}): uploading to a model registry needs the litmodels "
+            f"package, which lit_fast does not drive. Leave it out and upload trainer.checkpoint_callback."
+            f"best_model_path after the fit."
+        )
+    for name in _SWITCHES:
+        _check_choice(name, given[name], (True, False))
+    _check_choice("deterministic", given["deterministic"], (None, True, False, "warn"))
+    _check_choice("benchmark", given["benchmark"], (None, True, False))
     steps, epochs = given["max_steps"], given["max_epochs"]
     _check_count("max_steps", steps, minimum=-1)
     if epochs is not None:
@@ -94,69 +187,71 @@ def resolve_config(**given: Any) -> TrainerConfig:
     for name in ("min_steps", "min_epochs", "check_val_every_n_epoch"):
         if given[name] is not None:
             _check_count(name, given[name], minimum=1 if name.startswith("check") else 0)
-    for name in ("limit_train_batches", "limit_val_batches"):
+    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
         given[name] = _check_limit(name, given[name])
-    interval = 1.0 if given["val_check_interval"] is None else given["val_check_interval"]
-    if isinstance(interval, str | dict) or hasattr(interval, "total_seconds"):
-        raise MisconfigurationException(
-            f"Trainer(val_check_interval={interval!r}): intervals in time are not built yet; allowed are an int "
-            f"(training batches) or a fraction of an epoch in (0.0, 1.0]."
-        )
-    interval = _check_limit("val_check_interval", interval)
-    if interval == 0:
-        raise MisconfigurationException(
-            "Trainer(val_check_interval=0) would validate never and always; use limit_val_batches=0 to switch "
-            "validation off."
-        )
-    if given["check_val_every_n_epoch"] is None and isinstance(interval, float):
-        raise MisconfigurationException(
-            f"Trainer(check_val_every_n_epoch=None) counts batches across epochs, so val_check_interval must be an "
-            f"int; given was {interval!r}."
-        )
+    interval, seconds = _resolve_interval(given["val_check_interval"], given["check_val_every_n_epoch"])
     _check_count("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1)
     log_every = 50 if given["log_every_n_steps"] is None else given["log_every_n_steps"]
     _check_count("log_every_n_steps", log_every, minimum=0)
     sanity = 2 if given["num_sanity_val_steps"] is None else given["num_sanity_val_steps"]
-    _check_count("num_sanity_val_steps", sanity, minimum=-1)
-    clip = given["gradient_clip_val"]
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float)):
-        raise MisconfigurationException(f"Trainer(gradient_clip_val={clip!r}): allowed is a number or None.")
-    algorithm = given["gradient_clip_algorithm"]
-    algorithm = getattr(algorithm, "value", algorithm)
-    if algorithm is not None and str(algorithm).lower() not in ("norm", "value"):
-        raise MisconfigurationException(
-            f"Trainer(gradient_clip_algorithm={algorithm!r}): allowed are 'norm' and 'value'."
-        )
-    max_epochs_given = epochs is not None
-    if epochs is None:
-        epochs = 1000 if steps == -1 else -1
-        if given["min_epochs"] and epochs != -1:
-            epochs = max(epochs, given["min_epochs"])
-    return TrainerConfig(
-        device=_resolve_device(given["accelerator"], given["devices"]),
+    if sanity != float("inf"):
+        _check_count("num_sanity_val_steps", sanity, minimum=-1)
+    accelerator, device = resolve_accelerator(given["accelerator"], given["devices"], given["strategy"])
+    config = TrainerConfig(
+        accelerator=accelerator,
+        device=device,
         precision=resolve_precision(given["precision"]),
         max_epochs=epochs,
         max_steps=steps,
         min_epochs=given["min_epochs"],
         min_steps=given["min_steps"],
+        max_time=None if given["max_time"] is None else duration("max_time", given["max_time"]),
+        fast_dev_run=_resolve_fast_dev_run(given["fast_dev_run"]),
+        barebones=given["barebones"],
         limit_train_batches=given["limit_train_batches"],
         limit_val_batches=given["limit_val_batches"],
+        limit_test_batches=given["limit_test_batches"],
+        limit_predict_batches=given["limit_predict_batches"],
         val_check_interval=interval,
+        val_check_seconds=seconds,
         check_val_every_n_epoch=given["check_val_every_n_epoch"],
-        num_sanity_val_steps=sanity,
+        num_sanity_val_steps=float("inf") if sanity == -1 else sanity,
         log_every_n_steps=log_every,
-        enable_checkpointing=_default_true(given["enable_checkpointing"]),
-        enable_progress_bar=_default_true(given["enable_progress_bar"]),
-        enable_model_summary=_default_true(given["enable_model_summary"]),
+        enable_checkpointing=_default_true("enable_checkpointing", given["enable_checkpointing"]),
+        enable_progress_bar=_default_true("enable_progress_bar", given["enable_progress_bar"]),
+        enable_model_summary=_default_true("enable_model_summary", given["enable_model_summary"]),
         accumulate_grad_batches=given["accumulate_grad_batches"],
-        gradient_clip_val=float(clip) if clip else None,  # 0 switches clipping off, as in Lightning
-        gradient_clip_algorithm=None if algorithm is None else GradClipAlgorithmType(str(algorithm).lower()),
-        inference_mode=bool(given["inference_mode"]),
+        gradient_clip_val=_resolve_clip_value(given["gradient_clip_val"]),
+        gradient_clip_algorithm=_resolve_clip_algorithm(given["gradient_clip_algorithm"]),
+        deterministic=given["deterministic"],
+        benchmark=given["benchmark"],
+        inference_mode=given["inference_mode"],
+        use_distributed_sampler=given["use_distributed_sampler"],
+        detect_anomaly=given["detect_anomaly"],
         profiler=given["profiler"],
-        default_root_dir=Path(os.fspath(given["default_root_dir"] or Path.cwd())).expanduser(),
+        default_root_dir=_resolve_root(given["default_root_dir"]),
         enable_autolog_hparams=given["enable_autolog_hparams"],
-        keep_freed_memory=bool(given["keep_freed_memory"]),
-        max_epochs_given=max_epochs_given,
+        suggest_integrations=given["suggest_integrations"],
+        keep_freed_memory=given["keep_freed_memory"],
+    )
+    return _short_run(config) if config.fast_dev_run else config
+
+
+def _short_run(config: TrainerConfig) -> TrainerConfig:
+    """`fast_dev_run`: a few batches of everything, once, and nothing left behind."""
+    batches = int(config.fast_dev_run)
+    return replace(
+        config,
+        max_epochs=1,
+        max_steps=batches,
+        limit_train_batches=batches,
+        limit_val_batches=batches,
+        limit_test_batches=batches,
+        limit_predict_batches=batches,
+        num_sanity_val_steps=0,
+        val_check_interval=1.0,
+        val_check_seconds=None,
+        check_val_every_n_epoch=1,
     )
 
 
@@ -188,8 +283,20 @@ def batch_limit(name: str, limit: int | float, length: int | None) -> int | None
     return batches
 
 
-def _default_true(value: bool | None) -> bool:
-    return True if value is None else bool(value)
+_SWITCHES = (
+    "barebones", "detect_anomaly", "enable_autolog_hparams", "inference_mode", "keep_freed_memory",
+    "suggest_integrations", "sync_batchnorm", "use_distributed_sampler",
+)  # fmt: skip
+
+
+def _default_true(name: str, value: bool | None) -> bool:
+    _check_choice(name, value, (None, True, False))
+    return value is not False
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
+        raise MisconfigurationException(f"Trainer({name}={value!r}): allowed are {', '.join(map(repr, allowed))}.")
 
 
 def _check_count(name: str, value: Any, minimum: int) -> None:
@@ -216,31 +323,75 @@ def _check_limit(name: str, value: Any) -> int | float:
     return int(value) if isinstance(value, float) and value > 1.0 else value
 
 
-def _resolve_device(accelerator: Any, devices: Any) -> torch.device:
-    index = 0
-    count = devices
-    if isinstance(devices, list | tuple):
-        if len(devices) != 1:
-            raise MisconfigurationException(f"Trainer(devices={devices!r}): one device so far; allowed is e.g. [0].")
-        index, count = int(devices[0]), 1
-    if count not in ("auto", 1, "1", -1, "-1"):
+def _resolve_interval(given: Any, every_n_epoch: int | None) -> tuple[int | float, float | None]:
+    """`val_check_interval` as batches (int) or a part of an epoch (float), or as seconds."""
+    if isinstance(given, str | dict | timedelta):
+        return 1.0, duration("val_check_interval", given).total_seconds()
+    interval = _check_limit("val_check_interval", given)
+    if interval == 0:
         raise MisconfigurationException(
-            f"Trainer(devices={devices!r}): several devices are not built yet; allowed are 1, [index], 'auto'."
+            "Trainer(val_check_interval=0) would validate never and always; use limit_val_batches=0 to switch "
+            "validation off."
         )
-    name = str(accelerator).lower()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name in ("gpu", "cuda"):
-        if not torch.cuda.is_available():
-            raise MisconfigurationException(
-                f"Trainer(accelerator={accelerator!r}): this torch ({torch.__version__}) sees no CUDA device; "
-                f"use accelerator='cpu' or 'auto', or a CUDA build of torch."
-            )
-        if index >= torch.cuda.device_count():
-            raise MisconfigurationException(
-                f"Trainer(devices={devices!r}): there are {torch.cuda.device_count()} CUDA devices (0-based)."
-            )
-        return torch.device("cuda", index)
-    if name == "cpu":
-        return torch.device("cpu")
-    raise MisconfigurationException(f"Trainer(accelerator={accelerator!r}): allowed are 'auto', 'cpu', 'gpu', 'cuda'.")
+    if every_n_epoch is None and isinstance(given, float):
+        raise MisconfigurationException(
+            f"Trainer(check_val_every_n_epoch=None) counts batches across epochs, so val_check_interval must be an "
+            f"int or a time ('DD:HH:MM:SS', a timedelta, a dict of its arguments); given was {given!r}."
+        )
+    return interval, None
+
+
+def duration(name: str, given: str | timedelta | dict[str, Any]) -> timedelta:
+    """A length of time as the Trainer takes it.
+
+    Raises:
+        MisconfigurationException: it cannot be read.
+    """
+    try:
+        if isinstance(given, str):
+            days, hours, minutes, seconds = map(int, given.split(":"))
+            return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds)
+        if isinstance(given, dict):
+            return timedelta(**given)
+        if isinstance(given, timedelta):
+            return given
+    except (TypeError, ValueError):
+        pass
+    raise MisconfigurationException(
+        f"Trainer({name}={given!r}) cannot be read as a time; write 'DD:HH:MM:SS', such as '00:12:00:00', a "
+        f"timedelta, or a dict of its arguments, such as {{'hours': 12}}."
+    )
+
+
+def _resolve_fast_dev_run(given: Any) -> int | bool:
+    if not isinstance(given, int) or given < 0:
+        raise MisconfigurationException(
+            f"Trainer(fast_dev_run={given!r}): allowed are True (one batch), False, or a number of batches from 0."
+        )
+    return bool(given) if given in (0, 1) else given
+
+
+def _resolve_clip_value(given: Any) -> int | float | None:
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
+        raise MisconfigurationTypeError(f"Trainer(gradient_clip_val={given!r}): allowed is a number or None.")
+    return given or None  # 0 switches clipping off, as in Lightning
+
+
+def _resolve_clip_algorithm(given: Any) -> GradClipAlgorithmType | None:
+    algorithm = getattr(given, "value", given)
+    if algorithm is None:
+        return None
+    if str(algorithm).lower() not in ("norm", "value"):
+        raise MisconfigurationException(
+            f"Trainer(gradient_clip_algorithm={algorithm!r}): allowed are 'norm' and 'value'."
+        )
+    return GradClipAlgorithmType(str(algorithm).lower())
+
+
+def _resolve_root(given: Any) -> Path:
+    try:
+        return Path(os.path.normpath(Path(os.fspath(given or Path.cwd())).expanduser()))
+    except TypeError:
+        raise MisconfigurationTypeError(
+            f"Trainer(default_root_dir={given!r}): allowed is a path (text or os.PathLike)."
+        ) from None

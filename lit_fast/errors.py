@@ -14,6 +14,14 @@ class MisconfigurationException(LitFastError, ValueError):
     """The caller asked for something contradictory, unknown, or not there yet. Named as in Lightning."""
 
 
+class MisconfigurationTypeError(MisconfigurationException, TypeError):
+    """Something of a type that cannot be meant. A TypeError too, which programs for Lightning catch."""
+
+
+class RemovedHookError(MisconfigurationException, NotImplementedError):
+    """A hook of Lightning 1.x that nothing calls any more; the message names its successor."""
+
+
 class CheckpointError(LitFastError, RuntimeError):
     """A checkpoint could not be written, read, or applied; the message names the file and the way out."""
 
@@ -34,3 +42,11 @@ class TrainingSpikeException(LitFastError, RuntimeError):
             f"The training loss spiked in batch {batch_idx}; that batch and the one before it were noted as bad.", *args
         )
         self.batch_idx = batch_idx
+
+
+class PossibleUserWarning(UserWarning):
+    """Something that is allowed and often a mistake. Named as in Lightning, so that programs filter it by this name."""
+
+
+class LightningDeprecationWarning(DeprecationWarning):
+    """Something that works and should be written otherwise. Named as in Lightning."""

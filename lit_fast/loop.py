@@ -7,6 +7,7 @@ another step may be due. It is computed once per visit; setting `trainer.should_
 from __future__ import annotations
 
 import math
+import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from lit_fast.binding import SkipEpoch
 from lit_fast.config import batch_limit
 from lit_fast.data.position import DataPosition
-from lit_fast.errors import DataError, MisconfigurationException
+from lit_fast.errors import DataError, MisconfigurationException, PossibleUserWarning
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
+from lit_fast.rank_zero import WarningCache, rank_zero_info
 from lit_fast.step import closure, inline
 
 if TYPE_CHECKING:
@@ -65,7 +67,9 @@ class FitLoop:
         self.plans: Plans | None = None
         self.loader: Any = None
         self.position: DataPosition | None = None
-        self.val_check_batch: int | float = math.inf
+        self.val_check_batch: int | float | None = None  # known with the data; None stays where time decides
+        self.last_validation = 0.0  # seconds of the monotonic clock
+        self._say_once = WarningCache().info
         self._cut_short = False  # this epoch ended without its last batches, and without a step for its open window
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
 
@@ -96,14 +100,28 @@ class FitLoop:
                 )
             self.progress.total = batch_limit("limit_train_batches", config.limit_train_batches, length)
             self.val_check_batch = self._val_check_batch(length)
+            self.last_validation = time.monotonic()
+            self._warn_of_rare_logging()
             self.loader, self.position = loader, DataPosition(loader)
         if self.pending_data is not None:
             assert self.position is not None
             self.position.load_state_dict(self.pending_data)
             self.pending_data = None
 
-    def _val_check_batch(self, length: int | None) -> int | float:
+    def _warn_of_rare_logging(self) -> None:
+        config, total = self.trainer.config, self.progress.total
+        if self.trainer.loggers and total and total < config.log_every_n_steps and not config.fast_dev_run:
+            warnings.warn(
+                f"An epoch has {total} batches, and Trainer(log_every_n_steps={config.log_every_n_steps}) logs a row "
+                f"every {config.log_every_n_steps} steps: most epochs will have none. Lower it to see more.",
+                category=PossibleUserWarning,
+                stacklevel=2,
+            )
+
+    def _val_check_batch(self, length: int | None) -> int | float | None:
         interval, total = self.trainer.config.val_check_interval, self.progress.total
+        if self.trainer.config.val_check_seconds is not None:
+            return None
         if isinstance(interval, int):
             by_epoch = self.trainer.config.check_val_every_n_epoch is not None
             if total is not None and interval > total and by_epoch and self.trainer.enable_validation:
@@ -118,7 +136,7 @@ class FitLoop:
                 return math.inf
             raise MisconfigurationException(
                 f"Trainer(val_check_interval={interval!r}) is a fraction, but the training data has no length; give a "
-                f"number of batches (int) or 1.0."
+                f"number of batches (int), a time, or 1.0."
             )
         return max(1, int(total * interval))
 
@@ -126,12 +144,15 @@ class FitLoop:
 
     def run(self) -> None:
         trainer, progress = self.trainer, self.progress
-        if self.loader is None or progress.total == 0 or self._finished():
+        if self.loader is None or progress.total == 0:
+            rank_zero_info("Trainer.fit stopped: there are no training batches.")
             return
+        if self._finished():
+            return self._say_why()
         if progress.stage == "epoch_end":  # resumed from a checkpoint that was written in the last hooks of an epoch
             self._leave_epoch(whole=True)
             if self._finished():
-                return
+                return self._say_why()
         assert self.plans is not None
         trainer._call("on_train_start")
         self.plans.refresh()
@@ -147,6 +168,7 @@ class FitLoop:
             self._end_epoch()
             if self._finished():
                 break
+        self._say_why()
         trainer._call("on_train_end")
 
     def _start_epoch(self) -> None:
@@ -266,8 +288,14 @@ class FitLoop:
                 trainer._log_metrics(trainer._metric_log.collect())
             if trainer._interrupt is not None:
                 trainer._raise_interrupt()
+        if trainer.should_stop and not stopping:
+            self._say_once(
+                f"A stop was asked for before min_epochs={self.min_epochs} or min_steps={self.min_steps} was reached; "
+                f"training goes on until it is."
+            )
         if self._validation_is_due(stopping):
             trainer._evaluation.run_in_fit(release_gradients=not window_open)
+            self.last_validation = time.monotonic()
             stopping = trainer.should_stop and self._may_stop()
         if not window_open:
             self.step_plateau_schedulers("step", trainer)
@@ -312,9 +340,11 @@ class FitLoop:
             candidates.append(after_steps(every - self.windows_completed() % every))
         if self.max_steps != -1:
             candidates.append(after_steps(max(1, self.max_steps - progress.global_step)))
-        if trainer.enable_validation and self.val_check_batch != math.inf:
+        interval = self.val_check_batch
+        if trainer.enable_validation and interval is None:
+            return NOW  # the clock decides, after every batch
+        if trainer.enable_validation and isinstance(interval, int):
             counted = self._validation_count()
-            interval = int(self.val_check_batch)
             candidates.append(done + interval - counted % interval - 1)
         return min(candidates, default=done + 1_000_000)
 
@@ -330,6 +360,9 @@ class FitLoop:
             return False
         if stopping:
             return True
+        if self.val_check_batch is None:
+            seconds = self.trainer.config.val_check_seconds
+            return seconds is not None and time.monotonic() - self.last_validation >= seconds
         interval = self.trainer.config.val_check_interval
         if self.val_check_batch == math.inf or (isinstance(interval, float) and interval == 1.0):
             return self.progress.is_last_batch
@@ -339,12 +372,19 @@ class FitLoop:
         return self.max_steps != -1 and self.progress.global_step >= self.max_steps
 
     def _epochs_reached(self) -> bool:
-        return self.max_epochs != -1 and self.progress.epoch >= self.max_epochs
+        return self.max_epochs not in (None, -1) and self.progress.epoch >= self.max_epochs
 
     def _may_stop(self) -> bool:
         """Whether the minimum of epochs and steps is reached; a stop asked for earlier waits for it."""
         enough_epochs = not self.min_epochs or self.progress.epoch >= self.min_epochs
         return enough_epochs and (not self.min_steps or self.progress.global_step >= self.min_steps)
+
+    def _say_why(self) -> None:
+        """Which limit ended the fit; who set `should_stop` says so himself."""
+        if self._steps_reached():
+            rank_zero_info("Trainer.fit stopped: max_steps=%d reached.", self.max_steps)
+        elif self._epochs_reached():
+            rank_zero_info("Trainer.fit stopped: max_epochs=%d reached.", self.max_epochs)
 
     def _finished(self) -> bool:
         return self._steps_reached() or self._epochs_reached() or (self.trainer.should_stop and self._may_stop())

@@ -408,6 +408,17 @@ class MetricLog:
         self.epoch_end = False
 
 
+class MutedLog(MetricLog):
+    """The log of `Trainer(barebones=True)`: no hook ever has a table, so nothing that is logged is kept."""
+
+    @property
+    def current(self) -> None:
+        return None
+
+    @current.setter
+    def current(self, table: Table | None) -> None: ...
+
+
 def to_float(value: Any) -> float:
     """A logged value as a Python float; waits for the device where the value is still there."""
     return float(value.item() if isinstance(value, Tensor) else value)

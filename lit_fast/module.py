@@ -433,6 +433,9 @@ def _warn_not_logging(module: LightningModule, name: str) -> None:
             f"self.log({name!r}, ...) does nothing: {type(module).__name__} is not attached to a Trainer.", stacklevel=3
         )
         return
+    if module._trainer.barebones:
+        warnings.warn(f"self.log({name!r}, ...) does nothing under Trainer(barebones=True).", stacklevel=3)
+        return
     raise MisconfigurationException(
         f"self.log({name!r}, ...) was called outside of a step or epoch hook; call it while the Trainer runs one."
     )

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
-from lit_fast.defaults import checkpoints_last
-from lit_fast.errors import MisconfigurationException
+from lit_fast.defaults import check_state_keys, in_order
+from lit_fast.errors import MisconfigurationException, PossibleUserWarning
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import MetricLog, to_float
 from lit_fast.module import LightningModule
@@ -129,12 +129,30 @@ class Runtime:
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage.VALIDATING
         self._should_stop, self._interrupt = False, None
+        if fn == TrainerFn.FITTING:
+            self._settle_limits()
         if self._profiler is not None:
             self._profiler.start()
         self._metric_log.drop_values()
         self._metric_log.stage = str(self.state.stage)
         if fn != TrainerFn.FITTING:
             self._evaluation.loaders = None
+
+    def _settle_limits(self) -> None:
+        """Limits that were left open: 1,000 epochs, unless something else ends the fit."""
+        loop = self.fit_loop
+        if loop.max_epochs is None:
+            ends = loop.max_steps != -1 or any(type(callback).__name__ == "Timer" for callback in self.callbacks)
+            loop.max_epochs = -1 if ends else 1000
+            if not ends:
+                warnings.warn(
+                    "Trainer(max_epochs=...) was not given, nor max_steps or max_time: the fit ends after 1000 epochs. "
+                    "Set max_epochs=-1 to train without a limit.",
+                    category=PossibleUserWarning,
+                    stacklevel=5,
+                )
+        if loop.min_epochs is None:
+            loop.min_epochs = 0 if loop.min_steps is None else 1  # min_steps holds back a stop before the first step
 
     def _check_can_fit(self, module: LightningModule) -> None:
         if not is_overridden("training_step", module, LightningModule):
@@ -196,7 +214,8 @@ class Runtime:
         own = [own] if isinstance(own, Callback) else list(own or [])
         kinds = {type(callback) for callback in own}
         kept = [callback for callback in self.callbacks if type(callback) not in kinds]
-        self.callbacks = checkpoints_last([*kept, *own])
+        self.callbacks = in_order([*kept, *own])
+        check_state_keys(self.callbacks)
         for callback in own:
             callback.log, callback.log_dict = module.log, module.log_dict
 
@@ -226,6 +245,7 @@ class Runtime:
                 f"{len(resting)} modules are in evaluation mode as training starts (the first is "
                 f"{resting[0] or type(module).__name__!r}): dropout and batch norm stay off there. "
                 f"Call model.train() before fit to train them.",
+                category=PossibleUserWarning,
                 stacklevel=3,
             )
         self._metric_log.epoch_end = True  # what is logged before the first step is of the epoch

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
+from lit_fast.attributes import Attributes
 from lit_fast.binding import clip_in_place
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
-from lit_fast.config import refuse_unknown, resolve_config
+from lit_fast.config import apply_barebones, defaults_from_environment, refuse_unknown, resolve_config
 from lit_fast.defaults import configure_callbacks, configure_loggers
 from lit_fast.errors import MisconfigurationException
 from lit_fast.evaluation import EvaluationLoop, can_validate
-from lit_fast.hooks import is_overridden
+from lit_fast.flags import announce, set_torch_flags
 from lit_fast.loop import FitLoop
-from lit_fast.metrics import MetricLog
+from lit_fast.metrics import MetricLog, MutedLog
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans
-from lit_fast.progress import NOW, Progress
-from lit_fast.runtime import Runtime, attach_model, borrow_model
-from lit_fast.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from lit_fast.progress import Progress
+from lit_fast.runtime import attach_model, borrow_model
+from lit_fast.states import TrainerFn, TrainerState
 from lit_fast.strategies import SingleDeviceStrategy
 
-if TYPE_CHECKING:
-    from lit_fast.optim.configure import LRSchedulerConfig
 
-
-class Trainer(Runtime):
+class Trainer(Attributes):
     """Trains a `LightningModule`. Every argument of PyTorch Lightning's Trainer is accepted by name; the few that are
     not built yet are refused with an error that says so, unless left at their defaults.
 
@@ -66,6 +65,7 @@ class Trainer(Runtime):
         print(trainer.explain())
     """
 
+    @defaults_from_environment
     def __init__(
         self,
         *,
@@ -117,19 +117,18 @@ class Trainer(Runtime):
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "unknown")}
         if unknown:
             refuse_unknown(list(unknown), list(given))
+        if barebones:
+            apply_barebones(given)
         loggers, given_callbacks = given.pop("logger"), given.pop("callbacks")
         self.config = resolve_config(**given)
-        self.strategy = SingleDeviceStrategy(self.config.device, precision_plugin=self.config.precision)
+        self.strategy = SingleDeviceStrategy(self.config.device) if isinstance(strategy, str) else strategy
+        self.strategy.accelerator, self.strategy.precision_plugin = self.config.accelerator, self.config.precision
         self.state = TrainerState()
-        self.loggers: list[Any] = configure_loggers(loggers, self.config.default_root_dir)
+        self.loggers = configure_loggers(loggers, self.config.default_root_dir, self.config.fast_dev_run)
         self.callbacks = configure_callbacks(given_callbacks, self.config)
         self.datamodule = None
-        # Callbacks may change these; the loop asks before each epoch (`Plans.refresh`).
-        self.accumulate_grad_batches = self.config.accumulate_grad_batches
-        self.gradient_clip_val = self.config.gradient_clip_val
-        self.gradient_clip_algorithm = self.config.gradient_clip_algorithm
         self._module: LightningModule | None = None
-        self._metric_log = MetricLog()
+        self._metric_log = MutedLog() if barebones else MetricLog()
         self._progress = Progress()
         self._profiler = self._make_profiler()
         self.fit_loop = FitLoop(self)
@@ -140,6 +139,8 @@ class Trainer(Runtime):
         self._pending_metrics = None  # the same, until the sanity check is over
         self._sources: dict[str, Any] = {}
         self.ckpt_path: str | None = None
+        set_torch_flags(self.config)
+        announce(self.config)
 
     # -- running
 
@@ -172,7 +173,8 @@ class Trainer(Runtime):
             self._use_data(module, datamodule, train_dataloader=train_dataloaders, val_dataloader=val_dataloaders)
             checkpoint = self._prepare(module, "fit", ckpt_path, weights_only)
             self._begin_fit(module, checkpoint)
-            self.fit_loop.run()
+            with torch.autograd.set_detect_anomaly(self.config.detect_anomaly):
+                self.fit_loop.run()
             self._end_fit(module)
 
     def validate(
@@ -275,244 +277,3 @@ class Trainer(Runtime):
         self._run_step_hooks("on_before_backward", loss)
         module.backward(loss, *args, **kwargs)
         self._run_step_hooks("on_after_backward")
-
-    # -- what callbacks and users read
-
-    @property
-    def lightning_module(self) -> LightningModule:
-        """The module that runs, or ran last."""
-        assert self._module is not None, "no model is attached yet"
-        return self._module
-
-    @property
-    def model(self) -> LightningModule | None:
-        return self._module
-
-    @property
-    def optimizers(self) -> list[Any]:
-        """The optimizers from `configure_optimizers`. May be set: other ones are stepped from the next epoch on."""
-        return self.strategy.optimizers
-
-    @optimizers.setter
-    def optimizers(self, optimizers: list[Any]) -> None:
-        self.strategy.optimizers = optimizers
-
-    @property
-    def lr_scheduler_configs(self) -> list[LRSchedulerConfig]:
-        """The learning rate schedulers and when each of them steps. The list may be changed, as `optimizers`."""
-        return self.strategy.lr_scheduler_configs
-
-    @property
-    def accelerator(self) -> Any:
-        return self.strategy.accelerator
-
-    @property
-    def precision_plugin(self) -> Any:
-        return self.strategy.precision_plugin
-
-    @property
-    def scaler(self) -> Any:
-        """The gradient scaler of "16-mixed", else None."""
-        return getattr(self.precision_plugin, "scaler", None)
-
-    @property
-    def should_stop(self) -> bool:
-        """Set to True to stop after the running step (minimum epochs and steps permitting)."""
-        return self._should_stop
-
-    @should_stop.setter
-    def should_stop(self, stop: bool) -> None:
-        self._should_stop = stop
-        self._progress.boundary = NOW
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps taken, over all optimizers."""
-        return self._progress.global_step
-
-    @property
-    def current_epoch(self) -> int:
-        """Epochs finished."""
-        return self._progress.epoch
-
-    @property
-    def is_last_batch(self) -> bool:
-        """Whether the running batch is the last one of its epoch."""
-        progress = self._progress
-        return progress.is_last_batch or progress.batch_idx + 1 == progress.total
-
-    @property
-    def callback_metrics(self) -> dict[str, Tensor]:
-        """The newest value of everything logged, as 0-dim tensors, for callbacks."""
-        return self._metric_log.callback_metrics()
-
-    @property
-    def logged_metrics(self) -> dict[str, Tensor]:
-        return self._metric_log.logged_metrics()
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float]:
-        return self._metric_log.progress_bar_metrics()
-
-    @property
-    def enable_validation(self) -> bool:
-        """Whether this fit validates: there is a validation_step, data for it, and a limit above 0."""
-        module = self._module
-        if module is None or not can_validate(module) or self.config.limit_val_batches == 0:
-            return False
-        return (
-            self._sources.get("val_dataloader") is not None
-            or is_overridden("val_dataloader", module, LightningModule)
-            or self._datamodule_overrides("val_dataloader")
-        )
-
-    @property
-    def num_training_batches(self) -> int | float:
-        """Batches of a training epoch (inf where unknown)."""
-        return float("inf") if self._progress.total is None else self._progress.total
-
-    @property
-    def num_val_batches(self) -> list[int | float]:
-        return self._evaluation.num_batches
-
-    @property
-    def num_sanity_val_batches(self) -> list[int | float]:
-        return [min(self.config.num_sanity_val_steps, limit) for limit in self._evaluation.num_batches]
-
-    @property
-    def num_sanity_val_steps(self) -> int | float:
-        steps = self.config.num_sanity_val_steps
-        return float("inf") if steps == -1 else steps
-
-    @property
-    def val_check_batch(self) -> int | float:
-        return self.fit_loop.val_check_batch
-
-    @property
-    def estimated_stepping_batches(self) -> int | float:
-        """Optimizer steps that the whole fit will take (inf where unknown); loads the training data if need be."""
-        if self.fit_loop.loader is None:
-            self.fit_loop.load_data()
-        total, config = self._progress.total, self.config
-        if total is None or self.fit_loop.max_epochs == -1:
-            return config.max_steps if config.max_steps != -1 else float("inf")
-        steps = -(-total // self.accumulate_grad_batches) * max(self.fit_loop.max_epochs, 1)
-        return steps if config.max_steps == -1 else min(steps, config.max_steps)
-
-    @property
-    def train_dataloader(self) -> Any:
-        return self.fit_loop.loader
-
-    @property
-    def val_dataloaders(self) -> Any:
-        loaders = self._evaluation.loaders
-        return loaders[0] if loaders is not None and len(loaders) == 1 else loaders
-
-    @property
-    def logger(self) -> Any:
-        """The first logger, or None."""
-        return self.loggers[0] if self.loggers else None
-
-    @logger.setter
-    def logger(self, logger: Any) -> None:
-        self.loggers = [logger] if logger else []
-
-    @property
-    def log_dir(self) -> str | None:
-        """Where the first logger writes, or `default_root_dir`."""
-        if self.loggers:
-            return cast("str | None", getattr(self.loggers[0], "log_dir", None) or self.loggers[0].save_dir)
-        return str(self.default_root_dir)
-
-    @property
-    def default_root_dir(self) -> str:
-        return str(self.config.default_root_dir)
-
-    @property
-    def profiler(self) -> Any:
-        return self._profiler
-
-    @property
-    def checkpoint_callbacks(self) -> list[Any]:
-        from lit_fast.callbacks.checkpoint import Checkpoint
-
-        return [callback for callback in self.callbacks if isinstance(callback, Checkpoint)]
-
-    @property
-    def checkpoint_callback(self) -> Any:
-        """The first checkpoint callback, or None."""
-        return next(iter(self.checkpoint_callbacks), None)
-
-    @property
-    def early_stopping_callbacks(self) -> list[Any]:
-        from lit_fast.callbacks.early_stopping import EarlyStopping
-
-        return [callback for callback in self.callbacks if isinstance(callback, EarlyStopping)]
-
-    @property
-    def early_stopping_callback(self) -> Any:
-        return next(iter(self.early_stopping_callbacks), None)
-
-    @property
-    def progress_bar_callback(self) -> Any:
-        """The progress bar, or None."""
-        if not any("progress" in type(callback).__module__ for callback in self.callbacks):
-            return None
-        from lit_fast.callbacks.progress import ProgressBar
-
-        return next((callback for callback in self.callbacks if isinstance(callback, ProgressBar)), None)
-
-    @property
-    def training(self) -> bool:
-        return self.state.stage == RunningStage.TRAINING
-
-    @property
-    def validating(self) -> bool:
-        return self.state.stage == RunningStage.VALIDATING
-
-    @property
-    def sanity_checking(self) -> bool:
-        return self.state.stage == RunningStage.SANITY_CHECKING
-
-    @property
-    def evaluating(self) -> bool:
-        return self.state.stage is not None and self.state.stage.evaluating
-
-    testing = predicting = False
-
-    @property
-    def interrupted(self) -> bool:
-        return self.state.status == TrainerStatus.INTERRUPTED
-
-    global_rank = local_rank = node_rank = 0
-    world_size = num_nodes = num_devices = 1
-    is_global_zero = True
-    fast_dev_run = False
-    barebones = False
-
-    @property
-    def precision(self) -> str:
-        return self.config.precision.precision
-
-    @property
-    def max_epochs(self) -> int:
-        return self.fit_loop.max_epochs
-
-    @property
-    def min_epochs(self) -> int | None:
-        return self.fit_loop.min_epochs
-
-    @property
-    def max_steps(self) -> int:
-        return self.fit_loop.max_steps
-
-    @property
-    def min_steps(self) -> int | None:
-        return self.fit_loop.min_steps
-
-    def __getattr__(self, name: str) -> Any:
-        """Options that only configuration holds (`log_every_n_steps`, `limit_val_batches`, ...) read as attributes."""
-        config = self.__dict__.get("config")
-        if config is not None and name in type(config).__dataclass_fields__:
-            return getattr(config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

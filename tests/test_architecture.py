@@ -23,13 +23,16 @@ FLOORS = [
     "cli compat fabric pytorch",
     "demos models tuner",
     "trainer",
-    "runtime defaults evaluation loop",
+    "attributes",
+    "runtime",
+    "defaults evaluation loop",
     "step plan binding",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics backward callbacks loggers checkpoint data profiler config seed hparams "
-    "backends",
+    "backends accelerators flags",
     "optim triton",
     "ops",
     "_core",
+    "rank_zero",
     "errors hooks states progress",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -126,7 +126,7 @@ def test_uninstall_without_install_leaves_lightning_alone(monkeypatch: pytest.Mo
 
 
 def test_rank_zero_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_fast.pytorch.rank_zero import rank_zero_only, rank_zero_warn
+    from lit_fast.rank_zero import rank_zero_only, rank_zero_warn
 
     said = rank_zero_only(lambda: "said")
     assert said() == "said"

@@ -20,8 +20,8 @@ from typing import Any
 LIGHTNING_VERSION = "2.6.6"
 
 _RANK_ZERO = {
-    name: f"lit_fast.pytorch.rank_zero:{name}"
-    for name in ("rank_zero_debug", "rank_zero_info", "rank_zero_only", "rank_zero_warn")
+    name: f"lit_fast.rank_zero:{name}"
+    for name in ("rank_zero_debug", "rank_zero_deprecation", "rank_zero_info", "rank_zero_only", "rank_zero_warn")
 }
 _CORE = {
     "Callback": "lit_fast:Callback",
@@ -30,11 +30,21 @@ _CORE = {
     "Trainer": "lit_fast:Trainer",
     "seed_everything": "lit_fast:seed_everything",
 }
+_WARNINGS = {
+    "LightningDeprecationWarning": "lit_fast.errors:LightningDeprecationWarning",
+    "PossibleUserWarning": "lit_fast.errors:PossibleUserWarning",
+    "WarningCache": "lit_fast.rank_zero:WarningCache",
+}
+_ACCELERATORS = {
+    name: f"lit_fast.accelerators:{name}"
+    for name in ("Accelerator", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator")
+}
 _EXCEPTIONS = {"MisconfigurationException": "lit_fast.errors:MisconfigurationException"}
 
 TABLE: dict[str, str | dict[str, str]] = {
     "": _CORE,
     "pytorch": "lit_fast.pytorch",
+    "pytorch.accelerators": _ACCELERATORS,
     "pytorch.callbacks": "lit_fast.callbacks",
     "pytorch.demos": "lit_fast.demos",
     "pytorch.loggers": "lit_fast.loggers",
@@ -54,19 +64,22 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
     "pytorch.utilities.exceptions": _EXCEPTIONS,
     "pytorch.utilities.parsing": {"AttributeDict": "lit_fast.hparams:AttributeDict"},
-    "pytorch.utilities.rank_zero": "lit_fast.pytorch.rank_zero",
+    "pytorch.utilities.rank_zero": "lit_fast.rank_zero",
     "pytorch.utilities.seed": "lit_fast.seed",
+    "pytorch.utilities.warnings": _WARNINGS,
     "pytorch.utilities.types": "lit_fast.pytorch.types",
     "fabric": {"seed_everything": "lit_fast:seed_everything"},
+    "fabric.accelerators": _ACCELERATORS,
     "fabric.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
     "fabric.utilities.exceptions": _EXCEPTIONS,
-    "fabric.utilities.rank_zero": "lit_fast.pytorch.rank_zero",
+    "fabric.utilities.rank_zero": "lit_fast.rank_zero",
     "fabric.utilities.seed": "lit_fast.seed",
     "fabric.utilities.spike": {
         "SpikeDetection": "lit_fast.callbacks.spike:LossSpikes",
         "TrainingSpikeException": "lit_fast.errors:TrainingSpikeException",
     },
     "fabric.utilities.throughput": "lit_fast.profiler.throughput",
+    "fabric.utilities.warnings": _WARNINGS,
 }
 
 
@@ -182,7 +195,7 @@ class Finder(importlib.abc.MetaPathFinder):
             if fullname != root and not fullname.startswith(f"{root}."):
                 continue
             rest = fullname[len(root) + 1 :]
-            if root == "lit_fast.pytorch" and (not rest or rest in ("names", "rank_zero", "types")):
+            if root == "lit_fast.pytorch" and (not rest or rest in ("names", "types")):
                 return None  # these are files of this very package
             asked = ".".join(part for part in (key, rest) if part)
             if not exists(asked):

@@ -19,7 +19,7 @@ class SingleDeviceStrategy:
 
     Args:
         device: where the model and its batches live.
-        accelerator: the kind of device, as an object of strategies/accelerator.py.
+        accelerator: the kind of device; the Trainer sets it.
         precision_plugin: how a step computes; the Trainer sets it.
 
     Example:
