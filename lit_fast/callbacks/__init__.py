@@ -12,6 +12,7 @@ _HOME = {
     "Callback": "callback",
     "Checkpoint": "checkpoint",
     "DeviceStatsMonitor": "device_stats_monitor",
+    "EMAWeightAveraging": "weight_averaging",
     "EarlyStopping": "early_stopping",
     "LambdaCallback": "lambda_function",
     "LearningRateMonitor": "lr_monitor",
@@ -25,6 +26,7 @@ _HOME = {
     "SpikeDetection": "spike",
     "ThroughputMonitor": "throughput_monitor",
     "Timer": "timer",
+    "WeightAveraging": "weight_averaging",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "Callback",
     "Checkpoint",
     "DeviceStatsMonitor",
+    "EMAWeightAveraging",
     "EarlyStopping",
     "LambdaCallback",
     "LearningRateMonitor",
@@ -47,6 +50,7 @@ __all__ = [
     "SpikeDetection",
     "ThroughputMonitor",
     "Timer",
+    "WeightAveraging",
 ]
 
 
