@@ -18,7 +18,7 @@ from lit_fast.hooks import is_overridden
 from lit_fast.module import LightningModule
 from lit_fast.progress import NOW
 from lit_fast.runtime import Runtime
-from lit_fast.states import RunningStage, TrainerStatus
+from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
     from lit_fast.accelerators import Accelerator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lit_fast.loop import FitLoop
     from lit_fast.metrics import MetricLog
     from lit_fast.optim.configure import LRSchedulerConfig
+    from lit_fast.prediction import PredictionLoop
     from lit_fast.progress import Progress
     from lit_fast.states import TrainerState
     from lit_fast.strategies import SingleDeviceStrategy
@@ -56,7 +57,9 @@ class Attributes(Runtime):
         fit_loop: FitLoop
         state: TrainerState
         strategy: SingleDeviceStrategy
-        _evaluation: EvaluationLoop
+        validate_loop: EvaluationLoop
+        test_loop: EvaluationLoop
+        predict_loop: PredictionLoop
         _metric_log: MetricLog
         _module: LightningModule | None
         _progress: Progress
@@ -176,11 +179,21 @@ class Attributes(Runtime):
 
     @property
     def num_val_batches(self) -> list[int | float]:
-        return self._evaluation.num_batches
+        """Validation batches of each loader (inf where unknown), also while the sanity check takes fewer."""
+        validating = self.state.fn == TrainerFn.VALIDATING
+        return (self.validate_loop if validating else self.fit_loop.epoch_loop.val_loop).limits
 
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
-        return [min(self.config.num_sanity_val_steps, limit) for limit in self._evaluation.num_batches]
+        return [min(self.num_sanity_val_steps, limit) for limit in self.fit_loop.epoch_loop.val_loop.limits]
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        return self.test_loop.max_batches
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        return self.predict_loop.max_batches
 
     @property
     def val_check_batch(self) -> int | float | None:
@@ -206,8 +219,17 @@ class Attributes(Runtime):
 
     @property
     def val_dataloaders(self) -> Any:
-        loaders = self._evaluation.loaders
-        return loaders[0] if loaders is not None and len(loaders) == 1 else loaders
+        """The validation data of the fit, or of `validate`, as it was given."""
+        fitting = self.fit_loop.epoch_loop.val_loop.loaders
+        return self.validate_loop.loaders if fitting is None else fitting
+
+    @property
+    def test_dataloaders(self) -> Any:
+        return self.test_loop.loaders
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        return self.predict_loop.loaders
 
     @property
     def logger(self) -> Any:

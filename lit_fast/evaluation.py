@@ -1,21 +1,24 @@
-"""The evaluation loop: validation inside a fit, the sanity check before it, and `Trainer.validate`."""
+"""The evaluation loop: validation inside a fit, the sanity check before it, `Trainer.validate` and `Trainer.test`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lit_fast.binding import positional_arguments
 from lit_fast.checkpoint import rng
 from lit_fast.config import batch_limit
+from lit_fast.data.combined import CombinedLoader
 from lit_fast.data.position import tell_epoch
 from lit_fast.errors import DataError, MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.loop import length_of
+from lit_fast.metrics import to_float
 from lit_fast.module import LightningModule
 from lit_fast.states import TrainerFn
 
@@ -23,49 +26,174 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
-class EvaluationLoop:
-    """Runs `validation_step` over every validation loader, without gradients, in evaluation mode."""
+class StageNames(NamedTuple):
+    """What one stage is called in the trainer's state and the log, in its hooks, and in names of loaders and limits."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.loaders: list[Any] | None = None
-        self.limits: list[int | None] = []
-        self._seen: list[int] = []  # batches of each loader in this run, which counts what is logged per batch
+    stage: str
+    hooks: str
+    data: str
+
+    @property
+    def step(self) -> str:
+        return f"{self.hooks}_step"
+
+
+VALIDATION = StageNames("validate", "validation", "val")
+TEST = StageNames("test", "test", "test")
+
+
+class StageLoop:
+    """What validation, test and prediction share: their loaders, where they are in them, and the module's modes."""
+
+    def __init__(self, trainer: Trainer, names: StageNames) -> None:
+        self.trainer, self.names = trainer, names
+        self.inference_mode = trainer.config.inference_mode  # a fit's validation sets it to False
+        self.combined: CombinedLoader | None = None
+        self.limits: list[int | float] = []  # batches of each loader; inf where unknown
         self.batch_idx, self.dataloader_idx = -1, 0  # what runs now; the progress bar reads them from its thread
-        self.batches_run = 0  # in the validation that runs or ran last, over all loaders
-        self.rng_before: dict[str, Any] = {}  # what a checkpoint holds that is written while validation runs
+        self.batches_before = 0  # in the loaders of this run that are through
         self._training_modes: dict[torch.nn.Module, bool] = {}
 
-    def load_data(self) -> None:
-        """Ask for the validation loaders, once per run.
+    # -- data
+
+    def setup_data(self) -> None:
+        """Ask for the loaders, once per run.
 
         Raises:
             DataError: what was given is no loader.
+            MisconfigurationException: a limit that a loader cannot satisfy.
         """
-        if self.loaders is not None:
+        name, trainer = self.names.data, self.trainer
+        limit = getattr(trainer, f"limit_{name}_batches")
+        if self.combined is not None or limit == 0:
             return
-        given = self.trainer._request_loader("val_dataloader")
-        loaders = list(given) if isinstance(given, list | tuple) else [given]
-        if isinstance(given, Mapping):
-            loaders = list(given.values())
-        for loader in loaders:
-            if not isinstance(loader, Iterable):
+        given = trainer._request_loader(f"{name}_dataloader")
+        combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
+        for loader in combined.flattened:
+            if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
                 raise DataError(
-                    f"The validation data is {type(loader).__name__}, which cannot be iterated; pass a DataLoader, "
-                    f"any iterable of batches, or a list of them."
+                    f"The {self.names.hooks} data is {type(loader).__name__}, which cannot be iterated; pass a "
+                    f"DataLoader, any iterable of batches, or a list of them."
                 )
-        self.loaders = loaders
-        limit = self.trainer.config.limit_val_batches
-        self._seen = [0] * len(loaders)
-        self.limits = [batch_limit("limit_val_batches", limit, length_of(loader)) for loader in loaders]
+        combined.flattened = [self.prepared(loader) for loader in combined.flattened]
+        self.limits = [
+            math.inf if (known := batch_limit(f"limit_{name}_batches", limit, length_of(loader))) is None else known
+            for loader in combined.flattened
+        ]
+        self.combined = combined
+
+    def prepared(self, loader: Any) -> Any:
+        """The loader as this stage reads it."""
+        return loader
 
     @property
-    def num_batches(self) -> list[int | float]:
-        limits: list[int | float] = [float("inf") if limit is None else limit for limit in self.limits]
-        if self.trainer.sanity_checking:
-            sanity = self.trainer.config.num_sanity_val_steps
-            return [limit if sanity == -1 else min(sanity, limit) for limit in limits]
-        return limits
+    def loaders(self) -> Any:
+        """The loaders as they were given, or None before they were asked for."""
+        return None if self.combined is None else self.combined.iterables
+
+    @property
+    def max_batches(self) -> list[int | float]:
+        """How many batches of each loader run."""
+        return self.limits
+
+    @property
+    def num_dataloaders(self) -> int:
+        return 0 if self.combined is None else len(self.combined.flattened)
+
+    @property
+    def several(self) -> bool:
+        """Whether hooks and steps are told which loader a batch is from."""
+        return self.combined is not None and self.combined.mode == "sequential" and self.num_dataloaders > 1
+
+    @property
+    def batches_run(self) -> int:
+        """In the run that goes on or ran last, over all loaders."""
+        return self.batches_before + self.batch_idx + 1
+
+    def passes(self) -> Iterator[tuple[int, Iterator[Any]]]:
+        """What runs one after the other: each loader, or all of them at once where they are combined otherwise."""
+        combined = self.combined
+        assert combined is not None
+        self.batches_before, self.batch_idx = 0, -1
+        if combined.mode != "sequential":
+            combined.limits = self.max_batches
+            self.dataloader_idx = 0
+            yield 0, islice((batch for batch, _, _ in combined), combined.length)
+            return
+        for index, (loader, limit) in enumerate(zip(combined.flattened, self.max_batches, strict=True)):
+            self.batches_before, self.batch_idx, self.dataloader_idx = self.batches_run, -1, index
+            tell_epoch(loader, self.trainer._progress.epoch)
+            yield index, iter(loader) if limit == math.inf else islice(loader, int(limit))
+
+    # -- around the batches
+
+    def no_grad(self) -> AbstractContextManager[Any]:
+        return torch.inference_mode() if self.inference_mode else torch.no_grad()
+
+    def bind_step(self, index: int) -> Callable[..., Any]:
+        """The module's step under the precision, called with as many of its arguments as it takes."""
+        config = self.trainer.config
+        function = getattr(self.trainer.lightning_module, self.names.step)
+        if not _takes(function, "batch_idx", at_least=2):
+            whole = function
+
+            def function(batch: Any, batch_idx: int, *where: int) -> Any:
+                return whole(batch, *where)
+
+        return config.precision.bind(function, config.device)
+
+    def check_arguments(self) -> None:
+        """Raises: MisconfigurationException, where a step or hook must take `dataloader_idx`, or must not need it."""
+        module, hooks = self.trainer.lightning_module, self.names.hooks
+        for name in (self.names.step, f"on_{hooks}_batch_start", f"on_{hooks}_batch_end"):
+            function = getattr(module, name)
+            if self.several and not _takes(function, "dataloader_idx"):
+                raise MisconfigurationException(
+                    f"There are several {hooks} loaders, but {name} does not take `dataloader_idx`; define it as "
+                    f"{name}(self, ..., batch_idx, dataloader_idx=0)."
+                )
+            if not self.several and _needs(function, "dataloader_idx"):
+                raise MisconfigurationException(
+                    f"There is one {hooks} loader, but {name} needs `dataloader_idx`; leave it out of "
+                    f"{type(module).__name__}.{name}, or give it a default: dataloader_idx=0."
+                )
+
+    def model_eval(self) -> None:
+        """Into evaluation mode, remembering which submodules were training."""
+        self._training_modes = {child: child.training for child in self.trainer.lightning_module.modules()}
+        self.trainer._call_module(f"on_{self.names.hooks}_model_eval")
+
+    def model_train(self) -> None:
+        """Every submodule as it was before `model_eval`; or as the module's own hook says."""
+        hook = f"on_{self.names.hooks}_model_train"
+        if is_overridden(hook, self.trainer.lightning_module, LightningModule):
+            self.trainer._call_module(hook)
+        else:
+            for child, training in self._training_modes.items():
+                child.training = training
+        self._training_modes = {}
+
+
+class EvaluationLoop(StageLoop):
+    """Runs `validation_step` or `test_step` over every loader, without gradients, in evaluation mode."""
+
+    def __init__(self, trainer: Trainer, names: StageNames, verbose: bool = True) -> None:
+        super().__init__(trainer, names)
+        self.verbose = verbose
+        self._seen: list[int] = []  # batches of each loader so far, which counts what is logged per batch
+        self.rng_before: dict[str, Any] = {}  # what a checkpoint holds that is written while validation runs
+
+    def setup_data(self) -> None:
+        if self.combined is None:
+            super().setup_data()
+            self._seen = [0] * max(1, self.num_dataloaders)
+
+    @property
+    def max_batches(self) -> list[int | float]:
+        if not self.trainer.sanity_checking:
+            return self.limits
+        steps = self.trainer.num_sanity_val_steps
+        return [min(steps, limit) for limit in self.limits]
 
     def run_in_fit(self, release_gradients: bool) -> None:
         """Validation in the middle of a fit: afterwards the training state is as before."""
@@ -98,58 +226,53 @@ class EvaluationLoop:
         trainer._stage = "train"
 
     def run(self) -> list[dict[str, float]]:
-        """All loaders once; returns the logged values of each, as `Trainer.validate` does."""
+        """All loaders once; returns the logged values of each, as `Trainer.validate` and `Trainer.test` do."""
         trainer = self.trainer
         log = trainer._metric_log
-        log.stage, log.epoch_end = "validate", False
-        # Inside a fit what a hook makes (a mask, a mean) may be trained with: not in inference mode, as in Lightning.
-        inference = trainer.config.inference_mode and trainer.state.fn != TrainerFn.FITTING
-        no_grad = torch.inference_mode() if inference else torch.no_grad()
+        log.stage, log.epoch_end = self.names.stage, False
         profiler = trainer._profiler
-        with no_grad, profiler.phase("validation") if profiler is not None else nullcontext():
-            self.load_data()
-            return self._run() if sum(self.num_batches) else []
+        with self.no_grad(), profiler.phase("validation") if profiler is not None else nullcontext():
+            self.setup_data()
+            return self._run() if sum(self.max_batches) else []
 
     def _run(self) -> list[dict[str, float]]:
-        trainer, log = self.trainer, self.trainer._metric_log
-        self.batches_run = 0
-        trainer._call_module("on_validation_model_eval")
-        trainer._call("on_validation_start")
-        trainer._call("on_validation_epoch_start")
-        assert self.loaders is not None
-        several = len(self.loaders) > 1
-        for index, (loader, limit) in enumerate(zip(self.loaders, self.num_batches, strict=True)):
-            tell_epoch(loader, trainer._progress.epoch)
-            self._run_loader(index, loader, limit, several)
-        log.collect()
-        log.epoch_end = True
-        trainer._call("on_validation_epoch_end")
-        logged = log.collect()
+        trainer, log, hooks = self.trainer, self.trainer._metric_log, self.names.hooks
+        self.check_arguments()
+        self.model_eval()
+        trainer._call(f"on_{hooks}_start")
+        trainer._call(f"on_{hooks}_epoch_start")
+        results: list[dict[str, Any]] = []
+        for index, batches in self.passes():
+            suffix = f"/dataloader_idx_{index}" if self.several else ""
+            log.epoch_end = False
+            self._run_loader(index, batches, suffix)
+            log.collect(suffix)
+            log.epoch_end = True
+            results.append(log.collect(suffix, settle=True))
+        trainer._call(f"on_{hooks}_epoch_end")
+        of_all = log.collect()
+        results = [{**logged, **of_all} for logged in results]
         if not trainer.sanity_checking:
-            trainer._log_metrics(logged)
-        results = _by_loader(log, logged, len(self.loaders))
+            trainer._log_metrics({name: value for logged in results for name, value in logged.items()})
         if trainer.validating and trainer.state.fn == TrainerFn.FITTING:
             trainer._progress.stage = "validated"
-        trainer._call("on_validation_end")
-        trainer._call_module("on_validation_model_train")
+        trainer._call(f"on_{hooks}_end")
+        self.model_train()
         log.end_epoch()
         log.batch = None
-        return results
+        return [{name: to_float(value) for name, value in logged.items()} for logged in results]
 
-    def _run_loader(self, index: int, loader: Any, limit: int | float, several: bool) -> None:
-        trainer, log, module = self.trainer, self.trainer._metric_log, self.trainer.lightning_module
-        self.batch_idx, self.dataloader_idx = -1, index
-        suffix = f"/dataloader_idx_{index}" if several else ""
-        where = (index,) if several else ()
-        step = trainer.config.precision.bind(_bind_step(module.validation_step, several), trainer.config.device)
-        table = log.table("validation_step", "validate", suffix)
-        receive = trainer._batch_receivers(log, "validate", index)
-        starts = trainer._bound_hooks("on_validation_batch_start", suffix)
-        ends = trainer._bound_hooks("on_validation_batch_end", suffix)
-        batches = iter(loader) if limit == float("inf") else islice(loader, int(limit))
+    def _run_loader(self, index: int, batches: Iterator[Any], suffix: str) -> None:
+        trainer, log, names = self.trainer, self.trainer._metric_log, self.names
+        where = (index,) if suffix else ()
+        step = self.bind_step(index)
+        table = log.table(names.step, names.stage, suffix)
+        receive = trainer._batch_receivers(log, names.stage, index)
+        starts = trainer._bound_hooks(f"on_{names.hooks}_batch_start", names.stage, suffix)
+        ends = trainer._bound_hooks(f"on_{names.hooks}_batch_end", names.stage, suffix)
+        counts, seen = not trainer.sanity_checking, self._seen[index]
         for batch_idx, given in enumerate(batches):
-            self.batch_idx = batch_idx
-            batch = given
+            self.batch_idx, batch = batch_idx, given
             for function in receive:
                 batch = function(batch)
             log.batch = batch
@@ -159,57 +282,50 @@ class EvaluationLoop:
             output = step(batch, batch_idx, *where)
             for hook in ends:
                 hook(output, batch, batch_idx, *where)
-            if log.evaluates_steps and not trainer.sanity_checking:
-                trainer._log_metrics(log.collect(suffix), step=self._seen[index])
-            self._seen[index] += not trainer.sanity_checking
-            self.batches_run += 1
+            if log.evaluates_steps and counts:
+                trainer._log_metrics(log.collect(suffix), step=seen + batch_idx)
             if trainer._interrupt is not None:
                 trainer._raise_interrupt()
-
-    def model_eval(self) -> None:
-        """Put every submodule in evaluation mode, remembering which were training."""
-        module = self.trainer.lightning_module
-        self._training_modes = {child: child.training for child in module.modules()}
-        module.eval()
-
-    def model_train(self) -> None:
-        """Give every submodule the mode back that it had before `model_eval`."""
-        for child, training in self._training_modes.items():
-            child.training = training
-        self._training_modes = {}
+        if counts:
+            self._seen[index] += self.batch_idx + 1
 
 
-def _bind_step(function: Callable[..., Any], several: bool) -> Callable[..., Any]:
-    """`validation_step` with as many of (batch, batch_idx, dataloader_idx) as it takes.
-
-    Raises:
-        MisconfigurationException: there are several loaders and the step does not take `dataloader_idx`.
-    """
-    takes = positional_arguments(function)
-    if several and takes < 3:
-        raise MisconfigurationException(
-            "There are several validation loaders, but validation_step does not take `dataloader_idx`; define "
-            "validation_step(self, batch, batch_idx, dataloader_idx=0)."
-        )
-    if takes == 1:
-        return lambda batch, batch_idx: function(batch)
-    return function
+def _takes(function: Callable[..., Any], name: str, at_least: int | None = None) -> bool:
+    """Whether a step can be given the argument `name`: by that name, or among any number of arguments, or as one of
+    `at_least` arguments of any name. A compiled step, whose signature cannot be read, takes them all."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return True
+    kinds = {p.kind for p in parameters.values()}
+    if name in parameters or inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.VAR_KEYWORD in kinds:
+        return True
+    return at_least is not None and len(parameters) >= at_least
 
 
-def _by_loader(log: Any, logged: dict[str, Any], loaders: int) -> list[dict[str, float]]:
-    from lit_fast.metrics import to_float
+def _needs(function: Callable[..., Any], name: str) -> bool:
+    try:
+        parameter = inspect.signature(function).parameters.get(name)
+    except (TypeError, ValueError):
+        return False
+    return (
+        parameter is not None and parameter.default is parameter.empty and parameter.kind is not parameter.KEYWORD_ONLY
+    )
 
-    results: list[dict[str, float]] = []
-    for index in range(loaders):
-        mine = f"/dataloader_idx_{index}"
-        results.append(
-            {
-                name: to_float(value)
-                for name, value in logged.items()
-                if "/dataloader_idx_" not in name or name.endswith(mine)
-            }
-        )
-    return results
+
+def print_results(results: list[dict[str, float]], stage: str) -> None:
+    """The table that `Trainer.validate` and `Trainer.test` print: a row for each name, a column for each loader."""
+    rows = [{name.split("/dataloader_idx_")[0]: value for name, value in result.items()} for result in results]
+    names = sorted({name for row in rows for name in row})
+    if not names:
+        return
+    from rich import get_console
+    from rich.table import Table
+
+    table = Table(f"{stage.capitalize()} metric", *(f"DataLoader {index}" for index in range(len(rows))))
+    for name in names:
+        table.add_row(name, *(str(row.get(name, "")) for row in rows))
+    get_console().print(table)
 
 
 def can_validate(module: LightningModule) -> bool:

@@ -24,11 +24,14 @@ from lit_fast.rank_zero import WarningCache, rank_zero_info
 from lit_fast.step import closure, inline
 
 if TYPE_CHECKING:
+    from lit_fast.evaluation import EvaluationLoop
     from lit_fast.trainer import Trainer
 
 
 class EpochLoop:
     """The counters of the running epoch under the names that Lightning's callbacks use."""
+
+    val_loop: EvaluationLoop  # the Trainer puts it here
 
     def __init__(self, fit_loop: FitLoop) -> None:
         self._fit_loop = fit_loop
@@ -294,7 +297,7 @@ class FitLoop:
                 f"training goes on until it is."
             )
         if self._validation_is_due(stopping):
-            trainer._evaluation.run_in_fit(release_gradients=not window_open)
+            self.epoch_loop.val_loop.run_in_fit(release_gradients=not window_open)
             self.last_validation = time.monotonic()
             stopping = trainer.should_stop and self._may_stop()
         if not window_open:

@@ -84,7 +84,7 @@ class Slot:
 
     __slots__ = (
         "dtype", "fresh", "loader", "log", "name", "newest", "on_epoch", "on_step", "options", "prog_bar", "reduction",
-        "restored", "suffix",
+        "restored", "settled", "suffix",
     )  # fmt: skip
 
     def __init__(
@@ -95,7 +95,7 @@ class Slot:
         self.prog_bar: bool = options[0]
         self.suffix = self.loader = ""  # which validation loader: in its name, and at all
         self.dtype = torch.float32
-        self.fresh = self.restored = False
+        self.fresh = self.restored = self.settled = False
         self.newest: Any = None
 
     def write(self, value: Any, batch_size: int | None) -> None:
@@ -112,7 +112,7 @@ class Slot:
         return self.newest
 
     def reset(self) -> None:
-        self.fresh = False
+        self.fresh = self.settled = False
         self.newest = None
 
 
@@ -217,7 +217,7 @@ class MetricLog:
         self.current: Table | None = None
         self.batch: Any = None
         self.stage = "train"
-        self.evaluates_steps = False  # does anything log single validation batches?
+        self.evaluates_steps = False  # does anything log single batches of validation or test data?
         self.sanity_checking = False  # then the values of several loaders are not published, as in Lightning
         self.epoch_end = False  # reading gives epoch values (True) or the newest step's
         self._stages: dict[str, dict[str, Table]] = {}
@@ -297,7 +297,7 @@ class MetricLog:
         slot = make(name, options, self, on_step, on_epoch, reduction)
         slot.loader = table.suffix
         slot.suffix = table.suffix if add_dataloader_idx else ""
-        self.evaluates_steps = self.evaluates_steps or (on_step and self.stage == "validate")
+        self.evaluates_steps = self.evaluates_steps or (on_step and self.stage != "train")
         if isinstance(value, Tensor) and value.dtype == torch.float64:
             slot.dtype = torch.float64
         table.slots[name] = slot
@@ -310,16 +310,21 @@ class MetricLog:
         tables = list(self._stages.get(stage or self.stage, {}).values())
         return [slot for table in tables for slot in list(table.slots.values()) if slot.fresh]
 
-    def collect(self, suffix: str | None = None) -> dict[str, Any]:
+    def collect(self, suffix: str | None = None, settle: bool = False) -> dict[str, Any]:
         """Bring the three published dictionaries up to date; returns what the loggers should get now.
 
-        `suffix` restricts it to one validation loader.
+        Args:
+            suffix: only of this loader, where there are several.
+            settle: these values are final: whatever happens to a metric object afterwards does not change them.
         """
         training = self.stage == "train"
         logged: dict[str, Any] = {}
         for slot in self.slots():
             if not (slot.on_epoch if self.epoch_end else slot.on_step) or suffix not in (None, slot.loader):
                 continue
+            if slot.settled and self.epoch_end:
+                continue
+            slot.settled = settle
             if slot.loader and self.sanity_checking:
                 continue
             value = _rounded(slot.epoch_value(), slot.dtype) if self.epoch_end else slot.step_value()

@@ -215,6 +215,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
     def test_step(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        """What `trainer.predict` returns of a batch; by default the module called with it."""
         return self(args[0] if args else kwargs["batch"])
 
     def configure_optimizers(self) -> Any:
@@ -241,6 +242,18 @@ class LightningModule(HyperparametersMixin, nn.Module):
         raise MisconfigurationException(
             f"No validation data: pass val_dataloaders=..., a datamodule, "
             f"or define {type(self).__name__}.val_dataloader()."
+        )
+
+    def test_dataloader(self) -> Any:
+        raise MisconfigurationException(
+            f"No test data: pass trainer.test(model, dataloaders=...), a datamodule, "
+            f"or define {type(self).__name__}.test_dataloader()."
+        )
+
+    def predict_dataloader(self) -> Any:
+        raise MisconfigurationException(
+            f"No data to predict on: pass trainer.predict(model, dataloaders=...), a datamodule, "
+            f"or define {type(self).__name__}.predict_dataloader()."
         )
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -276,6 +289,18 @@ class LightningModule(HyperparametersMixin, nn.Module):
     def on_validation_epoch_end(self) -> None: ...
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_start(self) -> None: ...
+    def on_test_end(self) -> None: ...
+    def on_test_epoch_start(self) -> None: ...
+    def on_test_epoch_end(self) -> None: ...
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_start(self) -> None: ...
+    def on_predict_end(self) -> None: ...
+    def on_predict_epoch_start(self) -> None: ...
+    def on_predict_epoch_end(self) -> None: ...
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
     def on_before_zero_grad(self, optimizer: Optimizer) -> None: ...
     def on_before_backward(self, loss: Tensor) -> None: ...
     def on_after_backward(self) -> None: ...
@@ -288,10 +313,21 @@ class LightningModule(HyperparametersMixin, nn.Module):
         self.zero_grad()
 
     def on_validation_model_eval(self) -> None:
-        self.trainer._evaluation.model_eval()
+        """Override to choose which submodules validate in evaluation mode; all of them by default."""
+        self.eval()
 
     def on_validation_model_train(self) -> None:
-        self.trainer._evaluation.model_train()
+        """Override to choose which submodules train afterwards; where it is not, each is as it was before."""
+        self.train()
+
+    def on_test_model_eval(self) -> None:
+        self.eval()
+
+    def on_test_model_train(self) -> None:
+        self.train()
+
+    def on_predict_model_eval(self) -> None:
+        self.eval()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Override to run backward your own way; `loss` is divided by the accumulation window already."""

@@ -98,7 +98,7 @@ def _compile_steps(compiled: Any, module: LightningModule) -> dict[str, Any]:
     """Put compiled versions of forward and the steps on the module; returns what stood there."""
     import torch
 
-    names = ("forward", "training_step", "validation_step")
+    names = ("forward", "training_step", "validation_step", "test_step", "predict_step")
     before = {name: module.__dict__.get(name) for name in (*names, "log")}
     for name in names:
         module.__dict__[name] = compiled.dynamo_ctx(getattr(module, name))
@@ -127,7 +127,13 @@ class Runtime:
 
     def _begin(self, fn: TrainerFn) -> None:
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
-        self.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage.VALIDATING
+        self.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(str(fn))
+        self._evaluation = {
+            TrainerFn.FITTING: self.fit_loop.epoch_loop.val_loop,
+            TrainerFn.VALIDATING: self.validate_loop,
+            TrainerFn.TESTING: self.test_loop,
+            TrainerFn.PREDICTING: self.predict_loop,
+        }[fn]
         self._should_stop, self._interrupt = False, None
         if fn == TrainerFn.FITTING:
             self._settle_limits()
@@ -135,8 +141,6 @@ class Runtime:
             self._profiler.start()
         self._metric_log.drop_values()
         self._metric_log.stage = str(self.state.stage)
-        if fn != TrainerFn.FITTING:
-            self._evaluation.loaders = None
 
     def _settle_limits(self) -> None:
         """Limits that were left open: 1,000 epochs, unless something else ends the fit."""
@@ -184,7 +188,9 @@ class Runtime:
         if datamodule is not None:
             datamodule.trainer = self
         self._sources = sources
-        self.fit_loop.loader, self._evaluation.loaders = None, None
+        self.fit_loop.loader = None
+        for loop in (self.fit_loop.epoch_loop.val_loop, self.validate_loop, self.test_loop, self.predict_loop):
+            loop.combined = None
 
     def _prepare(self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None) -> Any:
         """Everything from `configure_callbacks` to a restored model, in Lightning's order; returns the checkpoint."""
@@ -235,7 +241,7 @@ class Runtime:
             checkpoint_state.restore_training(self._trainer, checkpoint)
         mid_epoch = self._progress.stage in ("batch", "stepped", "validated", "scheduled")
         if self.enable_validation and self.config.num_sanity_val_steps and not mid_epoch:
-            self._evaluation.sanity_check()
+            self.fit_loop.epoch_loop.val_loop.sanity_check()
         if self._pending_metrics is not None:
             self._metric_log.load_state_dict(self._pending_metrics)
             self._pending_metrics = None
@@ -253,7 +259,7 @@ class Runtime:
         every = self.config.check_val_every_n_epoch
         if self.enable_validation and (every is None or (self._progress.epoch + 1) % every == 0):
             self._stage = "validate"
-            self._evaluation.load_data()
+            self.fit_loop.epoch_loop.val_loop.setup_data()
             self._stage = "train"
 
     def _end_fit(self, module: LightningModule) -> None:
@@ -367,10 +373,10 @@ class Runtime:
             getattr(self._module, name)(*args)
         log.current = before
 
-    def _bound_hooks(self, name: str, suffix: str = "") -> tuple[Callable[..., Any], ...]:
-        """The live hooks of a validation batch, bound once per loader."""
+    def _bound_hooks(self, name: str, stage: str, suffix: str = "") -> tuple[Callable[..., Any], ...]:
+        """The live hooks of a batch of `stage`, bound once per loader."""
         log, module = self._metric_log, self.lightning_module
-        table = log.table(name, "validate", suffix)
+        table = log.table(name, stage, suffix)
         bound: list[Callable[..., Any]] = []
 
         def bind(hook: Callable[..., Any], *fixed: Any) -> Callable[..., Any]:
@@ -486,16 +492,6 @@ class Runtime:
                 logger.log_hyperparams(merged)
             logger.log_graph(module)
             logger.save()
-
-    def _print_results(self, results: list[dict[str, float]]) -> None:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("metric", *(f"loader {index}" if len(results) > 1 else "value" for index in range(len(results))))
-        for name in sorted({name for result in results for name in result}):
-            table.add_row(name, *(f"{result[name]:.6g}" if name in result else "" for result in results))
-        if table.row_count:
-            Console().print(table)
 
     def _make_profiler(self) -> Any:
         given = self.config.profiler

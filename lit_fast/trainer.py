@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,13 +16,15 @@ from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.config import apply_barebones, defaults_from_environment, refuse_unknown, resolve_config
 from lit_fast.defaults import configure_callbacks, configure_loggers
-from lit_fast.errors import MisconfigurationException
-from lit_fast.evaluation import EvaluationLoop, can_validate
+from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError
+from lit_fast.evaluation import TEST, VALIDATION, EvaluationLoop, print_results
 from lit_fast.flags import announce, set_torch_flags
+from lit_fast.hooks import is_overridden
 from lit_fast.loop import FitLoop
 from lit_fast.metrics import MetricLog, MutedLog
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans
+from lit_fast.prediction import PredictionLoop
 from lit_fast.progress import Progress
 from lit_fast.runtime import attach_model, borrow_model
 from lit_fast.states import TrainerFn, TrainerState
@@ -132,7 +135,13 @@ class Trainer(Attributes):
         self._progress = Progress()
         self._profiler = self._make_profiler()
         self.fit_loop = FitLoop(self)
-        self._evaluation = EvaluationLoop(self)
+        val_loop = self.fit_loop.epoch_loop.val_loop = EvaluationLoop(self, VALIDATION, verbose=False)
+        # Inside a fit what a hook makes (a mask, a mean) may be trained with: not in inference mode, as in Lightning.
+        val_loop.inference_mode = False
+        self.validate_loop = EvaluationLoop(self, VALIDATION)
+        self.test_loop = EvaluationLoop(self, TEST)
+        self.predict_loop = PredictionLoop(self)
+        self._evaluation: EvaluationLoop | PredictionLoop = val_loop  # of the running method
         self._should_stop = False
         self._interrupt = None  # a signal that waits for the end of the running step
         self._pending_rng = None  # of a checkpoint, until the first step is near
@@ -186,37 +195,132 @@ class Trainer(Attributes):
         datamodule: Any = None,
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
-        """Run the validation loop once; returns the logged values, one dict per loader.
+        """Run `validation_step` over the validation data once.
+
+        Args:
+            model: a LightningModule; where it is left out, the one that ran last, with the weights of its best
+                checkpoint unless `ckpt_path` says otherwise.
+            dataloaders: a loader, or a list, dict or `CombinedLoader` of them; or a datamodule, or the module's own
+                `val_dataloader`.
+            ckpt_path: a checkpoint whose weights are loaded first: a path, "best" or "last".
+            verbose: print the results.
+            weights_only: load the checkpoint without executing pickled code (the default).
+
+        Returns:
+            The values that were logged for the epoch, one dict per loader.
 
         Raises:
-            MisconfigurationException: no model so far, no validation_step, no data.
+            MisconfigurationException: no model so far, no validation_step, no data, or no best checkpoint.
         """
+        self.validate_loop.verbose = verbose
+        return self._evaluate(self.validate_loop, model, dataloaders, datamodule, ckpt_path, weights_only)
+
+    def test(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | Path | None = None,
+        verbose: bool = True,
+        datamodule: Any = None,
+        weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:
+        """Run `test_step` over the test data once; arguments, results and errors are those of `validate`."""
+        self.test_loop.verbose = verbose
+        return self._evaluate(self.test_loop, model, dataloaders, datamodule, ckpt_path, weights_only)
+
+    def predict(
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        datamodule: Any = None,
+        return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+    ) -> list[Any] | None:
+        """Run `predict_step` over the data once; it calls the module itself unless it is overridden.
+
+        Args:
+            model, dataloaders, datamodule, ckpt_path, weights_only: as for `validate`.
+            return_predictions: False keeps nothing, for callbacks that write the predictions themselves.
+
+        Returns:
+            What the steps returned, moved to the CPU: a list, with several loaders a list of lists; None where
+            `return_predictions=False`.
+
+        Raises:
+            MisconfigurationException: no model so far, neither predict_step nor forward, no data.
+        """
+        self.predict_loop.return_predictions = return_predictions is None or bool(return_predictions)
+        given = model
+        model, dataloaders, datamodule = self._arguments("predict", model, dataloaders, datamodule)
+        with attach_model(self, model, TrainerFn.PREDICTING) as module:
+            if not any(is_overridden(name, module, LightningModule) for name in ("predict_step", "forward")):
+                raise MisconfigurationException(
+                    f"{type(module).__name__} defines neither predict_step(batch, batch_idx) nor forward(batch); "
+                    f"predict() needs one of them."
+                )
+            self._use_data(module, datamodule, predict_dataloader=dataloaders)
+            self._prepare_evaluation(module, "predict", self._best_if_no_model(given, ckpt_path), weights_only)
+            predictions = self.predict_loop.run()
+            self._tear_down(module, "predict")
+        return predictions
+
+    def _evaluate(
+        self,
+        loop: EvaluationLoop,
+        given: LightningModule | None,
+        dataloaders: Any,
+        datamodule: Any,
+        ckpt_path: str | Path | None,
+        weights_only: bool | None,
+    ) -> list[dict[str, float]]:
+        names, fn = loop.names, TrainerFn(loop.names.stage)
+        model, dataloaders, datamodule = self._arguments(names.stage, given, dataloaders, datamodule)
+        with attach_model(self, model, fn) as module:
+            if not is_overridden(names.step, module, LightningModule):
+                raise MisconfigurationException(
+                    f"{type(module).__name__} defines no {names.step}(batch, batch_idx); {fn}() needs it."
+                )
+            self._use_data(module, datamodule, **{f"{names.data}_dataloader": dataloaders})
+            self._prepare_evaluation(module, names.stage, self._best_if_no_model(given, ckpt_path), weights_only)
+            results = loop.run()
+            if loop.verbose:
+                print_results(results, names.stage)
+            self._tear_down(module, names.stage)
+        return results
+
+    def _arguments(
+        self, method: str, model: LightningModule | None, dataloaders: Any, datamodule: Any
+    ) -> tuple[LightningModule, Any, Any]:
+        """Model, loaders and datamodule as validate, test and predict were given them, in whichever place."""
         if hasattr(dataloaders, "prepare_data"):
             dataloaders, datamodule = None, dataloaders
         model = self._module if model is None else model
         if model is None:
-            raise MisconfigurationException("trainer.validate() needs a model: none was passed, now or before.")
-        with attach_model(self, model, TrainerFn.VALIDATING) as module:
-            if not can_validate(module):
-                raise MisconfigurationException(
-                    f"{type(module).__name__} defines no validation_step(batch, batch_idx); validate() needs it."
-                )
-            self._use_data(module, datamodule, val_dataloader=dataloaders)
-            self._prepare(module, "validate", ckpt_path, weights_only)
-            module.to(self.config.device)
-            self.config.precision.convert_module(module)
-            self._log_hyperparameters(module)
-            results = self._evaluation.run()
-            self._tear_down(module, "validate")
-            if verbose:
-                self._print_results(results)
-        return results
+            raise MisconfigurationTypeError(
+                f"trainer.{method}() needs a model: none was passed, now or before. Pass one: trainer.{method}(model)."
+            )
+        return model, dataloaders, datamodule
 
-    def test(self, *args: Any, **kwargs: Any) -> Any:
-        raise MisconfigurationException("trainer.test() is not built yet; trainer.validate() runs validation_step.")
+    def _best_if_no_model(self, model: LightningModule | None, ckpt_path: Any) -> Any:
+        """`ckpt_path`, or "best" where neither it nor a model was passed, as in Lightning."""
+        if model is not None or ckpt_path is not None:
+            return ckpt_path
+        warnings.warn(
+            f"trainer.{self.state.fn}() without a model loads the best checkpoint of the last fit. Say so with "
+            f"ckpt_path='best' (or 'last'), or pass the model to use its weights as they are.",
+            stacklevel=4,
+        )
+        return "best"
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        raise MisconfigurationException("trainer.predict() is not built yet; call the module itself on your batches.")
+    def _prepare_evaluation(
+        self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None
+    ) -> None:
+        """From `configure_callbacks` to a module on its device."""
+        self._prepare(module, stage, ckpt_path, weights_only)
+        module.to(self.config.device)
+        self.config.precision.convert_module(module)
+        self._log_hyperparameters(module)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None

@@ -10,8 +10,8 @@ An event is one line of text: who was called, which hook, and the cheap facts th
 `b` is batch_idx, `dl` dataloader_idx, `for` the stage given to setup, `step` trainer.global_step, `epoch`
 trainer.current_epoch; then, where it is not training, the stage (sanity, validate, none); `eval` where
 module.training is off; `no_grad` where torch.is_grad_enabled() is off; `grads` where every parameter has a
-gradient, `some_grads` where some have. The scenarios stand in lightning_scenarios.py and
-lightning_scenarios_log.py.
+gradient, `some_grads` where some have. The scenarios stand in lightning_scenarios*.py; goldens/lightning_2_6_6*.json
+hold the records of all of them, those of lightning_scenarios_stages.py in a file of their own.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ MODULE_HOOKS = tuple(
     on_before_optimizer_step on_validation_model_zero_grad on_validation_model_eval on_validation_model_train
     on_validation_start on_validation_end on_validation_epoch_start on_validation_epoch_end
     on_validation_batch_start on_validation_batch_end on_save_checkpoint on_load_checkpoint
+    on_test_model_eval on_test_model_train on_test_start on_test_end on_test_epoch_start on_test_epoch_end
+    on_test_batch_start on_test_batch_end
+    on_predict_model_eval on_predict_start on_predict_end on_predict_epoch_start on_predict_epoch_end
+    on_predict_batch_start on_predict_batch_end
     """.split()
 )
 # A module that overrides one of these changes how the step runs: recorded only where a scenario asks.
@@ -58,11 +62,15 @@ CALLBACK_HOOKS = tuple(
     on_validation_end on_validation_epoch_start on_validation_epoch_end on_validation_batch_start
     on_validation_batch_end on_exception state_dict load_state_dict on_save_checkpoint on_load_checkpoint
     on_before_backward on_after_backward on_before_optimizer_step on_before_zero_grad
+    on_test_start on_test_end on_test_epoch_start on_test_epoch_end on_test_batch_start on_test_batch_end
+    on_predict_start on_predict_end on_predict_epoch_start on_predict_epoch_end on_predict_batch_start
+    on_predict_batch_end
     """.split()
 )
 DATA_HOOKS = tuple(
     """
     prepare_data setup teardown train_dataloader val_dataloader state_dict load_state_dict on_exception
+    test_dataloader predict_dataloader
     """.split()
 )
 
@@ -103,9 +111,10 @@ class Recorder:
 
     def stage(self) -> str:
         t = self.trainer
-        for name in ("sanity_checking", "training", "validating"):
+        words = {"sanity_checking": "sanity", "training": "train", "validating": "validate", "testing": "test"}
+        for name, word in {**words, "predicting": "predict"}.items():
             if getattr(t, name):
-                return {"sanity_checking": "sanity", "training": "train", "validating": "validate"}[name]
+                return word
         return "none"
 
     def event(self, owner: str, hook: str, arguments: dict[str, Any] | None = None) -> None:
@@ -231,30 +240,35 @@ def make_module(record: Recorder, extra: dict[str, Any] | None = None, step_poin
         def validation_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
             return self(batch).square().mean()
 
+        def test_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self(batch).square().mean()
+
+        def predict_step(self, batch: torch.Tensor, batch_idx: int, dataloader_idx: int = 0) -> Any:
+            return self(batch)
+
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     base = type("Base", (Plain,), dict(extra or {}))
-    names = ("training_step", "validation_step", *MODULE_HOOKS, *(STEP_POINTS if step_points else ()))
+    steps = ("training_step", "validation_step", "test_step", "predict_step")
+    names = (*steps, *MODULE_HOOKS, *(STEP_POINTS if step_points else ()))
     torch.manual_seed(0)
     record.module = type("Recording", (base,), recording(base, "lm", names, record))()
     return record.module
 
 
-def make_data(record: Recorder, train: Any = None, val: Any = None, state: dict[str, Any] | None = None) -> Any:
-    class Data(record.fw.LightningDataModule):  # type: ignore[name-defined,misc]
-        def train_dataloader(self) -> Any:
-            return train
-
-        def val_dataloader(self) -> Any:
-            return val
-
-        def state_dict(self) -> dict[str, Any]:
-            return dict(state or {})
-
-    names = DATA_HOOKS if val is not None else tuple(n for n in DATA_HOOKS if n != "val_dataloader")
-    if val is None:
-        del Data.val_dataloader
+def make_data(
+    record: Recorder, train: Any = None, val: Any = None, state: dict[str, Any] | None = None, **more: Any
+) -> Any:
+    """A data module that records its hooks, with the loaders that are given (`train`, `val`, `test`, `predict`)."""
+    loaders = {"train": train, "val": val, **more}
+    body: dict[str, Any] = {"state_dict": lambda self: dict(state or {})}
+    for stage, given in loaders.items():
+        if stage == "train" or given is not None:
+            # the same on each call; a function of no arguments makes a new one
+            body[f"{stage}_dataloader"] = lambda self, given=given: given() if callable(given) else given
+    Data = type("Data", (record.fw.LightningDataModule,), body)
+    names = tuple(name for name in DATA_HOOKS if not name.endswith("_dataloader") or name in body)
     return type("RecordingData", (Data,), recording(Data, "dm", names, record))()
 
 
@@ -322,6 +336,7 @@ def all_scenarios() -> dict[str, Callable[[Framework, str], Recorder]]:
     # These register theirs in the first one's table.
     import lightning_scenarios_log  # noqa: F401
     import lightning_scenarios_overrides  # noqa: F401
+    import lightning_scenarios_stages  # noqa: F401
 
     return lightning_scenarios.SCENARIOS
 
@@ -340,8 +355,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=("lightning", "lit_fast"), required=True)
     parser.add_argument("--out", help="file to write; without it, to standard output")
-    parser.add_argument("scenarios", nargs="*", help="names; without any, all of them")
+    parser.add_argument("scenarios", nargs="*", help="names, or the name of a file of them; without any, all of them")
     options = parser.parse_args(argv)
+    of_files = {name for name, function in scenarios.items() if function.__module__ in options.scenarios}
+    options.scenarios = [name for name in scenarios if name in of_files or name in options.scenarios] + [
+        name for name in options.scenarios if name not in scenarios and name not in sys.modules
+    ]
     unknown = set(options.scenarios) - set(scenarios)
     if unknown:
         parser.error(f"unknown scenarios {sorted(unknown)}; there are {', '.join(scenarios)}")

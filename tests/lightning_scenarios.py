@@ -47,6 +47,8 @@ def fit(
     logger: bool = False,
     run: Callable[[Recorder, Any, Any], None] | None = None,
     record: Recorder | None = None,
+    test: Any = None,
+    predict: Any = None,
     **options: Any,
 ) -> Recorder:
     """One fit with recording callbacks and data module; 5 training batches unless told otherwise."""
@@ -57,7 +59,7 @@ def fit(
         options["logger"] = make_logger(record, events=True)
     trainer = make_trainer(record, root, callbacks=[*made, *extra_callbacks(record)], **options)
     model = make_module(record, module, step_points=closure)
-    data = make_data(record, train if train is not None else loader(5), val)
+    data = make_data(record, train if train is not None else loader(5), val, test=test, predict=predict)
     if run is not None:
         run(record, model, data)
     else:

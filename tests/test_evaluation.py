@@ -26,9 +26,14 @@ class Validates(Plain):
         self.batches_seen += 1
         self.log("val", self.loss(batch))
 
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
 
 @pytest.mark.parametrize("inference", [True, False])
 def test_modes_inside_and_after(inference: bool) -> None:
+    """Inside a fit there is no inference mode, whatever the option says, as in Lightning."""
+
     class Checks(Validates):
         def on_train_epoch_start(self) -> None:
             assert self.training and self.dropout.training and torch.is_grad_enabled()
@@ -36,7 +41,12 @@ def test_modes_inside_and_after(inference: bool) -> None:
 
     model = Checks()
     fitted(model, batches(3), [batches(2)], max_epochs=2, inference_mode=inference, num_sanity_val_steps=0)
-    assert model.modes == [(False, False, False, inference)] * 4
+    assert model.modes == [(False, False, False, False)] * 4
+    assert model.training and model.dropout.training and not model.frozen.training
+    model.modes.clear()
+    for method in ("validate", "test"):
+        getattr(trainer(inference_mode=inference), method)(model, [batches(1)], verbose=False)
+    assert model.modes == [(False, False, False, inference)] * 2
     assert model.training and model.dropout.training and not model.frozen.training
 
 
@@ -134,3 +144,52 @@ def test_the_modules_own_loader_is_asked_for_once() -> None:
     model = Owns()
     fitted(model, batches(3), max_epochs=3)
     assert model.asked == 1 and model.batches_seen == 2 + 3 * 2
+
+
+def test_the_table_of_results(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer().test(Validates(), [batches(1)])
+    printed = capsys.readouterr().out
+    assert "Test metric" in printed and "DataLoader 0" in printed and "val" in printed
+
+
+def test_a_metric_object_is_read_when_its_loader_ends() -> None:
+    """Two loaders share one object, and a hook resets it: neither changes a value that was complete."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Shares(Validates):
+        def __init__(self) -> None:
+            super().__init__()
+            self.metric = torchmetrics.SumMetric()
+
+        def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # type: ignore[override]
+            self.metric(1.0)
+            self.log("sum", self.metric, on_epoch=True)
+
+        def on_test_epoch_end(self) -> None:
+            self.metric.reset()
+
+    result = trainer().test(Shares(), [batches(2), batches(3)], verbose=False)
+    assert result == [{"sum/dataloader_idx_0": 2.0}, {"sum/dataloader_idx_1": 5.0}]
+
+
+def test_signatures_that_do_not_fit_the_loaders() -> None:
+    class Needs(Validates):
+        def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:  # type: ignore[override]
+            """Cannot be called for one loader."""
+
+    with pytest.raises(MisconfigurationException, match="give it a default: dataloader_idx=0"):
+        trainer().test(Needs(), [batches(1)])
+    with pytest.raises(MisconfigurationException, match="does not take `dataloader_idx`"):
+        trainer().test(Needs(), [batches(1), batches(1)])
+
+
+def test_a_stage_without_its_step_or_data() -> None:
+    with pytest.raises(MisconfigurationException, match="defines no test_step"):
+        trainer().test(Plain(), [batches(1)])
+    with pytest.raises(MisconfigurationException, match="No test data"):
+        trainer().test(Validates())
+    with (
+        pytest.raises(MisconfigurationException, match="no checkpoint was saved"),
+        pytest.warns(match="best checkpoint"),
+    ):
+        fitted(Validates(), batches(1), max_epochs=1).test(dataloaders=[batches(1)])

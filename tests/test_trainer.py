@@ -60,10 +60,7 @@ def test_a_datamodule_and_loaders() -> None:
     assert made.global_step == 2
 
 
-def test_what_is_not_built_yet() -> None:
-    for method in ("test", "predict"):
-        with pytest.raises(MisconfigurationException, match="not built yet"):
-            getattr(trainer(), method)(Plain())
+def test_what_is_not_there() -> None:
     with pytest.raises(MisconfigurationException, match="needs a model"):
         trainer().save_checkpoint("a.ckpt")
     with pytest.raises(AttributeError, match="'Trainer' object has no attribute 'nothing'"):

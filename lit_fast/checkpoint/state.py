@@ -96,7 +96,9 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "total_before": progress.total_before + (batches if starts_epoch else 0),
         "scheduled": progress.scheduled,
         "data": None if loop.position is None else loop.position.state_dict(None if starts_epoch else batches),
-        "rng": trainer._evaluation.rng_before if trainer.validating and stage == "stepped" else rng.capture(),
+        "rng": trainer.fit_loop.epoch_loop.val_loop.rng_before
+        if trainer.validating and stage == "stepped"
+        else rng.capture(),
         "metrics": trainer._metric_log.state_dict(),
         "gradients": _open_gradients(trainer),
     }
@@ -142,7 +144,7 @@ def _loops(trainer: Trainer) -> dict[str, Any]:
     def pair(overall: int, current: int, *names: str) -> dict[str, Any]:
         return {"total": counts(overall, *names), "current": counts(current, *names)}
 
-    validated = trainer._evaluation.batches_run
+    validated = trainer.fit_loop.epoch_loop.val_loop.batches_run
     automatic = trainer.lightning_module.automatic_optimization
     epochs = {"ready": started, "completed": progress.epoch, "started": started, "processed": processed}
     fit_loop = {

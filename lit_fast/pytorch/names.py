@@ -62,6 +62,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.trainer.trainer": "lit_fast.trainer",
     "pytorch.trainer.states": "lit_fast.states",
     "pytorch.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
+    "pytorch.utilities.combined_loader": {"CombinedLoader": "lit_fast.data.combined:CombinedLoader"},
     "pytorch.utilities.exceptions": _EXCEPTIONS,
     "pytorch.utilities.parsing": {"AttributeDict": "lit_fast.hparams:AttributeDict"},
     "pytorch.utilities.rank_zero": "lit_fast.rank_zero",
