@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,9 @@ from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
 from lit_fast.optim.adopt import adopt
+from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
+from lit_fast.precision.amp import scaled_step
 
 if TYPE_CHECKING:
     from lit_fast.optim.adopt import AdoptedOptimizer
@@ -87,16 +90,24 @@ class Binding:
         self.rows: list[tuple[str, str, str]] = []  # (point, who asked, what it does), for explain()
         self.window: int = trainer.accumulate_grad_batches
         self.automatic = module.automatic_optimization
+        self.precision = trainer.precision_plugin
+        self.scaler = getattr(self.precision, "scaler", None)
         self.in_place_clipping = self._gradients_are_watched()
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
         self.adopted: list[AdoptedOptimizer] = [self._adopt(each, kept.get(id(each))) for each in trainer.optimizers]
-        self.before_step = [self._hooks("on_before_optimizer_step", each) for each in trainer.optimizers]
+        names = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
+        self.step_hooks = {name: self._hooks(name) for name in names}
+        self._plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
+        self._plugin_step = self.precision.asks_for("optimizer_step")
+        # Hooks that `backward` itself has to call: what they see is not what `losses` gives, or a plugin calls them.
+        self._hooks_in_backward = self._plugin_backward or self.scaler is not None
         self.lightning_optimizers: list[LightningOptimizer] = self._wrap_optimizers(wrapped)
-        needs_closure = (
-            self.automatic
-            and bool(trainer.optimizers)
-            and (self.overrides("optimizer_step") or _requires_closure(trainer.optimizers[0]))
+        needs_closure = self._steps_inline and (
+            self.overrides("optimizer_step")
+            or self._plugin_step
+            or self.scaler is not None
+            or calls_closure_itself(trainer.optimizers[0])
         )
         self.whole = StepPlan(
             run=step.closure if needs_closure else step.inline,
@@ -108,10 +119,10 @@ class Binding:
             training_step=self._bind_training_step(),
             zero_grad=self._bind_zero_grad(),
             losses=no_losses,
-            on_before_backward=self._hooks("on_before_backward") if self.automatic else (),
+            on_before_backward=() if self._hooks_in_backward else self._automatic_hooks("on_before_backward"),
             backward=no_backward,
-            on_after_backward=self._hooks("on_after_backward") if self.automatic else (),
-            on_before_optimizer_step=self.before_step[0] if self._steps_inline else (),
+            on_after_backward=() if self._plugin_backward else self._automatic_hooks("on_after_backward"),
+            on_before_optimizer_step=self._before_step(0) if self._steps_inline else (),
             clip=self._bind_clip() if self._steps_inline else (),
             update=self._bind_update() if self._steps_inline else (),
             steps=1 if self.automatic and trainer.optimizers else 0,
@@ -157,6 +168,14 @@ class Binding:
     def _steps_inline(self) -> bool:
         return self.automatic and bool(self.trainer.optimizers)
 
+    def _automatic_hooks(self, name: str) -> Bound:
+        return self.step_hooks[name] if self.automatic else ()
+
+    def _before_step(self, index: int) -> Bound:
+        """`on_before_optimizer_step` for one optimizer, as calls without arguments."""
+        optimizer = self.trainer.optimizers[index]
+        return tuple(partial(hook, optimizer) for hook in self.step_hooks["on_before_optimizer_step"])
+
     def overrides(self, name: str) -> bool:
         return is_overridden(name, self.module, LightningModule)
 
@@ -167,6 +186,8 @@ class Binding:
         """May something look at `p.grad` after clipping? Then clipped gradients are written back."""
         if not self.trainer.gradient_clip_val:
             return False
+        if self.precision.asks_for("clip_gradients", "clip_grad_by_value", "clip_grad_by_norm", "main_params"):
+            return True
         for callback in self.trainer.callbacks:
             if callback.reads_gradients and GRADIENT_OBSERVERS & callback.live_hooks(self.trainer):
                 return True
@@ -242,9 +263,8 @@ class Binding:
             def function(batch: Any, batch_idx: int) -> Any:
                 return one_argument(batch)
 
-        precision = self.trainer.config.precision
-        self._note("training_step", who, f"forward in {precision.precision}")
-        return self.wrap("forward", precision.bind(function, self.trainer.config.device))
+        self._note("training_step", who, f"forward in {self.precision.precision}")
+        return self.wrap("forward", self.precision.bind(function))
 
     def _bind_zero_grad(self) -> Bound:
         if not self._steps_inline:
@@ -265,18 +285,33 @@ class Binding:
         """`losses` reads training_step's output; `backward` runs the engine with the weight 1/length of the window."""
         if not self.automatic:
             return no_losses, no_backward
-        watched = self.overrides("backward") or bool(self.whole.on_before_backward)
-        if self.overrides("backward"):
-            table, log, hook = self.log.table("backward", "train"), self.log, self.module.backward
+        module, device = self.module, self.trainer.config.device
+        if self._plugin_backward:
+            optimizer, strategy = self.trainer.optimizers[0], self.trainer.strategy
 
-            def overridden(loss: Tensor) -> None:
-                log.current = table
+            def by_plugin(loss: Tensor) -> None:
+                strategy.backward(loss, optimizer)
+
+            return losses_over(length), by_plugin
+        hooks = self._automatic_hooks("on_before_backward")
+        own = self.overrides("backward")
+        if own or hooks:  # both see the loss as it is differentiated
+            losses, backward = losses_over(length), engine_backward(1.0, device)
+        else:
+            losses, backward = read_losses, engine_backward(1.0 / length, device)
+        if own:
+            backward = _module_hook(module.backward, self.log, self.log.table("backward", "train"))
+        if self.scaler is None:
+            return losses, backward
+        scale = self.scaler.scale
+
+        def scaled(loss: Tensor) -> None:
+            loss = scale(loss)
+            for hook in hooks:
                 hook(loss)
+            backward(loss)
 
-            return losses_over(length), overridden
-        if watched:
-            return losses_over(length), engine_backward(1.0, self.trainer.config.device)
-        return read_losses, engine_backward(1.0 / length, self.trainer.config.device)
+        return losses, scaled
 
     def _bind_clip(self) -> Bound:
         trainer, module, optimizer = self.trainer, self.module, self.trainer.optimizers[0]
@@ -287,12 +322,17 @@ class Binding:
                 module.configure_gradient_clipping, self.log, self.log.table("configure_gradient_clipping", "train")
             )
             self._note("clip", type(module).__name__, "configure_gradient_clipping, overridden")
-            return (self.wrap("optimizer", lambda: hook(optimizer, value, algorithm)),)
+            return (
+                self.wrap(
+                    "optimizer", lambda: hook(optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
+                ),
+            )
         if not value:
             return ()
         if self.in_place_clipping:
             self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
-            return (self.wrap("optimizer", lambda: clip_in_place(optimizer, value, algorithm)),)
+            clip = self.precision.clip_gradients
+            return (self.wrap("optimizer", lambda: clip(optimizer, value, algorithm)),)
         self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
         return ()
 
@@ -348,31 +388,37 @@ class Binding:
 
     def _user_step(self, index: int) -> Callable[..., Any]:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
-        adopted, before = self.adopted[index], self.before_step[index]
-        clip = self._bind_clip() if self.automatic else ()
-        counts = 0 if self.automatic else 1
-        progress, optimizer = self.progress, self.trainer.optimizers[index]
+        adopted, optimizer, progress = self.adopted[index], self.trainer.optimizers[index], self.progress
+        after = (*self._before_step(index), *(self._bind_clip() if self.automatic else ()))
+        if self._plugin_step:
+            step_by_plugin, module = self.precision.optimizer_step, self.module
+            run_step: Callable[..., Any] = lambda closure, **kwargs: step_by_plugin(  # noqa: E731
+                optimizer, model=module, closure=closure or _no_closure, **kwargs
+            )
+        elif self.scaler is not None:
+            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: _run(after), adopted.step)
+        else:
+            run_step = plain_step(adopted, lambda: _run(after))
+        if self.automatic:
+            return run_step
 
-        def evaluate(closure: Callable[[], Any] | None) -> Any:
-            with torch.enable_grad():
-                result = None if closure is None else closure()
-            for function in (*before, *clip):
-                function()
+        def counted(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            result = run_step(closure, **kwargs)
+            progress.global_step += 1
             return result
 
-        def run_step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
-            if kwargs or _requires_closure(optimizer):
-                result = optimizer.step(closure=lambda: evaluate(closure), **kwargs)
-            else:
-                result = evaluate(closure)
-                adopted.step()
-            progress.global_step += counts
-            return result
-
-        return run_step
+        return counted
 
 
 # -- small callables, each bound once
+
+
+def _run(functions: Bound) -> None:
+    for function in functions:
+        function()
+
+
+def _no_closure() -> None: ...
 
 
 def _callback_hook(
@@ -412,25 +458,6 @@ def _at_epoch_end(frequency: int, advance: Callable[[], None], progress: Progres
             advance()
 
     return schedule
-
-
-def clip_in_place(optimizer: Optimizer, value: float, algorithm: str | None) -> None:
-    """Clip the gradients of one optimizer as torch does, rewriting them."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if algorithm == "value":
-        torch.nn.utils.clip_grad_value_(parameters, value)
-    else:
-        torch.nn.utils.clip_grad_norm_(parameters, value)
-
-
-def _requires_closure(optimizer: Optimizer) -> bool:
-    """Whether `optimizer.step` cannot be called without a closure (LBFGS)."""
-    step_of_class = inspect.unwrap(type(optimizer).step)
-    try:
-        parameter = inspect.signature(step_of_class).parameters.get("closure")
-    except (TypeError, ValueError):
-        return False
-    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 def positional_arguments(function: Callable[..., Any]) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from lit_fast.accelerators import Accelerator, resolve_accelerator
 from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError
-from lit_fast.precision import Precision, resolve_precision
+from lit_fast.precision import Precision, precision_plugin, resolve_precision
 from lit_fast.states import GradClipAlgorithmType
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -86,7 +86,6 @@ class Option:
 NOT_YET: dict[str, tuple[Any, ...]] = {
     "num_nodes": (1,),  # more processes than one come with the distributed strategies
     "overfit_batches": (0.0, 0),
-    "plugins": (None, []),
     "reload_dataloaders_every_n_epochs": (0,),
 }
 
@@ -200,7 +199,7 @@ def resolve_config(**given: Any) -> TrainerConfig:
     config = TrainerConfig(
         accelerator=accelerator,
         device=device,
-        precision=resolve_precision(given["precision"]),
+        precision=resolve_precision(given["precision"], precision_plugin(given["plugins"]), device.type),
         max_epochs=epochs,
         max_steps=steps,
         min_epochs=given["min_epochs"],

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -132,7 +132,6 @@ class StageLoop:
 
     def bind_step(self, index: int) -> Callable[..., Any]:
         """The module's step under the precision, called with as many of its arguments as it takes."""
-        config = self.trainer.config
         function = getattr(self.trainer.lightning_module, self.names.step)
         if not _takes(function, "batch_idx", at_least=2):
             whole = function
@@ -140,7 +139,7 @@ class StageLoop:
             def function(batch: Any, batch_idx: int, *where: int) -> Any:
                 return whole(batch, *where)
 
-        return config.precision.bind(function, config.device)
+        return cast(Callable[..., Any], self.trainer.precision_plugin.bind(function, self.names.data))
 
     def check_arguments(self) -> None:
         """Raises: MisconfigurationException, where a step or hook must take `dataloader_idx`, or must not need it."""

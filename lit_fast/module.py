@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hparams import HyperparametersMixin
 from lit_fast.metrics import MetricLog
+from lit_fast.states import GradClipAlgorithmType
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -357,8 +358,31 @@ class LightningModule(HyperparametersMixin, nn.Module):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: Literal["norm", "value"] | str | None = None,
     ) -> None:
-        """Clip the gradients of one optimizer in place, by the Trainer's setting unless another is given."""
-        self.trainer._clip_in_place(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        """Clip the gradients of one optimizer in place, by the Trainer's setting unless another is given.
+
+        Raises:
+            MisconfigurationException: the Trainer clips already, and otherwise; or an algorithm that does not exist.
+            TypeError: the limit is no number.
+        """
+        trainer = self.trainer
+        asked = {"gradient_clip_val": gradient_clip_val, "gradient_clip_algorithm": gradient_clip_algorithm}
+        chosen: dict[str, Any] = {"gradient_clip_val": 0.0, "gradient_clip_algorithm": "norm"}
+        for name, given in asked.items():
+            value, ours = given.lower() if isinstance(given, str) else given, getattr(trainer, name)
+            if value is not None and ours is not None and value != ours:
+                raise MisconfigurationException(
+                    f"clip_gradients({name}={value!r}) contradicts Trainer({name}={getattr(ours, 'value', ours)!r}); "
+                    f"leave the one in the Trainer out to choose it in the call."
+                )
+            chosen[name] = value if value is not None else ours if ours is not None else chosen[name]
+        value, algorithm = chosen["gradient_clip_val"], chosen["gradient_clip_algorithm"]
+        if not isinstance(value, int | float):
+            raise TypeError(f"clip_gradients(gradient_clip_val={value!r}): allowed is a number.")
+        if algorithm not in ("norm", "value"):
+            raise MisconfigurationException(
+                f"clip_gradients(gradient_clip_algorithm={algorithm!r}): allowed are 'norm' and 'value'."
+            )
+        trainer.precision_plugin.clip_gradients(optimizer, value, GradClipAlgorithmType(algorithm))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is None:
@@ -380,7 +404,12 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Backward for manual optimization, with the hooks and the precision of the Trainer."""
-        self.trainer._manual_backward(loss, *args, **kwargs)
+        if self.automatic_optimization:
+            raise MisconfigurationException(
+                "manual_backward was called under automatic optimization; set self.automatic_optimization = False in "
+                "the module's __init__, or return the loss from training_step."
+            )
+        self.trainer.strategy.backward(loss, None, *args, **kwargs)
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Until `untoggle_optimizer`, parameters that belong to the other optimizers alone require no gradient."""

@@ -205,6 +205,7 @@ class Runtime:
             callback.setup(self, module, stage)
         module.setup(stage)
         module.configure_model()
+        self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
         path = checkpoint_state.find(self._trainer, ckpt_path)
         self.ckpt_path = None if path is None else str(path)
         if path is None:
@@ -229,9 +230,9 @@ class Runtime:
         """From the model on its device to a bound plan, right before the first epoch."""
         if self._progress.stage != "start":  # the last fit was interrupted: its epoch begins anew
             self._progress.stage = "start"
-        self.config.precision.convert_module(module)
         module.to(self.config.device)
         self._configure_optimizers(module)
+        self._connect_precision(module)
         plans = self.fit_loop.plans = Plans(self._trainer, module)
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")
@@ -274,6 +275,7 @@ class Runtime:
         for callback in self.callbacks:
             callback.teardown(self, module, stage)
         module.teardown(stage)
+        self.precision_plugin.teardown()
         for logger in self.loggers:
             logger.finalize("success")
 
@@ -299,6 +301,13 @@ class Runtime:
                 f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing will be trained.",
                 stacklevel=2,
             )
+
+    def _connect_precision(self, module: LightningModule) -> None:
+        """A precision plugin may want other optimizers or schedulers than the module returned."""
+        strategy = self.strategy
+        _, strategy.optimizers, strategy.lr_scheduler_configs = self.precision_plugin.connect(
+            module, strategy.optimizers, strategy.lr_scheduler_configs
+        )
 
     def _scheduler_step(self, config: LRSchedulerConfig) -> Callable[..., None]:
         """One step of a scheduler, through the module's hook only where it is overridden."""
@@ -361,16 +370,12 @@ class Runtime:
         self._call_callbacks(name, only=_watches_a_metric)
 
     def _run_step_hooks(self, name: str, *args: Any) -> None:
-        """Hooks of the step, in manual optimization, where the module decides when they run."""
+        """Hooks of the step where the module or a plugin decides when they run."""
+        assert self.fit_loop.plans is not None
         log = self._metric_log
         before = log.current
-        for callback in self.callbacks:
-            if name in callback.live_hooks(self):
-                log.current = log.table(name)
-                getattr(callback, name)(self, self._module, *args)
-        if is_overridden(name, self._module, LightningModule):
-            log.current = log.table(name)
-            getattr(self._module, name)(*args)
+        for hook in self.fit_loop.plans.binding.step_hooks[name]:
+            hook(*args)
         log.current = before
 
     def _bound_hooks(self, name: str, stage: str, suffix: str = "") -> tuple[Callable[..., Any], ...]:
@@ -421,9 +426,9 @@ class Runtime:
 
     def _batch_receivers(self, log: MetricLog, stage: str, dataloader_idx: int = 0) -> tuple[Callable[[Any], Any], ...]:
         """What happens to a batch between the loader and the step: nothing, on the CPU in full precision."""
-        device, precision = self.config.device, self.config.precision
+        device, precision = self.config.device, self.precision_plugin
         receivers: list[Callable[[Any], Any]] = []
-        if precision.weights is not None:
+        if precision.converts_input:
             receivers.append(precision.convert_input)
         before = self._data_hook("on_before_batch_transfer")
         transfer = self._data_hook("transfer_batch_to_device")
@@ -456,7 +461,7 @@ class Runtime:
         That is: no transfer hook is overridden, and fetching draws no random numbers in this process (workers do it).
         """
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device")
-        if any(self._data_hook(name) is not None for name in hooks) or self.config.precision.weights is not None:
+        if any(self._data_hook(name) is not None for name in hooks) or self.precision_plugin.converts_input:
             return batches
         from lit_fast.data.transfer import PrefetchToDevice
 

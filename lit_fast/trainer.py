@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from lit_fast.attributes import Attributes
-from lit_fast.binding import clip_in_place
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.config import apply_barebones, defaults_from_environment, refuse_unknown, resolve_config
@@ -38,7 +36,9 @@ class Trainer(Attributes):
     Args:
         accelerator: "auto" (a GPU where torch sees one), "cpu", "gpu" or "cuda".
         devices: "auto", 1, or [index].
-        precision: "32-true", "bf16-mixed" or "bf16-true" (32 and "bf16" for short).
+        precision: "64-true", "32-true", "16-true", "bf16-true", "16-mixed" or "bf16-mixed" (64, 32, 16 and "bf16" for
+            short, the last two mixed).
+        plugins: a precision of your own, an object of a class that derives from `lit_fast.precision.Precision`.
         logger: a logger, a list of them, True (TensorBoard where installed, else CSV), or False.
         callbacks: one callback or a list.
         max_epochs, max_steps: when to stop; 1,000 epochs when neither is given, -1 for no limit.
@@ -319,7 +319,6 @@ class Trainer(Attributes):
         """From `configure_callbacks` to a module on its device."""
         self._prepare(module, stage, ckpt_path, weights_only)
         module.to(self.config.device)
-        self.config.precision.convert_module(module)
         self._log_hyperparameters(module)
 
     def save_checkpoint(
@@ -365,19 +364,3 @@ class Trainer(Attributes):
             bar.print(*args, **kwargs)
         else:
             print(*args, **kwargs)
-
-    def _clip_in_place(self, optimizer: Any, value: float | None, algorithm: str | None) -> None:
-        value = self.gradient_clip_val if value is None else value
-        if value:
-            clip_in_place(optimizer, value, algorithm or self.gradient_clip_algorithm)
-
-    def _manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        module = self.lightning_module
-        if module.automatic_optimization:
-            raise MisconfigurationException(
-                "manual_backward was called under automatic optimization; set self.automatic_optimization = False in "
-                "the module's __init__, or return the loss from training_step."
-            )
-        self._run_step_hooks("on_before_backward", loss)
-        module.backward(loss, *args, **kwargs)
-        self._run_step_hooks("on_after_backward")

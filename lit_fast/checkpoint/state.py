@@ -59,6 +59,10 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         checkpoint["callbacks"] = states
         checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+        precision = trainer.precision_plugin.state_dict()
+        if precision:
+            checkpoint[type(trainer.precision_plugin).__qualname__] = precision
+        trainer.precision_plugin.on_save_checkpoint(checkpoint)
         checkpoint[OURS] = _ours(trainer)
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.__dict__.get("_hparams"):
@@ -388,6 +392,10 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
                 raise CheckpointError(
                     f"{trainer.ckpt_path}: the state of {type(target).__name__} does not fit this run's: {error}"
                 ) from error
+    precision = trainer.precision_plugin
+    precision.on_load_checkpoint(checkpoint)
+    if type(precision).__qualname__ in checkpoint:
+        precision.load_state_dict(checkpoint[type(precision).__qualname__])
     progress = trainer._progress
     progress.global_step = int(checkpoint["global_step"])
     ours = checkpoint.get(OURS)

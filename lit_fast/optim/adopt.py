@@ -224,7 +224,7 @@ class AdoptedOptimizer:
                 self._give_up(result)
             clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
             with torch.no_grad():
-                _innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
+                innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
         else:
             clipped = result
         norm = clipped if norm is None else norm
@@ -277,7 +277,7 @@ def _mapping_of(optimizer: Optimizer) -> tuple[ops.Mapping | None, str]:
     known = next((base for base in kind.__mro__ if base in _mappings()), None)
     if known is None:
         return None, f"{kind.__name__} has no compiled kernel"
-    if _innermost(optimizer.step) is not _innermost(known.step):
+    if innermost(optimizer.step) is not innermost(known.step):
         return None, f"its step is not torch.optim.{known.__name__}'s"
     if kind._init_group is not known._init_group:  # type: ignore[attr-defined]
         return None, f"its _init_group is not torch.optim.{known.__name__}'s"
@@ -288,7 +288,7 @@ def _function(callable_: Any) -> Any:
     return getattr(callable_, "__func__", callable_)
 
 
-def _innermost(step: Any) -> Any:
+def innermost(step: Any) -> Any:
     """The function below torch's own wrappers. A wrapper of anybody else's is where the search ends."""
     function = _function(step)
     while isinstance(function, FunctionType):

@@ -57,6 +57,11 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.core.optimizer": "lit_fast.optim.lightning_optimizer",
     "pytorch.core.mixins": {"HyperparametersMixin": "lit_fast.hparams:HyperparametersMixin"},
     "pytorch.core.mixins.hparams_mixin": "lit_fast.hparams",
+    "pytorch.plugins": {
+        name: f"lit_fast.precision:{name}"
+        for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
+    },
+    "pytorch.plugins.precision": "lit_fast.precision",
     "pytorch.strategies": "lit_fast.strategies",
     "pytorch.trainer": {"Trainer": "lit_fast:Trainer", "seed_everything": "lit_fast:seed_everything"},
     "pytorch.trainer.trainer": "lit_fast.trainer",
@@ -71,6 +76,11 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.utilities.types": "lit_fast.pytorch.types",
     "fabric": {"seed_everything": "lit_fast:seed_everything"},
     "fabric.accelerators": _ACCELERATORS,
+    "fabric.plugins": {
+        name: f"lit_fast.precision:{name}"
+        for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
+    },
+    "fabric.plugins.precision": "lit_fast.precision",
     "fabric.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
     "fabric.utilities.exceptions": _EXCEPTIONS,
     "fabric.utilities.rank_zero": "lit_fast.rank_zero",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
@@ -71,6 +72,17 @@ class SingleDeviceStrategy:
 
         return move(batch, target)
 
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """Backward as a plugin sees it: its three methods in order, with the hooks that they run."""
+        module, precision = self.lightning_module, self.precision_plugin
+        closure_loss = precision.pre_backward(closure_loss, module)
+        precision.backward(closure_loss, module, optimizer, *args, **kwargs)
+        return cast(Tensor, precision.post_backward(closure_loss, module))
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        """One step of `optimizer` with its closure, by the precision."""
+        return self.precision_plugin.optimizer_step(optimizer, model or self.lightning_module, closure, **kwargs)
+
     # -- state
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -98,7 +110,7 @@ class SingleDeviceStrategy:
     def reduce(self, tensor: Any, group: Any = None, reduce_op: str = "mean") -> Any:
         return tensor
 
-    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         return tensor
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

@@ -1,0 +1,48 @@
+"""Who evaluates the loss: the loop, before it steps an optimizer, or the optimizer, by calling a closure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lit_fast.optim.adopt import AdoptedOptimizer, innermost
+
+
+def calls_closure_itself(optimizer: Optimizer) -> bool:
+    """Whether `optimizer.step(closure)` has to be called with the closure, as Lightning calls every optimizer.
+
+    torch's own optimizers but LBFGS call a closure once, before anything else, so that forward and backward may as
+    well run before the step. What somebody else's `step` does with it, and how often, cannot be known.
+    """
+    step = innermost(optimizer.step)
+    return not getattr(step, "__module__", "").startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS)
+
+
+def plain_step(adopted: AdoptedOptimizer, after_backward: Callable[[], None]) -> Callable[..., Any]:
+    """One step: the closure (forward and backward), then `after_backward` (hooks, clipping), then the update.
+
+    Returns:
+        `step(closure=None, **kwargs)`, which returns what the closure returned.
+    """
+    optimizer = adopted.optimizer
+    with_closure = calls_closure_itself(optimizer)
+
+    def evaluate(closure: Callable[[], Any] | None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        after_backward()
+        return result
+
+    def step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        if kwargs or with_closure:
+            return optimizer.step(closure=lambda: evaluate(closure), **kwargs)
+        result = evaluate(closure)
+        adopted.step()
+        return result
+
+    return step
