@@ -317,16 +317,16 @@ class Binding:
         trainer, module, optimizer = self.trainer, self.module, self.trainer.optimizers[0]
         value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
         how = getattr(algorithm, "value", algorithm) or "norm"
-        if self.overrides("configure_gradient_clipping"):
-            hook = _module_hook(
-                module.configure_gradient_clipping, self.log, self.log.table("configure_gradient_clipping", "train")
+        if self.overrides("configure_gradient_clipping") or self.overrides("clip_gradients"):
+            table = self.log.table("configure_gradient_clipping", "train")
+            clip = partial(
+                module.configure_gradient_clipping,
+                optimizer,
+                gradient_clip_val=value,
+                gradient_clip_algorithm=algorithm,
             )
-            self._note("clip", type(module).__name__, "configure_gradient_clipping, overridden")
-            return (
-                self.wrap(
-                    "optimizer", lambda: hook(optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
-                ),
-            )
+            self._note("clip", type(module).__name__, "its own gradient clipping")
+            return (self.wrap("optimizer", _module_hook(clip, self.log, table)),)
         if not value:
             return ()
         if self.in_place_clipping:
