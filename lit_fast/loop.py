@@ -18,42 +18,14 @@ from lit_fast.binding import SkipEpoch
 from lit_fast.config import batch_limit
 from lit_fast.data.position import DataPosition
 from lit_fast.errors import DataError, MisconfigurationException, PossibleUserWarning
+from lit_fast.loop_views import EpochLoop
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
 from lit_fast.rank_zero import WarningCache, rank_zero_info
 from lit_fast.step import closure, inline
 
 if TYPE_CHECKING:
-    from lit_fast.evaluation import EvaluationLoop
     from lit_fast.trainer import Trainer
-
-
-class EpochLoop:
-    """The counters of the running epoch under the names that Lightning's callbacks use."""
-
-    val_loop: EvaluationLoop  # the Trainer puts it here
-
-    def __init__(self, fit_loop: FitLoop) -> None:
-        self._fit_loop = fit_loop
-
-    @property
-    def batch_idx(self) -> int:
-        return self._fit_loop.progress.batch_idx
-
-    @property
-    def total_batch_idx(self) -> int:
-        progress = self._fit_loop.progress
-        return progress.total_before + progress.batch_idx
-
-    @property
-    def global_step(self) -> int:
-        return self._fit_loop.progress.global_step
-
-    @property
-    def _batches_that_stepped(self) -> int:
-        """Windows completed before the batch that runs now: inside its hooks it does not count itself."""
-        progress = self._fit_loop.progress
-        return self._fit_loop.windows_completed(progress.batch_idx + (progress.stage != "batch"))
 
 
 class FitLoop:
@@ -62,7 +34,6 @@ class FitLoop:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
         self.progress = trainer._progress
-        self.epoch_loop = EpochLoop(self)
         self.max_epochs = trainer.config.max_epochs
         self.min_epochs = trainer.config.min_epochs
         self.max_steps = trainer.config.max_steps
@@ -72,9 +43,37 @@ class FitLoop:
         self.position: DataPosition | None = None
         self.val_check_batch: int | float | None = None  # known with the data; None stays where time decides
         self.last_validation = 0.0  # seconds of the monotonic clock
+        self.epoch_loop = EpochLoop(self)
+        self.epoch_progress = self.epoch_loop.counters.epoch_progress()
         self._say_once = WarningCache().info
         self._cut_short = False  # this epoch ended without its last batches, and without a step for its open window
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
+
+    # -- what callbacks read
+
+    @property
+    def batch_idx(self) -> int:
+        return self.epoch_loop.batch_idx
+
+    @property
+    def total_batch_idx(self) -> int:
+        """Of the running batch, counted over all epochs."""
+        return self.epoch_loop.total_batch_idx
+
+    @property
+    def max_batches(self) -> int | float:
+        """Batches of an epoch (inf where unknown)."""
+        return self.trainer.num_training_batches
+
+    @property
+    def done(self) -> bool:
+        """Whether a limit is reached, or a stop that was asked for may come."""
+        return self.max_batches == 0 or self._finished()
+
+    def setup_data(self) -> None:
+        """`load_data`, by Lightning's name."""
+        if self.loader is None:
+            self.load_data()
 
     # -- before the first step
 
@@ -176,14 +175,14 @@ class FitLoop:
 
     def _start_epoch(self) -> None:
         progress = self.progress
+        assert self.position is not None and self.plans is not None
+        self.position.set_epoch(progress.epoch)
+        self.trainer._call("on_train_epoch_start")  # they still see the counters of the epoch before
         progress.stepped_before = self.windows_completed()
         progress.scheduled_before = progress.scheduled
         progress.total_before += progress.batch_idx + 1
         progress.batch_idx, progress.is_last_batch = -1, False
         self._cut_short = False
-        assert self.position is not None and self.plans is not None
-        self.position.set_epoch(progress.epoch)
-        self.trainer._call("on_train_epoch_start")
         self.plans.refresh()
 
     def run_epoch(self) -> None:

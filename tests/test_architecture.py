@@ -25,7 +25,7 @@ FLOORS = [
     "trainer",
     "attributes",
     "runtime",
-    "defaults evaluation prediction loop",
+    "defaults evaluation prediction loop loop_views",
     "step plan binding",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics backward callbacks loggers checkpoint data profiler config seed hparams "
     "backends accelerators flags",

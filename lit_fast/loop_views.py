@@ -1,0 +1,281 @@
+"""The counters of a fit under the names that Lightning's callbacks read: `fit_loop.epoch_progress.current.completed`.
+
+Nothing is counted here. Each number is worked out, when somebody reads it, from the few that `Progress` keeps and from
+the hook that runs: a batch, say, counts as started once its `on_train_batch_start` hooks are through. What programs
+write (the epoch or the step to go on from) goes into `Progress`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lit_fast.evaluation import EvaluationLoop
+    from lit_fast.loop import FitLoop
+
+# How far a training step is, by the hook that runs; hooks that are not named here are past the zeroing of gradients.
+RECEIVE, BATCH_START, FORWARD, BEFORE_ZERO, ZERO, BACKWARD, STEPPED, BATCH_END = range(8)
+_PLACES = {
+    "on_before_batch_transfer": RECEIVE,
+    "transfer_batch_to_device": RECEIVE,
+    "on_after_batch_transfer": RECEIVE,
+    "on_train_batch_start": BATCH_START,
+    "optimizer_step": FORWARD,
+    "training_step": FORWARD,
+    "on_before_zero_grad": BEFORE_ZERO,
+    "optimizer_zero_grad": ZERO,
+    "lr_scheduler_step": STEPPED,
+    "on_train_batch_end": BATCH_END,
+}
+
+
+class Count:
+    """One number of a `Tracker`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, tracker: Any, owner: type | None = None) -> Any:
+        return self if tracker is None else tracker.read(self.name)
+
+    def __set__(self, tracker: Any, value: int) -> None:
+        tracker.write(self.name, value)
+
+
+class Tracker:
+    """How many of something were about to begin (`ready`), have begun, are done, and are done with their last hooks."""
+
+    ready, started, processed, completed = Count(), Count(), Count(), Count()
+
+    def __init__(self, read: Callable[[str], int], write: Callable[[str, int], None] | None = None) -> None:
+        self.read = read
+        self._write = write
+
+    def write(self, name: str, value: int) -> None:
+        if self._write is None:
+            raise AttributeError(f"{name!r} of this progress follows from what the loop does; it cannot be set.")
+        self._write(name, value)
+
+    def reset(self) -> None:
+        self.write("completed", 0)
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={self.read(name)}" for name in ("ready", "started", "processed", "completed"))
+
+
+class ProgressView:
+    """`total` counts over the whole fit, `current` over the running epoch (or run)."""
+
+    def __init__(self, total: Tracker, current: Tracker | None = None) -> None:
+        self.total = total
+        self.current = total if current is None else current
+
+    def reset(self) -> None:
+        self.total.reset()
+
+    def __repr__(self) -> str:
+        return f"total: {self.total}; current: {self.current}"
+
+
+class BatchProgressView(ProgressView):
+    """... and whether the batch that runs, or ran last, is the last one."""
+
+    def __init__(self, total: Tracker, current: Tracker, is_last_batch: Callable[[], bool]) -> None:
+        super().__init__(total, current)
+        self._is_last_batch = is_last_batch
+
+    @property
+    def is_last_batch(self) -> bool:
+        return self._is_last_batch()
+
+
+class Namespace(SimpleNamespace):
+    """A few views by name, and nothing else."""
+
+
+class Counters:
+    """Works the numbers out."""
+
+    def __init__(self, loop: FitLoop) -> None:
+        self.loop, self.progress = loop, loop.progress
+
+    @property
+    def place(self) -> int:
+        """How far the running step is; past its end between two steps."""
+        if self.progress.stage not in ("batch", "broken"):
+            return BATCH_END + 1
+        table = self.loop.trainer._metric_log.current
+        return _PLACES.get(table.hook, BACKWARD) if table is not None else BATCH_END + 1
+
+    @property
+    def window(self) -> int:
+        plans = self.loop.plans
+        return plans.window if plans is not None and plans.automatic else 1
+
+    @property
+    def automatic(self) -> bool:
+        return self.loop.plans is None or self.loop.plans.automatic
+
+    def epochs(self, name: str) -> int:
+        progress = self.progress
+        if progress.stage == "start":
+            table = self.loop.trainer._metric_log.current
+            begins = table is not None and table.hook == "on_train_epoch_start"
+            return progress.epoch + (begins and name == "ready")
+        if name == "completed":
+            return progress.epoch
+        return progress.epoch + (name != "processed" or progress.stage == "epoch_end")
+
+    def set_epoch(self, name: str, value: int) -> None:
+        if name == "completed":
+            self.progress.epoch = value  # the others follow
+
+    def batches(self, name: str) -> int:
+        """Of the running epoch."""
+        place, done = self.place, self.progress.batch_idx + 1
+        last = {"ready": RECEIVE, "started": BATCH_START, "processed": STEPPED, "completed": BATCH_END}[name]
+        return max(0, done - (place <= last))
+
+    def all_batches(self, name: str) -> int:
+        return self.progress.total_before + self.batches(name)
+
+    def steps(self, name: str) -> int:
+        """Of the optimizer, in automatic optimization."""
+        if not self.automatic:
+            return 0
+        open_step = name == "ready" and FORWARD <= self.place < STEPPED and not self.loop._window_is_open()
+        return self.progress.global_step + open_step
+
+    def manual_steps(self, name: str) -> int:
+        """Of all optimizers, in manual optimization."""
+        if self.automatic:
+            return 0
+        table = self.loop.trainer._metric_log.current
+        begins = name == "ready" and table is not None and table.hook == "on_before_optimizer_step"
+        return self.progress.global_step + begins
+
+    def set_steps(self, name: str, value: int) -> None:
+        if name == "completed":
+            self.progress.global_step = value
+
+    def zeroings(self, name: str) -> int:
+        """Times that the gradients were released: once for each window that has begun."""
+        if not self.automatic or self.loop.plans is None:
+            return 0
+        progress, window = self.progress, self.window
+        begun = progress.stepped_before + math.ceil((progress.batch_idx + 1) / window)
+        last = {"ready": FORWARD, "started": BEFORE_ZERO}.get(name, ZERO)
+        return max(0, begun - (progress.batch_idx % window == 0 and self.place <= last))
+
+    def schedulings(self, name: str) -> int:
+        """Steps of learning rate schedulers."""
+        table = self.loop.trainer._metric_log.current
+        begins = name == "ready" and table is not None and table.hook == "lr_scheduler_step"
+        return self.progress.scheduled + begins
+
+    # -- the same, as views
+
+    def epoch_progress(self) -> ProgressView:
+        return ProgressView(Tracker(self.epochs, self.set_epoch))
+
+    def batch_progress(self) -> BatchProgressView:
+        return BatchProgressView(
+            Tracker(self.all_batches), Tracker(self.batches), lambda: self.loop.trainer.is_last_batch
+        )
+
+    def scheduler_progress(self) -> ProgressView:
+        progress = self.progress
+        return ProgressView(
+            Tracker(self.schedulings), Tracker(lambda name: self.schedulings(name) - progress.scheduled_before)
+        )
+
+    def automatic_optimization(self) -> Namespace:
+        progress = self.progress
+
+        def in_epoch(count: Callable[[str], int]) -> Tracker:
+            return Tracker(lambda name: max(0, count(name) - progress.stepped_before))
+
+        optimizer = Namespace(
+            step=ProgressView(Tracker(self.steps, self.set_steps), in_epoch(self.steps)),
+            zero_grad=ProgressView(Tracker(self.zeroings), in_epoch(self.zeroings)),
+        )
+        return Namespace(optim_progress=OptimizationView(optimizer))
+
+    def manual_optimization(self) -> Namespace:
+        return Namespace(optim_step_progress=ProgressView(Tracker(self.manual_steps, self.set_steps)))
+
+
+class OptimizationView:
+    """`optim_progress`: the optimizer's steps and zeroings."""
+
+    def __init__(self, optimizer: Namespace) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def optimizer_steps(self) -> int:
+        return int(self.optimizer.step.total.completed)
+
+
+class EpochLoop:
+    """`fit_loop.epoch_loop`: the running epoch, and its counters under Lightning's names."""
+
+    val_loop: EvaluationLoop  # validates inside a fit; the Trainer puts it here
+
+    def __init__(self, fit_loop: FitLoop) -> None:
+        self._fit_loop, self.counters = fit_loop, Counters(fit_loop)
+        self.batch_progress = self.counters.batch_progress()
+        self.scheduler_progress = self.counters.scheduler_progress()
+        self.automatic_optimization = self.counters.automatic_optimization()
+        self.manual_optimization = self.counters.manual_optimization()
+
+    @property
+    def batch_idx(self) -> int:
+        return self.counters.batches("ready") - 1
+
+    @property
+    def total_batch_idx(self) -> int:
+        return self.counters.all_batches("ready") - 1
+
+    @property
+    def global_step(self) -> int:
+        return self._fit_loop.progress.global_step
+
+    @property
+    def max_steps(self) -> int:
+        return self._fit_loop.max_steps
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        self._fit_loop.max_steps = steps
+
+    @property
+    def min_steps(self) -> int | None:
+        return self._fit_loop.min_steps
+
+    @min_steps.setter
+    def min_steps(self, steps: int | None) -> None:
+        self._fit_loop.min_steps = steps
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        """Windows completed before the batch that runs: it does not count itself before its validation is over."""
+        progress = self._fit_loop.progress
+        counts = progress.stage not in ("batch", "broken", "stepped", "validated")
+        return self._fit_loop.windows_completed(progress.batch_idx + counts)
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, windows: int) -> None:
+        self._fit_loop.progress.stepped_before += windows - self._batches_that_stepped
+
+    def _accumulated_batches_reached(self) -> bool:
+        return self.counters.batches("ready") % self.counters.window == 0
+
+    def _num_ready_batches_reached(self) -> bool:
+        return self._fit_loop.trainer.is_last_batch
+
+    def _should_accumulate(self) -> bool:
+        """Whether the running batch only gathers gradients."""
+        return not self._accumulated_batches_reached() and not self._num_ready_batches_reached()

@@ -1,0 +1,150 @@
+"""What callbacks and users read of a Trainer, and what they write."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from heart_models import NoLength, Plain, batches, fitted, trainer
+
+import lit_fast
+from lit_fast.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lit_fast.errors import MisconfigurationException
+from lit_fast.loggers import CSVLogger, DummyLogger
+
+
+def test_before_anything_ran() -> None:
+    made = trainer()
+    assert made.lightning_module is None and made.model is None and made.train_dataloader is None
+    assert made.val_dataloaders is None and made.test_dataloaders is None and made.predict_dataloaders is None
+    assert (made.global_step, made.current_epoch, made.num_training_batches) == (0, 0, math.inf)
+    assert (made.num_val_batches, made.num_test_batches, made.num_predict_batches) == ([], [], [])
+    assert made.optimizers == [] and made.lr_scheduler_configs == [] and made.scaler is None
+    assert (made.state.fn, made.state.stage, made.state.status.value) == (None, None, "initializing")
+    assert not made.interrupted and not made.received_sigterm and not made.enable_validation and not made.should_stop
+    with pytest.raises(AttributeError, match="'Trainer' object has no attribute 'nothing'"):
+        _ = made.nothing
+
+
+def test_one_device() -> None:
+    made = trainer()
+    assert (made.device_ids, made.num_devices, made.num_nodes, made.world_size) == ([0], 1, 1, 1)
+    assert (made.global_rank, made.local_rank, made.node_rank, made.is_global_zero) == (0, 0, 0, True)
+    assert made.distributed_sampler_kwargs is None and made.accelerator.name() == "cpu"
+    assert made.strategy.accelerator is made.accelerator and made.precision_plugin.precision == "32-true"
+
+
+def test_options_that_are_written_hold_from_the_next_run_on() -> None:
+    model = Plain()
+    made = trainer(max_epochs=1)
+    made.fit(model, batches(4))
+    made.limit_train_batches = 2
+    made.fit_loop.max_epochs = 2
+    made.fit(model, batches(4))
+    assert (made.global_step, made.num_training_batches, made.limit_train_batches) == (6, 2, 2)
+    made.accumulate_grad_batches = 2
+    made.fit_loop.max_epochs = 3
+    made.fit(model, batches(4))
+    assert made.global_step == 7
+    with pytest.raises(MisconfigurationException, match="limit_val_batches=-1"):
+        made.limit_val_batches = -1
+
+
+@pytest.mark.parametrize("stage", ["training", "validating", "testing", "predicting", "sanity_checking"])
+def test_stages_may_be_set(stage: str) -> None:
+    made = trainer()
+    setattr(made, stage, True)
+    stages = ("training", "validating", "testing", "predicting", "sanity_checking")
+    assert [name for name in stages if getattr(made, name)] == [stage]
+    assert made.evaluating == (stage in ("validating", "testing", "sanity_checking"))
+    other = "training" if stage != "training" else "testing"
+    setattr(made, other, False)
+    assert getattr(made, stage), "only the running stage can be ended"
+    setattr(made, stage, False)
+    assert made.state.stage is None
+
+
+def test_loggers_may_be_set(tmp_path: Path) -> None:
+    made = trainer(default_root_dir=tmp_path)
+    assert made.logger is None and made.log_dir == str(tmp_path)
+    first, second = CSVLogger(tmp_path, name="a"), DummyLogger()
+    made.logger = first
+    assert made.loggers == [first] and made.log_dir == str(tmp_path / "a" / "version_0")
+    made.loggers = [second, first]
+    assert made.logger is second
+    made.loggers = None
+    assert made.loggers == [] and made.logger is None
+
+
+def test_default_root_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert trainer().default_root_dir == str(tmp_path)
+    assert trainer(default_root_dir="~/runs/../logs").default_root_dir == str(tmp_path / "logs")
+    assert trainer(default_root_dir=tmp_path / "a").default_root_dir == str(tmp_path / "a")
+
+
+def test_callbacks_by_kind() -> None:
+    class OwnBar(RichProgressBar):
+        pass
+
+    early, also, best, bar = EarlyStopping("a"), EarlyStopping("b"), ModelCheckpoint(), OwnBar()
+    made = lit_fast.Trainer(
+        accelerator="cpu", logger=False, enable_model_summary=False, callbacks=[best, early, bar, also]
+    )
+    assert made.callbacks == [early, bar, also, best], "checkpoints come last"
+    assert (made.early_stopping_callback, made.early_stopping_callbacks) == (early, [early, also])
+    assert (made.checkpoint_callback, made.checkpoint_callbacks) == (best, [best])
+    assert made.progress_bar_callback is bar
+    bare = trainer()
+    assert (bare.early_stopping_callback, bare.checkpoint_callback, bare.progress_bar_callback) == (None, None, None)
+
+
+class Asks(Plain):
+    """Looks at the length of the fit where schedulers are made."""
+
+    def configure_optimizers(self) -> Any:
+        self.steps = self.trainer.estimated_stepping_batches
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "options,expected",
+    [
+        ({"max_epochs": 2}, 10),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 6),
+        ({"max_epochs": 2, "max_steps": 7}, 7),
+        ({"max_epochs": 3, "limit_train_batches": 2}, 6),
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": -1, "max_steps": 4}, 4),
+        ({"fast_dev_run": 2}, 2),
+    ],
+)
+def test_estimated_stepping_batches(options: dict[str, Any], expected: int) -> None:
+    model = Asks()
+    made = fitted(model, batches(5), **options)
+    assert model.steps == expected == made.global_step
+
+
+def test_estimated_stepping_batches_without_an_end() -> None:
+    endless = trainer(max_epochs=-1)
+    assert endless.estimated_stepping_batches == math.inf
+    model = Asks()
+    fitted(model, NoLength(batches(2)), max_epochs=1)
+    assert model.steps == math.inf
+    fitted(model, NoLength(batches(2)), max_epochs=1, max_steps=1)
+    assert model.steps == 1
+
+
+def test_validation_is_enabled_where_there_is_everything_for_it() -> None:
+    class Validates(Plain):
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    assert not fitted(Plain(), batches(1), [batches(1)], max_epochs=1).enable_validation
+    assert not fitted(Validates(), batches(1), max_epochs=1).enable_validation
+    assert not fitted(Validates(), batches(1), [batches(1)], max_epochs=1, limit_val_batches=0).enable_validation
+    made = fitted(Validates(), batches(1), [batches(3)], max_epochs=1)
+    assert made.enable_validation and made.num_val_batches == [3] and made.num_sanity_val_batches == [2]
