@@ -72,6 +72,7 @@ class _IndexStream:
     ) -> None:
         self.source, self.random, self.skip = source, random, skip
         self.draw, self.first, self.seed = draw, first, seed
+        self._seed_given = seed is not None
         self.watch: WorkerWatch | None = None
         self.fetched_before: torch.Tensor | None = None  # batches per worker, when the epoch's first item was drawn
         self._seed_generator = seed_generator
@@ -87,9 +88,11 @@ class _IndexStream:
 
     def __iter__(self) -> Iterator[Any]:
         self._items = iter(self.source)
-        if self.seed is not None:
+        if self._seed_given:
+            assert self.seed is not None
             self._seed_generator.set_state(self.seed)
-        else:
+            self._seed_given = False  # iterators with workers call this once more, after they have drawn their seed
+        elif self.seed is None:
             self.seed = self._seed_generator.get_state()
         return itertools.chain.from_iterable(self._parts())
 

@@ -465,6 +465,22 @@ def test_order_is_that_of_a_plain_loop() -> None:
         assert rng.equal(rng.capture(), after)
 
 
+@pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"shuffle": True, "persistent_workers": True}], ids=str)
+def test_order_and_draws_of_workers_are_those_of_a_plain_loop(options: dict[str, Any]) -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(_Numbers(8, draws="tw"), batch_size=2, num_workers=2, **options)
+
+    _seed(3)
+    plain = [[_plain(batch) for batch in data] for data in [loader()] for _ in range(2)]
+    after = rng.capture()
+    _seed(3)
+    position = DataPosition(loader())
+    assert [[_plain(batch) for batch in position] for _ in range(2)] == plain
+    assert rng.equal(rng.capture(), after)
+    assert plain[0] != plain[1]  # an epoch's augmentations are not those of the epoch before
+    position.close()
+
+
 def test_state_is_small() -> None:
     path_free = _state_after(_loader(shuffle=True), 3)
     size = sum(t.numel() * t.element_size() for t in _tensors(path_free))
