@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from lit_fast.callbacks.callback import Callback
+from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.defaults import check_state_keys, in_order
 from lit_fast.errors import MisconfigurationException, PossibleUserWarning
@@ -58,6 +59,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
         trainer.state.stage = None
         if trainer.fit_loop.position is not None:
             trainer.fit_loop.position.close()  # stops the loader's workers
+        trainer.strategy.teardown()
         trainer._metric_log.rest()
         for name, original in restore.items():
             if original is None:
@@ -206,11 +208,10 @@ class Runtime:
         module.setup(stage)
         module.configure_model()
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
-        path = checkpoint_state.find(self._trainer, ckpt_path)
-        self.ckpt_path = None if path is None else str(path)
+        path = self.ckpt_path = finding.find(self._trainer, ckpt_path)
         if path is None:
             return None
-        checkpoint = checkpoint_state.read(path, weights_only)
+        checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
         checkpoint_state.restore_model(self._trainer, checkpoint, path)
         return checkpoint
 
@@ -548,7 +549,7 @@ class Runtime:
     def _raise_interrupt(self) -> None:
         """End the run between two steps: save first, say how to go on."""
         number, self._interrupt = self._interrupt, None
-        path = None if self.sanity_checking else checkpoint_state.interrupt_path(self._trainer)
+        path = None if self.sanity_checking else finding.interrupt_path(self._trainer)
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)

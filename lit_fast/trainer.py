@@ -12,6 +12,7 @@ import torch
 from lit_fast.attributes import Attributes
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
+from lit_fast.checkpoint.plugins import split_plugins
 from lit_fast.config import apply_barebones, defaults_from_environment, refuse_unknown, resolve_config
 from lit_fast.defaults import configure_callbacks, configure_loggers
 from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError
@@ -123,9 +124,12 @@ class Trainer(Attributes):
         if barebones:
             apply_barebones(given)
         loggers, given_callbacks = given.pop("logger"), given.pop("callbacks")
+        checkpoint_io, given["plugins"] = split_plugins(given["plugins"])
         self.config = resolve_config(**given)
         self.strategy = SingleDeviceStrategy(self.config.device) if isinstance(strategy, str) else strategy
         self.strategy.accelerator, self.strategy.precision_plugin = self.config.accelerator, self.config.precision
+        if checkpoint_io is not None:
+            self.strategy.checkpoint_io = checkpoint_io
         self.state = TrainerState()
         self.loggers = configure_loggers(loggers, self.config.default_root_dir, self.config.fast_dev_run)
         self.callbacks = configure_callbacks(given_callbacks, self.config)
@@ -328,19 +332,16 @@ class Trainer(Attributes):
 
         Args:
             weights_only: leave out optimizers, schedulers, callbacks and loops.
+            storage_options: handed on to the CheckpointIO in `plugins`; the default one has no options.
 
         Raises:
-            MisconfigurationException: no model is attached, or `storage_options` is given.
+            MisconfigurationException: no model is attached, or `storage_options` is given to the default CheckpointIO.
             CheckpointError: it could not be written; a file of that name is as it was.
         """
         if self._module is None:
             raise MisconfigurationException("save_checkpoint needs a model: call it during or after fit or validate.")
-        if storage_options is not None:
-            raise MisconfigurationException(
-                "save_checkpoint(storage_options=...) is not built yet; checkpoints are local files so far."
-            )
         with self._profiler.phase("checkpoint") if self._profiler is not None else nullcontext():
-            checkpoint_state.save(self, Path(filepath), bool(weights_only))
+            checkpoint_state.save(self, filepath, bool(weights_only), storage_options)
 
     def explain(self, model: LightningModule | None = None) -> str:
         """Everything that a training step does, in order: what is bound, who asked for it, how it is done.

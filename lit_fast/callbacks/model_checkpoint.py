@@ -1,10 +1,9 @@
-"""Save checkpoints while training: when, under which name, and which ones to keep."""
+"""Save checkpoints while training: when, and which ones to keep. Names and places are in checkpoint_files.py."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import time
 import warnings
 import weakref
@@ -16,16 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lit_fast.callbacks._files import link, remove
-from lit_fast.callbacks.checkpoint import Checkpoint
+from lit_fast.callbacks.checkpoint_files import CheckpointFiles, local_path
 from lit_fast.errors import MisconfigurationException
 
 log = logging.getLogger(__name__)
 
-_FIELD = re.compile(r"\{([^{}:]+)(:[^{}]*)?\}")
 
-
-class ModelCheckpoint(Checkpoint):
+class ModelCheckpoint(CheckpointFiles):
     """Save the newest, the best k, or all checkpoints, every so many epochs, steps or seconds.
 
     By default one checkpoint, the newest, is kept: written at the end of every epoch, the previous one
@@ -53,8 +49,8 @@ class ModelCheckpoint(Checkpoint):
             callback's.
 
     Raises:
-        MisconfigurationException: options that contradict each other; a monitored metric that nobody logs
-            (the message lists what is logged).
+        MisconfigurationException: options that contradict each other; a monitored metric that
+            nobody has logged by the end of a validation (the message lists what is logged).
 
     Example::
 
@@ -64,12 +60,6 @@ class ModelCheckpoint(Checkpoint):
     """
 
     reads_gradients = False
-
-    CHECKPOINT_JOIN_CHAR = "-"
-    CHECKPOINT_EQUALS_CHAR = "="
-    CHECKPOINT_NAME_LAST = "last"
-    FILE_EXTENSION = ".ckpt"
-    STARTING_VERSION = 1
 
     def __init__(
         self,
@@ -106,7 +96,7 @@ class ModelCheckpoint(Checkpoint):
         self._save_on_train_epoch_end = save_on_train_epoch_end
         self._enable_version_counter = enable_version_counter
         self._check_options()
-        self.dirpath = None if dirpath is None else _local(dirpath)
+        self.dirpath = None if dirpath is None else local_path(dirpath)
         self.filename = filename
 
         self.current_score: Tensor | None = None
@@ -121,6 +111,7 @@ class ModelCheckpoint(Checkpoint):
         self._last_time_checked: float | None = None
         self._defer_save_until_validation = False
         self._validated = False
+        self._told_missing = False
         self._obsolete: list[str] = []
 
     def _check_options(self) -> None:
@@ -180,10 +171,14 @@ class ModelCheckpoint(Checkpoint):
             unused.append("on_exception")
         return self._without(super().live_hooks(trainer), ModelCheckpoint, *unused)
 
+    # Programs written for Lightning call it by the name that two leading underscores get there.
+    def __resolve_ckpt_dir(self, trainer: Any) -> str:
+        return self._resolve_ckpt_dir(trainer)
+
     # -- when to save
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.dirpath = self._resolve_ckpt_dir(trainer)
+        self.dirpath = self.__resolve_ckpt_dir(trainer)
         if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and os.path.isdir(self.dirpath):
             resumed = getattr(trainer, "ckpt_path", None)
             inside = resumed is not None and Path(self.dirpath).absolute() in Path(resumed).absolute().parents
@@ -302,30 +297,39 @@ class ModelCheckpoint(Checkpoint):
         if self.save_top_k == 0:
             return
         if self.monitor is None:
-            previous = self.best_model_path
-            self.best_model_path = self._versioned_name(metrics, previous)
-            self._save_checkpoint(trainer, self.best_model_path)
-            if self.save_top_k == 1 and previous:
-                self._retire(trainer, previous, self.best_model_path)
-            return
-        current = metrics.get(self.monitor)
-        if current is None:
-            self._refuse_missing_metric(trainer, metrics)
-        elif self.check_monitor_top_k(trainer, current):
+            self._save_none_monitor_checkpoint(trainer, metrics)
+        else:
+            if self.monitor not in metrics:
+                self._tell_missing_metric(metrics)
+            self._save_monitor_checkpoint(trainer, metrics)
+
+    def _save_none_monitor_checkpoint(self, trainer: Any, metrics: dict[str, Tensor]) -> None:
+        previous = self.best_model_path
+        # set before it is saved, because it is part of what is saved
+        self.best_model_path = self._get_metric_interpolated_filepath_name(metrics, trainer, previous)
+        self._save_checkpoint(trainer, self.best_model_path)
+        if self.save_top_k == 1 and previous:
+            self._retire(trainer, previous, self.best_model_path)
+
+    def _save_monitor_checkpoint(self, trainer: Any, metrics: dict[str, Tensor]) -> None:
+        current = metrics.get(str(self.monitor))
+        if self.check_monitor_top_k(trainer, current):
+            assert current is not None
             self._update_best_and_save(current, trainer, metrics)
         elif self.verbose:
             log.info("%s: %s was not in the top %d", _when(metrics), self.monitor, self.save_top_k)
 
-    def _refuse_missing_metric(self, trainer: Any, metrics: Mapping[str, Tensor]) -> None:
+    def _tell_missing_metric(self, metrics: Mapping[str, Tensor]) -> None:
         message = (
             f"ModelCheckpoint(monitor={self.monitor!r}) found no such metric; logged are: "
             f"{', '.join(map(repr, metrics))}. Log it with self.log({self.monitor!r}, value) in the module, "
             f"or monitor one of the logged ones."
         )
-        # a validation that is still to come may log it
-        if self._validated or _total(trainer.num_val_batches) == 0:
+        if self._validated:
             raise MisconfigurationException(message)
-        warnings.warn(message, stacklevel=2)
+        if not self._told_missing:  # once: it may come with a validation, or never
+            self._told_missing = True
+            warnings.warn(message + " Until then nothing is saved.", stacklevel=2)
 
     def _update_best_and_save(self, current: Tensor, trainer: Any, metrics: dict[str, Tensor]) -> None:
         k = len(self.best_k_models) + 1 if self.save_top_k == -1 else self.save_top_k
@@ -337,7 +341,7 @@ class ModelCheckpoint(Checkpoint):
         if torch.isnan(current):  # never the best
             current = torch.full_like(current, torch.inf if self.mode == "min" else -torch.inf)
 
-        filepath = self._versioned_name(metrics, replaced)
+        filepath = self._get_metric_interpolated_filepath_name(metrics, trainer, replaced)
         self.current_score = current
         self.best_k_models[filepath] = current
         if len(self.best_k_models) == k:
@@ -358,14 +362,14 @@ class ModelCheckpoint(Checkpoint):
         if not self.save_last:
             return
         previous = self.last_model_path
-        self.last_model_path = filepath = self._versioned_name(metrics, previous, self.CHECKPOINT_NAME_LAST)
+        self.last_model_path = filepath = self._versioned_name(metrics, trainer, previous, self.CHECKPOINT_NAME_LAST)
         if self.save_last == "link" and self._last_checkpoint_saved and self.save_top_k != 0:
-            if trainer.is_global_zero:
-                link(self._last_checkpoint_saved, filepath)
+            self._link_checkpoint(trainer, self._last_checkpoint_saved, filepath)
         else:
             self._save_checkpoint(trainer, filepath)
         if previous:
             self._retire(trainer, previous, filepath)
+        self._remove_obsolete(trainer)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         trainer.save_checkpoint(filepath, self.save_weights_only)
@@ -376,91 +380,15 @@ class ModelCheckpoint(Checkpoint):
                 logger.after_save_checkpoint(weakref.proxy(self))
 
     def _retire(self, trainer: Any, previous: str, current: str) -> None:
-        """Mark `previous` for removal, unless it was overwritten, is not ours, or was resumed from."""
-        old = Path(previous).absolute()
-        resumed = getattr(trainer, "ckpt_path", None)
-        assert self.dirpath is not None
-        ours = Path(self.dirpath).absolute() in old.parents
-        if previous != current and ours and (resumed is None or Path(resumed).absolute() != old):
+        """Remove `previous` if it may go; a link must point to the new file before the old one goes."""
+        if self._should_remove_checkpoint(trainer, previous, current):
             self._obsolete.append(previous)
-        if self.save_last != "link":  # a link must point to the new file before the old one goes
+        if self.save_last != "link":
             self._remove_obsolete(trainer)
 
     def _remove_obsolete(self, trainer: Any) -> None:
         while self._obsolete:
             self._remove_checkpoint(trainer, self._obsolete.pop(0))
-
-    def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
-        if trainer.is_global_zero:
-            remove(filepath)
-
-    # -- names
-
-    def format_checkpoint_name(
-        self,
-        metrics: Mapping[str, Any],
-        filename: str | None = None,
-        ver: int | None = None,
-        prefix: str | None = None,
-    ) -> str:
-        """The path that a template gives for these metrics.
-
-        Args:
-            metrics: values by name; a name that is missing becomes 0.
-            filename: template to use instead of the callback's own.
-            ver: version counter, appended as "-v<ver>".
-            prefix: put before the name, joined by "-".
-
-        Example::
-
-            >>> ModelCheckpoint(filename="{epoch}-{val_loss:.2f}").format_checkpoint_name(
-            ...     {"epoch": 2, "val_loss": 0.123})
-            'epoch=2-val_loss=0.12.ckpt'
-        """
-        template = filename or self.filename or f"{{epoch}}{self.CHECKPOINT_JOIN_CHAR}{{step}}"
-
-        def value(match: re.Match[str]) -> str:
-            name, spec = match[1], (match[2] or ":")[1:]
-            label = name + self.CHECKPOINT_EQUALS_CHAR if self.auto_insert_metric_name else ""
-            return label + format(metrics.get(name, torch.tensor(0)), spec)
-
-        parts = [_FIELD.sub(value, template)]
-        if prefix is not None:
-            parts.insert(0, prefix)
-        if ver is not None:
-            parts.append(f"v{ver}")
-        name = self.CHECKPOINT_JOIN_CHAR.join(parts) + self.FILE_EXTENSION
-        return os.path.join(self.dirpath, name) if self.dirpath else name
-
-    def _versioned_name(self, metrics: dict[str, Tensor], own: str, filename: str | None = None) -> str:
-        """A name that is free, or that of the file `own`, which may be overwritten."""
-        filepath = self.format_checkpoint_name(metrics, filename)
-        version = self.STARTING_VERSION
-        while self._enable_version_counter and filepath != own and os.path.lexists(filepath):
-            filepath = self.format_checkpoint_name(metrics, filename, ver=version)
-            version += 1
-        return filepath
-
-    def _resolve_ckpt_dir(self, trainer: Any) -> str:
-        if self.dirpath is not None:
-            return self.dirpath
-        if not trainer.loggers:
-            return os.path.join(trainer.default_root_dir, "checkpoints")
-        logger = trainer.loggers[0]
-        root = trainer.default_root_dir if logger.save_dir is None else logger.save_dir
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        return os.path.join(root, str(logger.name), version, "checkpoints")
-
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
-        """Paths of every `last.ckpt`, `last-v1.ckpt` ... in this callback's directory."""
-        directory = self._resolve_ckpt_dir(trainer)
-        pattern = re.compile(rf"{re.escape(self.CHECKPOINT_NAME_LAST)}(-.*)?{re.escape(self.FILE_EXTENSION)}")
-        names = os.listdir(directory) if os.path.isdir(directory) else []
-        return {os.path.normpath(os.path.join(directory, name)) for name in names if pattern.fullmatch(name)}
-
-    def file_exists(self, filepath: str | os.PathLike[str], trainer: Any) -> bool:
-        """Whether a checkpoint of that name is there already."""
-        return os.path.exists(filepath)
 
     def to_yaml(self, filepath: str | os.PathLike[str] | None = None) -> None:
         """Write `best_k_models` (path: score) as YAML, to `<dirpath>/best_k_models.yaml` when left out."""
@@ -503,15 +431,6 @@ class ModelCheckpoint(Checkpoint):
                 stacklevel=2,
             )
         self.best_model_path = state_dict["best_model_path"]
-
-
-def _local(dirpath: str | os.PathLike[str]) -> str:
-    path = os.fspath(dirpath)
-    if "://" in path and not path.startswith("file://"):
-        raise MisconfigurationException(
-            f"ModelCheckpoint(dirpath={path!r}): only local directories can be written so far."
-        )
-    return os.path.realpath(os.path.expanduser(path.removeprefix("file://")))
 
 
 def _total(batches: Any) -> float:

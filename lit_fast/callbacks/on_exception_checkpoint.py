@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lit_fast.callbacks import _files
 from lit_fast.callbacks.checkpoint import Checkpoint
+from lit_fast.checkpoint.files import remove
 from lit_fast.errors import MisconfigurationException
 
 
@@ -52,4 +52,4 @@ class OnExceptionCheckpoint(Checkpoint):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if trainer.is_global_zero:
-            _files.remove(self.ckpt_path)
+            remove(self.ckpt_path)

@@ -6,21 +6,20 @@ the loop had got. A file written by Lightning resumes too, at the start of the e
 
 from __future__ import annotations
 
+import copy
 import inspect
-import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from lit_fast.checkpoint import io, rng
+from lit_fast.checkpoint import finding, io, rng
 from lit_fast.data.position import count_only
 from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.module import LightningModule
-from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -35,9 +34,10 @@ LIGHTNING_FORMAT = "2.6.6"  # the version of Lightning whose layout the file has
 # -- writing
 
 
-def save(trainer: Trainer, path: Path, weights_only: bool) -> None:
-    """Write the whole state of `trainer` to `path`, atomically."""
-    io.save(dump(trainer, weights_only), path)
+def save(trainer: Trainer, path: str | Path, weights_only: bool, storage_options: Any = None) -> None:
+    """Write the whole state of `trainer` to `path`, through the plugin for checkpoints."""
+    trainer.strategy.save_checkpoint(dump(trainer, weights_only), path, storage_options=storage_options)
+    finding.note_written(path)
 
 
 def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
@@ -203,87 +203,10 @@ def _loadable(hparams: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in hparams.items() if name not in left_out}
 
 
-# -- finding and reading
-
-
-def find(trainer: Trainer, ckpt_path: str | Path | None) -> Path | None:
-    """The file that `ckpt_path` names: a path, "last", "best", or None.
-
-    Raises:
-        CheckpointError: there is no such file.
-        MisconfigurationException: "best" without a checkpoint that is best, or a name that is not built yet.
-    """
-    if ckpt_path is None:
-        return None
-    if ckpt_path == "last":
-        newest = max(_candidates(trainer), default=None)
-        if newest is None:
-            warnings.warn("ckpt_path='last': no checkpoint was found, the run starts anew.", stacklevel=3)
-            return None
-        return newest[-1]
-    if ckpt_path == "best":
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        if not best:
-            raise MisconfigurationException(
-                "ckpt_path='best': no checkpoint was saved so far; fit with a ModelCheckpoint first, or pass a path."
-            )
-        return Path(best)
-    if ckpt_path == "hpc" or str(ckpt_path).startswith("registry"):
-        raise MisconfigurationException(f"ckpt_path={ckpt_path!r} is not built yet; pass a path, 'last' or 'best'.")
-    path = Path(ckpt_path).expanduser()
-    if not path.exists():
-        raise CheckpointError(f"There is no checkpoint {str(path)!r}; pass the path of one, 'last', or None to start.")
-    return path
-
-
-def _candidates(trainer: Trainer) -> Iterator[tuple[int, int, int, Path]]:
-    """What a fit can go on from, of this run and earlier versions of it: (version, time of writing, step, path)."""
-    for callback in trainer.checkpoint_callbacks:
-        if not getattr(callback, "dirpath", None):
-            continue
-        directory = Path(callback.dirpath)
-        directories = [directory]
-        if re.fullmatch(r"version_\d+", directory.parent.name):  # each run of a logger gets a version of its own
-            directories = sorted(directory.parent.parent.glob(f"version_*/{directory.name}"))
-        for folder in directories:
-            number = re.fullmatch(r"version_(\d+)", folder.parent.name)
-            for path in folder.glob("*.ckpt"):
-                try:
-                    written = path.stat().st_mtime_ns
-                    held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-                    step = int(held["global_step"])
-                except Exception as error:
-                    warnings.warn(f"ckpt_path='last' passes over {path}: it cannot be read ({error}).", stacklevel=4)
-                    continue
-                if "optimizer_states" in held or trainer.state.fn != TrainerFn.FITTING:
-                    yield int(number[1]) if number else 0, written, step, path
-
-
-def read(path: Path, weights_only: bool | None) -> dict[str, Any]:
-    """Load a checkpoint; pickled code is refused unless the caller asked for it with `weights_only=False`."""
-    return io.load(path, weights_only=weights_only is not False)
-
-
-def interrupt_path(trainer: Trainer) -> Path | None:
-    """Where an interrupted run is saved: "last.ckpt" beside the run's other checkpoints.
-
-    "last-v1.ckpt" ... where that name is taken by a file that this run neither wrote nor went on from.
-    """
-    for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "dirpath", None):
-            ours = [os.path.abspath(p) for p in (getattr(callback, "last_model_path", ""), trainer.ckpt_path) if p]
-            path, version = Path(callback.dirpath).absolute() / "last.ckpt", 0
-            while path.exists() and str(path) not in ours:
-                version += 1
-                path = path.with_name(f"last-v{version}.ckpt")
-            return path
-    return None
-
-
 # -- restoring
 
 
-def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> None:
+def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
     """Weights, data module and callbacks, with their hooks, in Lightning's order.
 
     Raises:
@@ -300,16 +223,32 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: Path) -> N
     datamodule = trainer.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
+    if checkpoint.get("callbacks") is not None:  # there is none in a file of weights
+        _restore_callbacks(trainer, checkpoint)
+
+
+# Lightning up to 1.8 wrote one more option into the key of a ModelCheckpoint's state.
+_OLD_OPTION = re.compile(r", 'save_on_train_epoch_end': (None|True|False)")
+
+
+def _restore_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    states = {_OLD_OPTION.sub("", key): state for key, state in checkpoint["callbacks"].items()}
+    left_over = sorted(states.keys() - {callback.state_key for callback in trainer.callbacks})
+    if left_over:
+        warnings.warn(
+            f"{trainer.ckpt_path} holds the state of callbacks that are not in this Trainer: {', '.join(left_over)}. "
+            f"They were made with other options, or are missing in Trainer(callbacks=...); that state is not used.",
+            stacklevel=3,
+        )
     for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, module, checkpoint)
-    states = checkpoint.get("callbacks", {})
+        callback.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
     for callback in trainer.callbacks:
         state = states.get(callback.state_key)
-        if state is not None:
-            callback.load_state_dict(state)
+        if state:
+            callback.load_state_dict(copy.deepcopy(state))  # theirs to keep, while hooks may still look at the file's
 
 
-def load_weights(module: LightningModule, weights: Mapping[str, Any], path: Path) -> None:
+def load_weights(module: LightningModule, weights: Mapping[str, Any], path: str) -> None:
     """`load_state_dict` with an error that a person can act on."""
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -361,7 +300,7 @@ def load_module(
     if strict is not None:
         module.strict_loading = strict
     module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint["state_dict"], Path(path))
+    load_weights(module, checkpoint["state_dict"], str(path))
     return module
 
 
@@ -399,6 +338,12 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     progress = trainer._progress
     progress.global_step = int(checkpoint["global_step"])
     ours = checkpoint.get(OURS)
+    epoch = int(checkpoint.get("epoch", 0)) if ours is None else ours["epoch"]
+    if -1 < trainer.max_epochs < epoch:
+        raise MisconfigurationException(
+            f"{trainer.ckpt_path} was written in epoch {epoch}, and Trainer(max_epochs={trainer.max_epochs}) ends "
+            f"before it; set max_epochs to the number of all epochs, those before the checkpoint included."
+        )
     if ours is None:
         _restore_lightning_loops(trainer, checkpoint)
         return

@@ -40,6 +40,19 @@ _ACCELERATORS = {
     for name in ("Accelerator", "CPUAccelerator", "CUDAAccelerator", "MPSAccelerator")
 }
 _EXCEPTIONS = {"MisconfigurationException": "lit_fast.errors:MisconfigurationException"}
+_CHECKPOINT_IO = {
+    "AsyncCheckpointIO": "lit_fast.checkpoint.plugins:AsyncCheckpointIO",
+    "CheckpointIO": "lit_fast.checkpoint.plugins:CheckpointIO",
+    "TorchCheckpointIO": "lit_fast.checkpoint.plugins:TorchCheckpointIO",
+    "_WrappingCheckpointIO": "lit_fast.checkpoint.plugins:WrappingCheckpointIO",
+}
+_PLUGINS = {
+    **_CHECKPOINT_IO,
+    **{
+        name: f"lit_fast.precision:{name}"
+        for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
+    },
+}
 
 TABLE: dict[str, str | dict[str, str]] = {
     "": _CORE,
@@ -57,11 +70,11 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.core.optimizer": "lit_fast.optim.lightning_optimizer",
     "pytorch.core.mixins": {"HyperparametersMixin": "lit_fast.hparams:HyperparametersMixin"},
     "pytorch.core.mixins.hparams_mixin": "lit_fast.hparams",
-    "pytorch.plugins": {
-        name: f"lit_fast.precision:{name}"
-        for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
-    },
+    "pytorch.plugins": _PLUGINS,
     "pytorch.plugins.precision": "lit_fast.precision",
+    "pytorch.plugins.io": _CHECKPOINT_IO,
+    "pytorch.plugins.io.checkpoint_plugin": _CHECKPOINT_IO,
+    "pytorch.plugins.io.torch_plugin": _CHECKPOINT_IO,
     "pytorch.strategies": "lit_fast.strategies",
     "pytorch.trainer": {"Trainer": "lit_fast:Trainer", "seed_everything": "lit_fast:seed_everything"},
     "pytorch.trainer.trainer": "lit_fast.trainer",
@@ -76,11 +89,11 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.utilities.types": "lit_fast.pytorch.types",
     "fabric": {"seed_everything": "lit_fast:seed_everything"},
     "fabric.accelerators": _ACCELERATORS,
-    "fabric.plugins": {
-        name: f"lit_fast.precision:{name}"
-        for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
-    },
+    "fabric.plugins": _PLUGINS,
     "fabric.plugins.precision": "lit_fast.precision",
+    "fabric.plugins.io": _CHECKPOINT_IO,
+    "fabric.plugins.io.checkpoint_io": _CHECKPOINT_IO,
+    "fabric.plugins.io.torch_io": _CHECKPOINT_IO,
     "fabric.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
     "fabric.utilities.exceptions": _EXCEPTIONS,
     "fabric.utilities.rank_zero": "lit_fast.rank_zero",

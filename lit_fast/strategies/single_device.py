@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lit_fast.checkpoint.plugins import CheckpointIO, TorchCheckpointIO
 
 if TYPE_CHECKING:
     from lit_fast.module import LightningModule
@@ -21,6 +24,7 @@ class SingleDeviceStrategy:
     Args:
         device: where the model and its batches live.
         accelerator: the kind of device; the Trainer sets it.
+        checkpoint_io: who writes, reads and removes checkpoint files; local files in torch's format when left out.
         precision_plugin: how a step computes; the Trainer sets it.
 
     Example:
@@ -40,11 +44,16 @@ class SingleDeviceStrategy:
     handles_gradient_accumulation = False
 
     def __init__(
-        self, device: torch.device | str = "cpu", accelerator: Any = None, precision_plugin: Any = None
+        self,
+        device: torch.device | str = "cpu",
+        accelerator: Any = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Any = None,
     ) -> None:
         self.root_device = torch.device(device)
         self.accelerator = accelerator
         self.precision_plugin = precision_plugin
+        self.checkpoint_io: CheckpointIO = checkpoint_io or TorchCheckpointIO()
         self.lightning_module: LightningModule | None = None
         self.optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
@@ -92,6 +101,23 @@ class SingleDeviceStrategy:
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None, "no model is connected"
         self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
+        self.checkpoint_io.remove_checkpoint(filepath)
+
+    def teardown(self) -> None:
+        """The end of a run, whole or broken off."""
+        self.checkpoint_io.teardown()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return optimizer.state_dict()

@@ -19,8 +19,8 @@ GOLDENS = Path(__file__).with_name("model_checkpoint.json")
 
 
 def scenarios(count: int) -> list[dict[str, Any]]:
-    """Options, trainer settings, and the metric of each epoch. Left out are the two points where we differ on
-    purpose: a metric that nobody logs without any validation, and saves deferred to a validation."""
+    """Options, trainer settings, and the metric of each epoch. Left out is the point where we differ on
+    purpose: saves deferred to a validation."""
     rng = random.Random(20)
     result = []
     while len(result) < count:

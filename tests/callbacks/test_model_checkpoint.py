@@ -126,9 +126,8 @@ def test_a_link_never_dangles(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "checkpoints" / "last.ckpt") == "epoch=2-step=12.ckpt"
 
 
-@pytest.mark.parametrize("val_batches", [0, 2])
-def test_a_metric_that_nobody_logs_is_an_error_that_lists_what_is_logged(tmp_path: Path, val_batches: int) -> None:
-    trainer = StandInTrainer(tmp_path, num_val_batches=[val_batches])
+def test_a_metric_that_nobody_logs_is_an_error_that_lists_what_is_logged(tmp_path: Path) -> None:
+    trainer = StandInTrainer(tmp_path, num_val_batches=[2])
     with pytest.raises(MisconfigurationException, match=r"'val_lss'.*'val_loss'.*self\.log\('val_lss'"):
         trainer.run(ModelCheckpoint(monitor="val_lss"), losses(1))
 
@@ -139,6 +138,55 @@ def test_before_the_first_validation_a_missing_metric_is_only_a_warning(tmp_path
     with pytest.warns(UserWarning, match="no such metric"):
         trainer.run(callback, losses(1, 2))
     assert trainer.saved == ["epoch=1-step=8.ckpt"]
+
+
+def test_without_any_validation_a_missing_metric_is_one_warning(tmp_path: Path) -> None:
+    trainer = StandInTrainer(tmp_path, num_val_batches=[0])
+    with pytest.warns(UserWarning, match="no such metric") as told:
+        trainer.run(ModelCheckpoint(monitor="val_lss"), losses(1, 2, 3))
+    assert len(told) == 1 and trainer.saved == []
+
+
+def test_what_subclasses_override_is_what_runs(tmp_path: Path) -> None:
+    """The methods that programs for Lightning override, each calling the base's."""
+    called: list[str] = []
+
+    def noted(name: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return getattr(ModelCheckpoint, name)(self, *args, **kwargs)
+
+        return method
+
+    names = """
+        _save_topk_checkpoint _save_monitor_checkpoint _update_best_and_save _save_last_checkpoint _save_checkpoint
+        _remove_checkpoint _should_remove_checkpoint _monitor_candidates _should_save_on_train_epoch_end
+        _should_skip_saving_checkpoint _get_metric_interpolated_filepath_name file_exists check_monitor_top_k
+        format_checkpoint_name
+    """.split()
+    mine = type("Mine", (ModelCheckpoint,), {name: noted(name) for name in names})
+    StandInTrainer(tmp_path).run(mine(monitor="val_loss", save_last="link"), losses(2, 1))
+    assert set(called) == set(names)
+    assert files(tmp_path) == ["epoch=1-step=8.ckpt", "last.ckpt"]
+
+
+def test_an_override_that_writes_its_own_file(tmp_path: Path) -> None:
+    class Mine(ModelCheckpoint):
+        def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+            super()._save_checkpoint(trainer, filepath)
+            Path(filepath).with_suffix(".pt").touch()
+
+        def _remove_checkpoint(self, trainer: Any, filepath: str) -> None:
+            super()._remove_checkpoint(trainer, filepath)
+            Path(filepath).with_suffix(".pt").unlink()
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            metrics = self._monitor_candidates(trainer)
+            self._save_topk_checkpoint(trainer, metrics)
+            self._save_last_checkpoint(trainer, metrics)
+
+    StandInTrainer(tmp_path).run(Mine(save_last="link"), losses(2, 1))
+    assert files(tmp_path) == ["epoch=1-step=8.ckpt", "epoch=1-step=8.pt", "last.ckpt"]
 
 
 def test_a_save_between_validations_waits_for_its_metric(tmp_path: Path) -> None:

@@ -172,8 +172,39 @@ def test_last_without_any_starts_anew(tmp_path: Path) -> None:
 def test_best(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="no checkpoint was saved so far"):
         checkpointed(tmp_path, max_epochs=1, ckpt_path="best")
-    with pytest.raises(MisconfigurationException, match="not built yet"):
-        checkpointed(tmp_path, max_epochs=1, ckpt_path="hpc")
+
+
+def test_hpc_is_the_file_with_the_highest_number(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"there is no hpc_ckpt_<number>\.ckpt"):
+        checkpointed(tmp_path, max_epochs=1, ckpt_path="hpc", default_root_dir=tmp_path)
+    made = checkpointed(tmp_path, max_epochs=1)
+    for number in (2, 10):
+        made.save_checkpoint(tmp_path / f"hpc_ckpt_{number}.ckpt")
+    again = checkpointed(tmp_path, max_epochs=2, ckpt_path="hpc", default_root_dir=tmp_path)
+    assert Path(again.ckpt_path or "").name == "hpc_ckpt_10.ckpt" and again.global_step == 8
+
+
+def test_a_second_trainer_of_one_program_is_no_continuation(tmp_path: Path) -> None:
+    """Folds of a cross-validation, each with ckpt_path="last" and a version of its own below one logger."""
+    made = []
+    for _ in range(2):
+        logger = lit_fast.loggers.CSVLogger(tmp_path)
+        made.append(lit_fast.Trainer(**{**QUIET, "logger": logger, "enable_checkpointing": True, "max_epochs": 1}))
+        with pytest.warns(UserWarning, match="the run starts anew"):
+            made[-1].fit(Plain(), batches(4), ckpt_path="last")
+    assert [trainer.global_step for trainer in made] == [4, 4]
+
+
+def test_state_of_callbacks_that_are_gone_is_named(tmp_path: Path) -> None:
+    path = checkpointed(tmp_path, max_epochs=1).checkpoint_callback.best_model_path
+    with pytest.warns(UserWarning, match="callbacks that are not in this Trainer: ModelCheckpoint"):
+        resume(Path(path), Plain(), max_epochs=2)
+
+
+def test_a_lower_max_epochs_is_refused(tmp_path: Path) -> None:
+    path = checkpointed(tmp_path, max_epochs=3).checkpoint_callback.best_model_path
+    with pytest.raises(MisconfigurationException, match="max_epochs=1"):
+        resume(Path(path), Plain(), max_epochs=1)
 
 
 def test_a_resumed_run_keeps_what_callbacks_saw(tmp_path: Path) -> None:
