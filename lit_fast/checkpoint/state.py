@@ -339,7 +339,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     progress.global_step = int(checkpoint["global_step"])
     ours = checkpoint.get(OURS)
     epoch = int(checkpoint.get("epoch", 0)) if ours is None else ours["epoch"]
-    if -1 < trainer.max_epochs < epoch:
+    if trainer.max_epochs is not None and -1 < trainer.max_epochs < epoch:
         raise MisconfigurationException(
             f"{trainer.ckpt_path} was written in epoch {epoch}, and Trainer(max_epochs={trainer.max_epochs}) ends "
             f"before it; set max_epochs to the number of all epochs, those before the checkpoint included."
