@@ -8,8 +8,10 @@ device a copy is queued on the current stream, and nobody waits for it until a p
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,13 +19,21 @@ from torch import Tensor
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import HOOKS, LogRule
+from lit_fast.log_rules import (
+    KEPT,
+    Options,
+    batch_size_of,
+    dtype_of,
+    is_metric,
+    meant_by,
+    metrics_in,
+    refuse,
+    spelled,
+    takes_iterator,
+)
 
-Number = float | Tensor  # a Python float (CPU values) or a 0-dim tensor on a device
 
-_REDUCTIONS = ("mean", "sum", "min", "max")
-
-
-def _scalar(value: Any, name: str) -> Number:
+def _scalar(value: Any, name: str) -> float | Tensor:
     """Take a snapshot of one logged value; an error names the metric when it is not a single number."""
     if isinstance(value, Tensor):
         if value.is_cpu:
@@ -33,66 +43,30 @@ def _scalar(value: Any, name: str) -> Number:
             except RuntimeError:
                 pass
         elif value.numel() == 1:
-            copy: Tensor = value.detach().reshape(()).clone()
-            return copy if copy.is_floating_point() else copy.to(torch.get_default_dtype())
+            copy: Tensor = value.detach().reshape(())
+            return copy.clone() if copy.dtype in KEPT else copy.to(torch.float32)
         raise ValueError(
             f"self.log({name!r}, ...) was given a tensor of shape {tuple(value.shape)}; a single number is needed: "
             f"log a reduction of it, such as value.mean()."
         )
-    if isinstance(value, bool | int | float):
-        return float(value)
-    if hasattr(value, "item") and getattr(value, "size", 0) == 1:  # numpy scalars, without importing numpy
-        return float(value.item())
-    raise ValueError(
-        f"self.log({name!r}, ...) was given {type(value).__name__}; allowed are a number, a 0-dim tensor, or a "
-        f"torchmetrics Metric. Use self.log_dict for a dictionary."
-    )
-
-
-def batch_size_of(batch: Any) -> int:
-    """Samples in a batch: the first dimension of the first tensor found in it (1 where there is none).
-
-    Raises:
-        MisconfigurationException: the batch holds neither a tensor nor a string to take a size from.
-    """
-    for tensor in _tensors(batch):
-        return tensor.shape[0] if tensor.dim() else 1
-    raise MisconfigurationException(
-        f"The batch size of a {type(batch).__name__} could not be found for the mean over the epoch; "
-        f"pass it: self.log(..., batch_size=n)."
-    )
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, str):
-        yield torch.empty(len(batch), 0)
-    elif isinstance(batch, Mapping):
-        for item in batch.values():
-            yield from _tensors(item)
-    elif isinstance(batch, list | tuple):
-        for item in batch:
-            yield from _tensors(item)
-    elif hasattr(batch, "__dataclass_fields__"):
-        for field in batch.__dataclass_fields__:
-            yield from _tensors(getattr(batch, field))
+    refuse(value, name)
+    return float(value.item() if hasattr(value, "item") else value)
 
 
 class Slot:
     """One logged name of one hook. `write` keeps the newest value; subclasses also reduce over the epoch."""
 
     __slots__ = (
-        "dtype", "fresh", "loader", "log", "name", "newest", "on_epoch", "on_step", "options", "prog_bar", "reduction",
-        "restored", "settled", "suffix",
+        "dtype", "fresh", "loader", "log", "meant", "name", "newest", "on_epoch", "on_step", "options", "prog_bar",
+        "reduction", "restored", "settled", "suffix",
     )  # fmt: skip
 
-    def __init__(
-        self, name: str, options: tuple[Any, ...], log: MetricLog, on_step: bool, on_epoch: bool, reduction: str
-    ) -> None:
-        self.name, self.options, self.log = name, options, log
-        self.on_step, self.on_epoch, self.reduction = on_step, on_epoch, reduction
-        self.prog_bar: bool = options[0]
+    def __init__(self, name: str, meant: Options, log: MetricLog) -> None:
+        self.name, self.meant, self.log = name, meant, log
+        self.options: tuple[Any, ...] = ()  # as the newest call gave them; `meant` has every default filled in
+        self.on_step, self.on_epoch = bool(meant.on_step), bool(meant.on_epoch)
+        self.reduction: str = meant.reduce_fx
+        self.prog_bar = meant.prog_bar
         self.suffix = self.loader = ""  # which validation loader: in its name, and at all
         self.dtype = torch.float32
         self.fresh = self.restored = self.settled = False
@@ -170,14 +144,33 @@ class MetricSlot(Slot):
 
     __slots__ = ("metric",)
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.metric: Any = None
+
     def write(self, value: Any, batch_size: int | None) -> None:
-        self.metric = value
-        self.newest = getattr(value, "_forward_cache", None)
+        if value is not self.metric:
+            if self.metric is not None:
+                raise MisconfigurationException(
+                    f"self.log({self.name!r}, ...) was given two different metrics or values in one hook; "
+                    f"give each a name of its own."
+                )
+            self.metric = value
+        self.newest = self._single(value._forward_cache) if self.on_step else None
         self.fresh = True
 
     def epoch_value(self) -> Any:
-        computed = self.metric.compute()
-        return computed.detach() if isinstance(computed, Tensor) else computed
+        return self._single(self.metric.compute())
+
+    def _single(self, value: Any) -> Tensor | None:
+        if isinstance(value, Tensor):
+            return value if self.meant.enable_graph else value.detach()
+        if value is None:  # updated without being called: there is no value of this step
+            return None
+        raise ValueError(
+            f"{type(self.metric).__name__}, logged as {self.name!r}, gives {type(value).__name__}; only metrics that "
+            f"give one tensor can be logged: log its parts by names of their own."
+        )
 
     def reset(self) -> None:
         super().reset()
@@ -249,59 +242,57 @@ class MetricLog:
             self._sizes = (self.batch, size)
         return size
 
-    def declare(self, table: Table, name: str, value: Any, options: tuple[Any, ...]) -> Slot:
-        """Check one `self.log` call against every rule and make its slot. Called once per name and hook.
+    def declare(
+        self, table: Table, name: str, value: Any, options: tuple[Any, ...], module: Any, batch_size: int | None
+    ) -> Slot:
+        """Check one `self.log` call against every rule and make its slot.
+
+        Called once per name and hook, and again where a call says the same in other words.
 
         Raises:
             MisconfigurationException: the hook does not log, logs only per epoch, or was called before with
-                other options for this name.
+                other options for this name; the metric is no attribute of the module.
+            ValueError: the value is of a kind that cannot be logged.
         """
-        _, _, on_step, on_epoch, reduce_fx, add_dataloader_idx = options
-        if table.rule is None:
-            raise MisconfigurationException(
-                f"self.log({name!r}, ...) was called inside `{table.hook}`, where nothing can be logged; call it in "
-                f"a step or in an epoch hook, or write to the logger itself: self.logger.experiment."
-            )
+        refuse(value, name)
+        meant = meant_by(Options(*options), table.rule, table.hook, name, value, module)
         known = table.slots.get(name)
-        if known is not None and known.restored:  # from a checkpoint, where a reduction stands by its name
-            known.restored = False
-            if known.options == (*options[:4], _reduction(reduce_fx, name), add_dataloader_idx):
-                known.options = options
-                return known
-        if known is not None:
+        if known is not None and known.meant == meant:
+            known.options, known.restored = options, False
+            return known
+        if known is not None and not known.restored:  # one from a checkpoint may be of an older program
             raise MisconfigurationException(
                 f"self.log({name!r}, ...) was called twice in `{table.hook}` with different options: first "
-                f"{_spelled(known.options)}, now {_spelled(options)}. Use one set of options, or another name."
+                f"{spelled(known.meant)}, now {spelled(meant)}. Use one set of options, or another name."
             )
-        if "/dataloader_idx_" in name and add_dataloader_idx:
+        if table.suffix and not meant.add_dataloader_idx:
+            self._check_other_loaders(table, name)
+        if batch_size is None and self.stage == "train" and takes_iterator(module.training_step):
             raise MisconfigurationException(
-                f"self.log({name!r}, ...): the loader's index is added to the name already; "
-                f"leave it out, or pass add_dataloader_idx=False."
+                f"self.log({name!r}, ...) needs batch_size=n where training_step takes `dataloader_iter`: the batch is "
+                f"not seen from outside."
             )
-        on_step = table.rule.on_step if on_step is None else on_step
-        on_epoch = table.rule.on_epoch if on_epoch is None else on_epoch
-        if on_step and not table.rule.step_allowed:
-            raise MisconfigurationException(
-                f"self.log({name!r}, on_step=True) is not possible inside `{table.hook}`, which runs once an epoch; "
-                f"leave on_step out."
+        if meant.logger and options[1] and module.logger is None:
+            warnings.warn(
+                f"self.log({name!r}, ..., logger=True) reaches nobody: this Trainer has no logger.", stacklevel=3
             )
-        if not on_step and not on_epoch:
-            raise MisconfigurationException(
-                f"self.log({name!r}, on_step=False, on_epoch=False) inside `{table.hook}` would log nothing; leave one "
-                f"of them out."
-            )
-        reduction = _reduction(reduce_fx, name)
-        make = _slot_class(on_epoch, reduction)
-        if hasattr(value, "compute") and hasattr(value, "update") and hasattr(value, "reset"):
-            make = MetricSlot
-        slot = make(name, options, self, on_step, on_epoch, reduction)
+        make = MetricSlot if is_metric(value) else _slot_class(meant)
+        slot = make(name, meant, self)
+        slot.options = options
         slot.loader = table.suffix
-        slot.suffix = table.suffix if add_dataloader_idx else ""
-        self.evaluates_steps = self.evaluates_steps or (on_step and self.stage != "train")
-        if isinstance(value, Tensor) and value.dtype == torch.float64:
-            slot.dtype = torch.float64
+        slot.suffix = table.suffix if meant.add_dataloader_idx else ""
+        slot.dtype = dtype_of(value, name, table.hook)
+        self.evaluates_steps = self.evaluates_steps or (slot.on_step and self.stage != "train")
         table.slots[name] = slot
         return slot
+
+    def _check_other_loaders(self, table: Table, name: str) -> None:
+        for other in self._stages[self.stage].values():
+            if other.hook == table.hook and other is not table and name in other.slots:
+                raise MisconfigurationException(
+                    f"self.log({name!r}, add_dataloader_idx=False) was called for two loaders, whose values would mix; "
+                    f"let the index be added, or put dataloader_idx into the name."
+                )
 
     # -- reading
 
@@ -327,13 +318,13 @@ class MetricLog:
             slot.settled = settle
             if slot.loader and self.sanity_checking:
                 continue
-            value = _rounded(slot.epoch_value(), slot.dtype) if self.epoch_end else slot.step_value()
+            value = _rounded(slot.epoch_value() if self.epoch_end else slot.step_value(), slot.dtype)
             if value is None:
                 continue
             name = slot.name + slot.suffix
             forked = slot.on_step and slot.on_epoch
             fork = slot.name + (("_epoch" if self.epoch_end else "_step") if forked else "") + slot.suffix
-            if slot.options[1] is not False:
+            if slot.meant.logger:
                 logged[fork] = value
                 self._logged[fork] = (value, slot.dtype)
             if training or self.epoch_end:
@@ -364,8 +355,15 @@ class MetricLog:
         for slot in self.slots():
             if slot.prog_bar and slot.on_step and not self.epoch_end:
                 fork = slot.name + ("_step" if slot.on_epoch else "") + slot.suffix
-                self._prog_bar[fork] = slot.step_value()
-        return {name: to_float(value) for name, value in list(self._prog_bar.items()) if value is not None}
+                self._prog_bar[fork] = _rounded(slot.step_value(), slot.dtype)
+        return {name: to_float(value, name) for name, value in list(self._prog_bar.items()) if value is not None}
+
+    def begin_run(self, stage: str) -> None:
+        """A new run: names may be logged with other options than before."""
+        self.drop_values()
+        self._stages.clear()
+        self.evaluates_steps = False
+        self.stage = stage
 
     def rest(self) -> None:
         """No hook runs any more: nothing can be logged, and no batch is kept alive."""
@@ -374,27 +372,53 @@ class MetricLog:
 
     # -- checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """The running training epoch's values and what callbacks saw last; torchmetrics keep their own state."""
+    def state_dict(self, module: Any) -> dict[str, Any]:
+        """The running training epoch: its values, what callbacks saw last, and what the metrics in `module` gathered.
+
+        Metrics that belong to the validation that runs now are left out: it is over when a run goes on from here.
+        """
+        train = [(table, slot) for table in self._stages.get("train", {}).values() for slot in table.slots.values()]
         slots = [
             {
                 "hook": table.hook, "suffix": table.suffix, "name": slot.name, "dtype": slot.dtype,
-                "options": (*slot.options[:4], slot.reduction, slot.options[5]),
-                "on_step": slot.on_step, "on_epoch": slot.on_epoch, "reduction": slot.reduction,
+                "meant": tuple(slot.meant), "metric": isinstance(slot, MetricSlot),
                 "values": {key: getattr(slot, key) for key in _VALUES if hasattr(slot, key)},
             }
-            for table in self._stages.get("train", {}).values()
-            for slot in table.slots.values()
-            if slot.fresh and not isinstance(slot, MetricSlot)
+            for table, slot in train
+            if slot.fresh
         ]  # fmt: skip
-        return {"slots": slots, "callback": dict(_published(self._callback, self._callback_tensors))}
+        others = [slot for stage in self._stages if stage != "train" for slot in self.slots(stage)]
+        passing = {id(slot.metric) for slot in others if isinstance(slot, MetricSlot)}
+        metrics = {
+            name: {"updates": metric._update_count, "state": dict(metric.metric_state)}
+            for name, metric in metrics_in(module).items()
+            if metric._update_count and id(metric) not in passing
+        }
+        callback = dict(_published(self._callback, self._callback_tensors))
+        return {"slots": slots, "callback": callback, "metrics": metrics}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], module: Any) -> None:
         """Go on with the epoch that `state` was taken in."""
+        metrics = metrics_in(module)
+        for name, saved in state.get("metrics", {}).items():
+            if name in metrics:
+                metric = metrics[name]
+                for key, value in saved["state"].items():
+                    setattr(metric, key, _on(value, metric.device))
+                metric._update_count, metric._computed = saved["updates"], None
         for saved in state["slots"]:
+            if "meant" not in saved:  # written before metrics were saved
+                continue
             table = self.table(saved["hook"] + saved["suffix"], "train")
-            make = _slot_class(saved["on_epoch"], saved["reduction"])
-            slot = make(saved["name"], saved["options"], self, saved["on_step"], saved["on_epoch"], saved["reduction"])
+            meant = Options(*saved["meant"])
+            slot: Slot
+            if saved["metric"]:
+                if meant.metric_attribute not in metrics:
+                    continue
+                slot = MetricSlot(saved["name"], meant, self)
+                slot.metric = metrics[meant.metric_attribute]
+            else:
+                slot = _slot_class(meant)(saved["name"], meant, self)
             for key, value in saved["values"].items():
                 setattr(slot, key, value)
             slot.dtype, slot.fresh, slot.restored = saved["dtype"], True, True
@@ -424,8 +448,17 @@ class MutedLog(MetricLog):
     def current(self, table: Table | None) -> None: ...
 
 
-def to_float(value: Any) -> float:
-    """A logged value as a Python float; waits for the device where the value is still there."""
+def to_float(value: Any, name: str = "") -> float:
+    """A logged value as a Python float; waits for the device where the value is still there.
+
+    Raises:
+        ValueError: it is a tensor of several numbers, which only callbacks can be shown.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(
+            f"The metric {name!r} has the shape {tuple(value.shape)}; loggers and progress bars show single numbers: "
+            f"log it with logger=False and prog_bar=False, or log its parts."
+        )
     return float(value.item() if isinstance(value, Tensor) else value)
 
 
@@ -437,30 +470,19 @@ def _published(pending: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str,
 
 
 def _rounded(value: Any, dtype: torch.dtype) -> Any:
-    """An epoch's value in the precision that callbacks see it in, so that a log file agrees with them."""
-    return torch.tensor(value, dtype=dtype).item() if isinstance(value, float) else value
+    """A number in the precision that callbacks see it in, so that a log file agrees with them."""
+    return ctypes.c_float(value).value if isinstance(value, float) and dtype == torch.float32 else value
 
 
 _VALUES = ("newest", "total", "weight", "state")  # what a slot gathers, by kind
 
 
-def _slot_class(on_epoch: bool, reduction: str) -> type[Slot]:
-    if not on_epoch:
+def _slot_class(meant: Options) -> type[Slot]:
+    if not meant.on_epoch:
         return Slot
-    return MeanSlot if reduction == "mean" else ReduceSlot
+    return MeanSlot if meant.reduce_fx == "mean" else ReduceSlot
 
 
-def _reduction(reduce_fx: Any, name: str) -> str:
-    reduction = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "")
-    reduction = {"amin": "min", "amax": "max", "avg": "mean"}.get(reduction, reduction)
-    if reduction not in _REDUCTIONS:
-        raise MisconfigurationException(
-            f"self.log({name!r}, reduce_fx={reduce_fx!r}): allowed are {', '.join(_REDUCTIONS)}; for anything else "
-            f"log a torchmetrics Metric."
-        )
-    return reduction
-
-
-def _spelled(options: tuple[Any, ...]) -> str:
-    names = ("prog_bar", "logger", "on_step", "on_epoch", "reduce_fx", "add_dataloader_idx")
-    return ", ".join(f"{name}={value!r}" for name, value in zip(names, options, strict=True))
+def _on(state: Any, device: torch.device) -> Any:
+    """A metric's state, one tensor or a list of them, on `device`."""
+    return [item.to(device) for item in state] if isinstance(state, list) else state.to(device)

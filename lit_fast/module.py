@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hparams import HyperparametersMixin
+from lit_fast.log_rules import refuse
 from lit_fast.metrics import MetricLog
 from lit_fast.states import GradClipAlgorithmType
 
@@ -74,6 +76,9 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
+        for child in self.children():
+            if isinstance(child, LightningModule):
+                child.trainer = trainer
         self.__dict__["_trainer"] = trainer  # past nn.Module.__setattr__, which costs 1 us
         self.__dict__["_metric_log"] = None if trainer is None else trainer._metric_log
 
@@ -190,17 +195,43 @@ class LightningModule(HyperparametersMixin, nn.Module):
         log = self._metric_log
         table = log.current if log is not None else None
         if log is None or table is None:
-            return _warn_not_logging(self, name)
-        options = (prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx)
+            return _warn_not_logging(self, name, value)
+        options = (
+            prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, enable_graph, rank_zero_only,
+            metric_attribute,
+        )  # fmt: skip
         slot = table.slots.get(name)
         if slot is None or slot.options != options:
-            slot = log.declare(table, name, value, options)
+            slot = log.declare(table, name, value, options, self, batch_size)
         slot.write(value, batch_size)
 
-    def log_dict(self, dictionary: Mapping[str, Any], **options: Any) -> None:
-        """Log several numbers with the same options: `self.log_dict({"loss": loss, "accuracy": accuracy})`."""
-        for name, value in dictionary.items():
-            self.log(name, value, **options)
+    def log_dict(
+        self,
+        dictionary: Mapping[str, Any],
+        prog_bar: bool = False,
+        logger: bool | None = None,
+        on_step: bool | None = None,
+        on_epoch: bool | None = None,
+        reduce_fx: str | Callable[..., Any] = "mean",
+        enable_graph: bool = False,
+        sync_dist: bool = False,
+        sync_dist_group: Any = None,
+        add_dataloader_idx: bool = True,
+        batch_size: int | None = None,
+        rank_zero_only: bool = False,
+    ) -> None:
+        """Log several values with the same options: `self.log_dict({"loss": loss, "accuracy": accuracy})`.
+
+        A torchmetrics MetricCollection counts as a dictionary of its metrics, by names with its prefix and postfix.
+        """
+        several: Any = dictionary
+        if hasattr(dictionary, "compute_groups"):  # a MetricCollection: the metrics, not copies of their states
+            several = dict(several.items(keep_base=False, copy_state=False))
+        for name, value in several.items():
+            self.log(
+                name, value, prog_bar, logger, on_step, on_epoch, reduce_fx, enable_graph, sync_dist, sync_dist_group,
+                add_dataloader_idx, batch_size, None, rank_zero_only,
+            )  # fmt: skip
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print from the first process only, above the progress bar."""
@@ -490,9 +521,8 @@ class LightningModule(HyperparametersMixin, nn.Module):
         return state
 
 
-def _warn_not_logging(module: LightningModule, name: str) -> None:
-    import warnings
-
+def _warn_not_logging(module: LightningModule, name: str, value: Any) -> None:
+    refuse(value, name)
     if module._trainer is None:
         warnings.warn(
             f"self.log({name!r}, ...) does nothing: {type(module).__name__} is not attached to a Trainer.", stacklevel=3

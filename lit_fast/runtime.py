@@ -141,8 +141,7 @@ class Runtime:
             self._settle_limits()
         if self._profiler is not None:
             self._profiler.start()
-        self._metric_log.drop_values()
-        self._metric_log.stage = str(self.state.stage)
+        self._metric_log.begin_run(str(self.state.stage))
 
     def _settle_limits(self) -> None:
         """Limits that were left open: 1,000 epochs, unless something else ends the fit."""
@@ -245,7 +244,7 @@ class Runtime:
         if self.enable_validation and self.config.num_sanity_val_steps and not mid_epoch:
             self.fit_loop.epoch_loop.val_loop.sanity_check()
         if self._pending_metrics is not None:
-            self._metric_log.load_state_dict(self._pending_metrics)
+            self._metric_log.load_state_dict(self._pending_metrics, module)
             self._pending_metrics = None
         resting = [name for name, child in module.named_modules() if not child.training]
         if resting:
@@ -475,7 +474,7 @@ class Runtime:
         """Send values to every logger, under `step`, a logged "step", or the number of optimizer steps taken."""
         if not metrics or not self.loggers:
             return
-        values = {name: to_float(value) for name, value in metrics.items()}
+        values = {name: to_float(value, name) for name, value in metrics.items()}
         if step is None and "step" in values:
             step = int(values.pop("step"))
         elif step is None:

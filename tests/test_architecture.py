@@ -27,8 +27,8 @@ FLOORS = [
     "runtime",
     "defaults evaluation prediction loop loop_views",
     "step plan binding",  # the plan picks one of the two step shapes; a step reads the plan it is given
-    "module precision strategies metrics backward callbacks loggers checkpoint data profiler config seed hparams "
-    "backends accelerators flags",
+    "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
+    "hparams backends accelerators flags",
     "optim triton",
     "ops",
     "_core",

@@ -10,8 +10,9 @@ import torch
 from heart_models import NoLength, Plain, batches, fitted, trainer
 from torch import Tensor
 
-from lit_fast.errors import MisconfigurationException
-from lit_fast.metrics import batch_size_of
+import lit_fast
+from lit_fast.errors import MisconfigurationException, PossibleUserWarning
+from lit_fast.log_rules import batch_size_of
 
 
 class Logs(Plain):
@@ -47,8 +48,8 @@ def test_a_value_changed_in_place_after_log_stays() -> None:
     [
         (torch.tensor(1.5, dtype=torch.bfloat16), 1.5),
         (torch.tensor([2.5]), 2.5),
-        (torch.tensor(3, dtype=torch.int64), 3.0),
-        (torch.tensor(True), 1.0),
+        pytest.param(torch.tensor(3, dtype=torch.int64), 3.0, marks=pytest.mark.filterwarnings("ignore:self.log")),
+        pytest.param(torch.tensor(True), 1.0, marks=pytest.mark.filterwarnings("ignore:self.log")),
         (torch.tensor(2.0, requires_grad=True), 2.0),
         (True, 1.0),
         (7, 7.0),
@@ -124,8 +125,8 @@ def test_log_dict_and_names() -> None:
 @pytest.mark.parametrize(
     "options,message",
     [
-        ({"reduce_fx": "median"}, "reduce_fx='median'.*mean, sum, min, max"),
-        ({"reduce_fx": lambda values: values}, "allowed are mean"),
+        ({"reduce_fx": "median"}, "reduce_fx='median'.*'mean', 'sum', 'min', 'max'"),
+        ({"reduce_fx": lambda values: values}, "allowed are 'mean'"),
         ({"on_step": False, "on_epoch": False}, "would log nothing"),
     ],
 )
@@ -191,8 +192,8 @@ def test_torchmetrics() -> None:
     [
         (torch.ones(3, 2), 3),
         (torch.ones(()), 1),
-        ({"a": "text", "b": torch.ones(5)}, 4),
-        ([[torch.ones(2)], torch.ones(7)], 2),
+        ({"a": "text", "b": torch.ones(5)}, 5),
+        ([[torch.ones(2)], torch.ones(2, 7)], 2),
         ((3, torch.ones(6, 1)), 6),
     ],
 )
@@ -201,8 +202,16 @@ def test_batch_size_of(batch: Any, size: int) -> None:
 
 
 def test_batch_size_of_nothing() -> None:
-    with pytest.raises(MisconfigurationException, match="batch_size=n"):
-        batch_size_of(object())
+    for batch in (object(), ["one", "two"], []):
+        with pytest.raises(MisconfigurationException, match="batch_size=n"):
+            batch_size_of(batch)
+
+
+def test_an_ambiguous_batch_size_warns_where_the_user_logs() -> None:
+    what = lambda module, batch, index: module.log("v", 1.0, on_epoch=True)  # noqa: E731
+    with pytest.warns(PossibleUserWarning, match="weighs this batch by 2") as heard:
+        fitted(Logs(what), [[torch.randn(2, 8), torch.randn(3)]], max_epochs=1)
+    assert heard[0].filename == __file__
 
 
 def test_log_costs_no_table_when_unused() -> None:
@@ -213,28 +222,148 @@ def test_log_costs_no_table_when_unused() -> None:
 def test_state_goes_on_in_the_middle_of_an_epoch() -> None:
     from lit_fast.metrics import MetricLog
 
+    module = Plain()
+
     def fill(log: MetricLog, values: list[float]) -> None:
         log.current, log.batch = log.table("training_step", "train"), torch.ones(4, 1)
+        module.__dict__["_metric_log"], module.__dict__["_trainer"] = log, object()
         for value in values:
-            for name, options in (
-                ("mean", (False, None, True, True, torch.mean, True)),
-                ("max", (False, None, False, True, "max", True)),
-                ("step", (True, None, True, False, "mean", True)),
-            ):
-                slot = log.current.slots.get(name)
-                if slot is None or slot.options != options:
-                    slot = log.declare(log.current, name, value, options)
-                slot.write(value, None)
+            module.log("mean", value, on_step=True, on_epoch=True, reduce_fx=torch.mean)
+            module.log("max", value, on_step=False, on_epoch=True, reduce_fx="max")
+            module.log("step", value, prog_bar=True)
 
     straight, first, second = MetricLog(), MetricLog(), MetricLog()
     fill(straight, [1.0, 5.0, 2.0])
     fill(first, [1.0, 5.0])
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict(module), module)
     fill(second, [2.0])
     for log in (straight, second):
         log.epoch_end = True
     assert straight.callback_metrics() == second.callback_metrics()
     assert second.callback_metrics()["max"] == 5.0
+
+
+def test_a_program_may_log_differently_after_a_resume() -> None:
+    from lit_fast.metrics import MetricLog
+
+    module, first, second = Plain(), MetricLog(), MetricLog()
+    module.__dict__["_trainer"] = object()
+    for log, options in ((first, {}), (second, {"prog_bar": True})):
+        log.current = log.table("training_step", "train")
+        module.__dict__["_metric_log"] = log
+        if log is second:
+            second.load_state_dict(first.state_dict(module), module)
+        module.log("v", 1.0, **options)
+    assert second.progress_bar_metrics() == {"v": 1.0}
+
+
+class Counts(Plain):
+    """Metrics logged as objects, kept by hand, and of validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchmetrics import CatMetric, MeanMetric
+
+        self.logged, self.by_hand, self.validated = MeanMetric(), CatMetric(), MeanMetric()
+        self.results: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.logged(batch.sum())
+        self.by_hand.update(batch.sum())
+        self.log("logged", self.logged, on_step=False, on_epoch=True)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.validated.update(batch.sum() + batch_idx)
+        self.log("validated", self.validated)
+
+    def on_train_epoch_end(self) -> None:
+        self.results.append(self.by_hand.compute().tolist())
+        self.by_hand.reset()
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])  # inside an epoch, in the hook after a validation, inside the second epoch
+def test_metric_objects_survive_a_checkpoint_inside_an_epoch(tmp_path: Any, at: int) -> None:
+    pytest.importorskip("torchmetrics")
+
+    class Saves(lit_fast.Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == at and at != 3:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+        def on_validation_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == at == 3:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    data, val = batches(4), [batches(2, seed=5)]
+    options: dict[str, Any] = {"max_epochs": 2, "val_check_interval": 3, "num_sanity_val_steps": 0}
+    straight, resumed = Counts(), Counts()
+    first = trainer(callbacks=Saves(), **options)
+    first.fit(straight, data, val)
+    second = trainer(**options)
+    second.fit(resumed, data, val, ckpt_path=tmp_path / "a.ckpt")
+    assert second.callback_metrics == first.callback_metrics
+    assert resumed.results == straight.results[-len(resumed.results) :] and len(resumed.results) == (2 if at < 4 else 1)
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)["lit_fast"]["metrics"]["metrics"]
+    assert set(held) == {"logged", "by_hand"}
+
+
+def test_another_run_may_log_differently() -> None:
+    made = trainer(max_epochs=1)
+    made.fit(Logs(lambda module, batch, index: module.log("v", 1.0)), batches(1))
+    made.fit(Logs(lambda module, batch, index: module.log("v", 2.0, prog_bar=True)), batches(1))
+
+
+def test_two_metrics_under_one_name() -> None:
+    torchmetrics = pytest.importorskip("torchmetrics")
+
+    class Model(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torchmetrics.MeanMetric(), torchmetrics.MeanMetric()
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for metric in (self.first, self.second):
+                metric(1.0)
+                self.log("m", metric)
+
+    with pytest.raises(MisconfigurationException, match="two different metrics"):
+        fitted(Model(), batches(1), max_epochs=1)
+
+
+def test_a_nested_module_logs_into_the_hook_that_runs() -> None:
+    class Inner(lit_fast.LightningModule):
+        def forward(self, x: Tensor) -> Tensor:
+            self.log("inner", x.sum(), on_epoch=True)
+            assert self.global_step == self.trainer.global_step
+            return x
+
+    class Outer(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Inner()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(self.inner(batch), batch_idx)
+
+    data = batches(2)
+    made = fitted(Outer(), data, max_epochs=1)
+    assert made.callback_metrics["inner_step"] == data[1].sum()
+
+
+def test_logger_asked_for_where_there_is_none() -> None:
+    with pytest.warns(UserWarning, match="this Trainer has no logger"):
+        fitted(Logs(lambda module, batch, index: module.log("v", 1.0, logger=True)), batches(1), max_epochs=1)
+
+
+def test_numbers_follow_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = Logs(lambda module, batch, index: module.log("v", 0.1))
+        made = fitted(model, [batch.double() for batch in batches(1)], max_epochs=1)
+        assert made.callback_metrics["v"].dtype == torch.float64 and made.callback_metrics["v"].item() == 0.1
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_validation_values_are_there_for_every_loader() -> None:

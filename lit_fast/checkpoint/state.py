@@ -103,7 +103,7 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "rng": trainer.fit_loop.epoch_loop.val_loop.rng_before
         if trainer.validating and stage == "stepped"
         else rng.capture(),
-        "metrics": trainer._metric_log.state_dict(),
+        "metrics": trainer._metric_log.state_dict(trainer.lightning_module),
         "gradients": _open_gradients(trainer),
     }
 
