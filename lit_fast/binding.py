@@ -92,6 +92,7 @@ class Binding:
         self.automatic = module.automatic_optimization
         self.precision = trainer.precision_plugin
         self.scaler = getattr(self.precision, "scaler", None)
+        self.trains = not trainer.fit_loop._skip_backward
         self.in_place_clipping = self._gradients_are_watched()
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
@@ -149,6 +150,9 @@ class Binding:
             plan.run = step.inline
             plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
             plan.steps = 0
+        if not self.trains:  # an epoch that only runs forward
+            plan.run, plan.losses, plan.steps = step.inline, no_losses, 0
+            plan.zero_grad = plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
         if short:
             plan.on_before_optimizer_step = (self._rescale_short_window, *plan.on_before_optimizer_step)
         return plan

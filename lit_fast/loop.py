@@ -47,6 +47,7 @@ class FitLoop:
         self.epoch_progress = self.epoch_loop.counters.epoch_progress()
         self._say_once = WarningCache().info
         self._cut_short = False  # this epoch ended without its last batches, and without a step for its open window
+        self._skip_backward = False  # Lightning's name: set at an epoch's start, that epoch only runs forward
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
 
     # -- what callbacks read
@@ -273,6 +274,8 @@ class FitLoop:
         epoch are counted, all up to the present one where it is None."""
         progress = self.progress
         done = progress.batch_idx + 1 if batches is None else batches
+        if self.plans is not None and not self.plans.trains:
+            return progress.stepped_before
         window = self.plans.window if self.plans is not None and self.plans.automatic else 1
         last = self.trainer.is_last_batch and done == progress.batch_idx + 1 and not self._cut_short
         return progress.stepped_before + (math.ceil(done / window) if last else done // window)
@@ -288,8 +291,8 @@ class FitLoop:
             every = trainer.config.log_every_n_steps
             if every and (self.windows_completed() % every == 0 or trainer.should_stop):
                 trainer._log_metrics(trainer._metric_log.collect())
-            if trainer._interrupt is not None:
-                trainer._raise_interrupt()
+        if trainer._interrupt is not None and not (window_open and self.plans is not None and self.plans.trains):
+            trainer._raise_interrupt()
         if trainer.should_stop and not stopping:
             self._say_once(
                 f"A stop was asked for before min_epochs={self.min_epochs} or min_steps={self.min_steps} was reached; "
@@ -316,6 +319,8 @@ class FitLoop:
 
     def _window_is_open(self) -> bool:
         assert self.plans is not None
+        if not self.plans.trains:
+            return True
         done = self.progress.batch_idx + 1
         return self.plans.automatic and not self.trainer.is_last_batch and done % self.plans.window != 0
 

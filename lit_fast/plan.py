@@ -29,7 +29,7 @@ class Plans:
     def _bind(self, before: Binding | None) -> None:
         self._bound_for = self._what_was_asked()
         self.binding = Binding(self.trainer, self.module, before)
-        self.window, self.automatic = self.binding.window, self.binding.automatic
+        self.window, self.automatic, self.trains = self.binding.window, self.binding.automatic, self.binding.trains
         self.trainer.strategy._lightning_optimizers = self.binding.lightning_optimizers
         self._kinds: dict[tuple[bool, bool, int, bool], StepPlan] = {}
 
@@ -52,6 +52,7 @@ class Plans:
             trainer.gradient_clip_algorithm,
             trainer.precision_plugin,
             self.module.automatic_optimization,
+            trainer.fit_loop._skip_backward,
             *trainer.optimizers,
             *trainer.callbacks,
         ]
@@ -73,7 +74,7 @@ class Plans:
         A window is `accumulate_grad_batches` long; the last one of an epoch is shorter where the epoch does not
         divide, and its losses are then weighted by its real length.
         """
-        if self.window == 1 or not self.automatic:
+        if self.window == 1 or not self.automatic or not self.trains:
             return repeat(self.kind(True, True, 1))
         return self._windows(start, total)
 

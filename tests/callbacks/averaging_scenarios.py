@@ -73,6 +73,44 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]]
     "average_batch_norm": ("WeightAveraging", {}, {"batch_norm": True}, {}),
     "average_without_buffers": ("WeightAveraging", {"use_buffers": False}, {"batch_norm": True}, {}),
     "average_accumulating": ("WeightAveraging", {}, {}, {"accumulate_grad_batches": 2}),
+    "accumulation": ("GradientAccumulationScheduler", {"scheduling": {0: 2, 1: 3, 3: 1, 4: 6}}, {}, {}),
+    "accumulation_scheduler": (
+        "GradientAccumulationScheduler",
+        {"scheduling": {1: 2, 3: 3}},
+        {"scheduler": "step"},
+        {"gradient_clip_val": 0.5},
+    ),
+    "swa": ("StochasticWeightAveraging", {"swa_lrs": 0.01, "swa_epoch_start": 2}, {}, {}),
+    "swa_linear": (
+        "StochasticWeightAveraging",
+        {"swa_lrs": [0.02], "swa_epoch_start": 0.4, "annealing_epochs": 2, "annealing_strategy": "linear"},
+        {"scheduler": "epoch"},
+        {},
+    ),
+    "swa_step_scheduler": (
+        "StochasticWeightAveraging",
+        {"swa_lrs": 0.01, "annealing_epochs": 3},
+        {"scheduler": "step"},
+        {},
+    ),
+    "swa_batch_norm": (
+        "StochasticWeightAveraging",
+        {"swa_lrs": 0.01, "swa_epoch_start": 3, "device": None},
+        {"batch_norm": True, "scheduler": "epoch"},
+        {"gradient_clip_val": 0.5},
+    ),
+    "swa_batch_norm_accumulating": (
+        "StochasticWeightAveraging",
+        {"swa_lrs": 0.01, "swa_epoch_start": 2},
+        {"batch_norm": True},
+        {"accumulate_grad_batches": 3},
+    ),
+    "swa_stopped": (
+        "StochasticWeightAveraging",
+        {"swa_lrs": 0.01, "swa_epoch_start": 2},
+        {"batch_norm": True},
+        {"max_steps": 20},
+    ),
 }
 
 
