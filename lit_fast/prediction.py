@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from lit_fast.data.transfer import move
 from lit_fast.errors import MisconfigurationException
@@ -28,14 +28,15 @@ class PredictionLoop(StageLoop):
         return_predictions: whether `Trainer.predict` gives the predictions back.
         epoch_batch_indices: loader by loader and batch by batch, the indices of the samples in the data set; kept only
             for a prediction writer that writes at the end, until it has written.
-        current_batch_indices: the indices of the running batch, for a prediction writer that writes each batch.
+        current_batch_indices: the indices of the running batch, for a prediction writer that writes each batch; empty
+            where they are not known.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer, PREDICTION)
         self.return_predictions = True
         self.epoch_batch_indices: list[list[list[int]]] = []
-        self.current_batch_indices: list[int] | None = None
+        self.current_batch_indices: list[int] = []
         self._predictions: list[list[Any]] = []
         self._said_none = False
 
@@ -55,7 +56,7 @@ class PredictionLoop(StageLoop):
         if getattr(sampler, "drop_last", False):
             sampler = copy.copy(sampler)
             sampler.drop_last = False
-        if self._writers():
+        if self._writers() and not isinstance(loader.dataset, IterableDataset):
             sampler = _Notes(sampler)
         if sampler is loader.batch_sampler:
             return loader
@@ -113,11 +114,12 @@ class PredictionLoop(StageLoop):
         if not on_batch and not on_epoch:
             return ()
         assert self.combined is not None
+        self.current_batch_indices = []
         loader = self.combined.flattened[index]
         notes = getattr(loader, "batch_sampler", None)
         if not isinstance(notes, _Notes):
             warnings.warn(
-                f"Which samples a batch holds is not known of a {type(loader).__name__} without a batch sampler: "
+                f"Which samples a batch holds is not known of a {type(loader).__name__} without a sampler: "
                 f"prediction writers get no batch indices. Pass a DataLoader over a map-style dataset.",
                 stacklevel=2,
             )

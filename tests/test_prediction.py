@@ -96,7 +96,7 @@ def test_a_writer_and_data_without_indices() -> None:
     writer = BasePredictionWriter("batch")
     with pytest.warns(UserWarning, match="no batch indices"):
         trainer(callbacks=[writer]).predict(Predicts(), [batches(2)])
-    assert writer.indices == [None, None]
+    assert writer.indices == [[], []]  # as in Lightning
 
 
 def test_no_last_batch_is_left_out_of_a_loader_that_drops_it() -> None:

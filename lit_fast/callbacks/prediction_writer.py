@@ -31,7 +31,8 @@ class BasePredictionWriter(Callback):
     """Override `write_on_batch_end`, `write_on_epoch_end` or both, and say with `write_interval` which one is called.
 
     `batch_indices` tells which samples of the dataset a prediction belongs to: for one batch their indices, for the
-    epoch a list over loaders of lists over batches of indices; None where the loader does not tell.
+    epoch a list over loaders of lists over batches of indices. Empty lists where the loader does not tell (an iterable
+    dataset, or no DataLoader).
 
     Args:
         write_interval: "batch", "epoch" or "batch_and_epoch".
@@ -78,7 +79,7 @@ class BasePredictionWriter(Callback):
         trainer: Any,
         pl_module: Any,
         prediction: Any,
-        batch_indices: Sequence[int] | None,
+        batch_indices: Sequence[int],
         batch: Any,
         batch_idx: int,
         dataloader_idx: int,
