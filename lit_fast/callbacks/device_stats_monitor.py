@@ -70,12 +70,12 @@ class DeviceStatsMonitor(Callback):
             )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if training_logs(trainer):
-            self._log(trainer, "on_train_batch_start", steps_ahead=1)
+        if training_logs(trainer, batch_idx):
+            self._log_step(trainer, "on_train_batch_start")
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if training_logs(trainer):
-            self._log(trainer, "on_train_batch_end", steps_ahead=1)
+        if training_logs(trainer, batch_idx):
+            self._log_step(trainer, "on_train_batch_end")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         self._batches = 0
@@ -109,12 +109,14 @@ class DeviceStatsMonitor(Callback):
 
     def _after(self, trainer: Any, hook: str) -> None:
         if evaluation_logs(trainer, self._batches):
-            self._log(trainer, hook)
+            self._log(trainer, hook, trainer.fit_loop.windows_completed())
 
-    def _log(self, trainer: Any, hook: str, steps_ahead: int = 0) -> None:
-        """One row; in training it stands beside what the step that is still running logs."""
+    def _log_step(self, trainer: Any, hook: str) -> None:
+        """A row beside what the step that is still running logs."""
+        self._log(trainer, hook, trainer.fit_loop.epoch_loop._batches_that_stepped + 1)
+
+    def _log(self, trainer: Any, hook: str, step: int) -> None:
         stats = self._stats(trainer.strategy.root_device)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped + steps_ahead
         for logger in trainer.loggers:
             prefix = f"{type(self).__qualname__}.{hook}{logger.group_separator}"
             logger.log_metrics({prefix + name: value for name, value in stats.items()}, step=step)

@@ -78,7 +78,7 @@ class LearningRateMonitor(Callback):
         self.last_weight_decay_values = {f"{name}-weight_decay": None for name, _ in groups}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if self.logging_interval != "epoch" and training_logs(trainer):
+        if self.logging_interval != "epoch" and training_logs(trainer, batch_idx):
             # The rate of the step that is about to run stands in one row with what that step logs.
             self._log(trainer, "step" if self.logging_interval is None else None, steps_ahead=1)
 

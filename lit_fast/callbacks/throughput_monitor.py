@@ -86,7 +86,7 @@ class ThroughputMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._update(trainer, pl_module, batch)
-        if training_logs(trainer) and not trainer.fit_loop._should_accumulate():
+        if training_logs(trainer, batch_idx) and not trainer.fit_loop._should_accumulate():
             self._log(trainer)
 
     # -- validation, test, prediction

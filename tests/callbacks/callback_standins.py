@@ -37,6 +37,8 @@ class StandInTrainer(SimpleNamespace):
                 "val_check_interval": 1.0,
                 "check_val_every_n_epoch": 1,
                 "log_every_n_steps": 50,
+                "accumulate_grad_batches": 1,
+                "_progress": SimpleNamespace(boundary=-1),
                 "is_last_batch": False,
                 "lr_scheduler_configs": [],
                 "optimizers": [],
