@@ -27,6 +27,7 @@ from lit_fast.backward import (
     outputs_of,
     read_losses,
 )
+from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
@@ -217,7 +218,7 @@ class Binding:
         wrappers = []
         for index, optimizer in enumerate(self.trainer.optimizers):
             wrapper = known.get(id(optimizer)) or LightningOptimizer(optimizer)
-            wrapper.bind(self._user_step(index), self.adopted[index].zero_grad, self.trainer.optimizers)
+            wrapper.bind(self._user_step(index), self.adopted[index].zero_grad, self.module)
             wrappers.append(wrapper)
         return wrappers
 
@@ -381,14 +382,32 @@ class Binding:
             return lambda batch_idx, closure: None
         module, progress, log = self.module, self.progress, self.log
         optimizer, table = self.lightning_optimizers[0], self.log.table("optimizer_step", "train")
-        if self.overrides("optimizer_step"):
-            self._note("update", type(module).__name__, "optimizer_step, overridden: it decides when the closure runs")
+        if not self.overrides("optimizer_step"):
 
-        def optimizer_step(batch_idx: int, closure: Callable[[], Any]) -> None:
+            def optimizer_step(batch_idx: int, closure: Callable[[], Any]) -> None:
+                optimizer.step(closure)
+
+            return self.wrap("optimizer", optimizer_step)
+        self._note("update", type(module).__name__, "optimizer_step, overridden: it decides when the closure runs")
+
+        def overridden(batch_idx: int, closure: Callable[[], Any]) -> None:
+            evaluated = False
+
+            def evaluate() -> Any:
+                nonlocal evaluated
+                evaluated = True
+                return closure()
+
             log.current = table
-            module.optimizer_step(progress.epoch, batch_idx, optimizer, closure)
+            module.optimizer_step(progress.epoch, batch_idx, optimizer, evaluate)
+            if not evaluated:
+                raise MisconfigurationException(
+                    f"{type(module).__name__}.optimizer_step did not run the closure, which holds training_step and "
+                    f"backward. Pass it on, optimizer.step(closure=optimizer_closure), or call optimizer_closure() "
+                    f"in the batches that take no step."
+                )
 
-        return self.wrap("optimizer", optimizer_step)
+        return self.wrap("optimizer", overridden)
 
     def _user_step(self, index: int) -> Callable[..., Any]:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""

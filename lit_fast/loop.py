@@ -442,6 +442,13 @@ class FitLoop:
                         f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged; logged were: "
                         f"{', '.join(sorted(metrics)) or 'nothing'}. Log it, or set 'strict': False."
                     )
+                else:
+                    warnings.warn(
+                        f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged, and 'strict' "
+                        f"is False: the learning rate stays.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
 
 
 def length_of(loader: Any) -> int | None:

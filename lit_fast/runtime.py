@@ -18,11 +18,11 @@ from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.defaults import check_state_keys, in_order
-from lit_fast.errors import MisconfigurationException, PossibleUserWarning
+from lit_fast.errors import MisconfigurationException, MisconfigurationRuntimeError, PossibleUserWarning
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import MetricLog, to_float
 from lit_fast.module import LightningModule
-from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
+from lit_fast.optim.configure import LRSchedulerConfig, NoOptimizer, parse_optimizers
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
@@ -165,6 +165,11 @@ class Runtime:
                 f"{type(module).__name__} defines no training_step(self, batch, batch_idx); trainer.fit() needs one "
                 f"that returns the loss."
             )
+        if "optimizer_idx" in getattr(getattr(module.training_step, "__code__", None), "co_varnames", ()):
+            raise MisconfigurationRuntimeError(
+                f"{type(module).__name__}.training_step takes `optimizer_idx`, which nothing passes any more: set "
+                f"self.automatic_optimization = False and step the optimizers of self.optimizers() in training_step."
+            )
         if module.automatic_optimization and not is_overridden("configure_optimizers", module, LightningModule):
             raise MisconfigurationException(
                 f"{type(module).__name__} defines no configure_optimizers(self); return an optimizer from it, for "
@@ -294,13 +299,15 @@ class Runtime:
 
     def _configure_optimizers(self, module: LightningModule) -> None:
         returned = module.configure_optimizers()
-        optimizers, schedulers = parse_optimizers(returned, module.automatic_optimization)
-        self.strategy.optimizers, self.strategy.lr_scheduler_configs = optimizers, schedulers
-        if not self.optimizers and module.automatic_optimization:
+        own_scheduler_step = is_overridden("lr_scheduler_step", module, LightningModule)
+        optimizers, schedulers = parse_optimizers(returned, module.automatic_optimization, own_scheduler_step)
+        if not optimizers:
             warnings.warn(
                 f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing will be trained.",
                 stacklevel=2,
             )
+            optimizers = [NoOptimizer()]
+        self.strategy.optimizers, self.strategy.lr_scheduler_configs = optimizers, schedulers
 
     def _connect_precision(self, module: LightningModule) -> None:
         """A precision plugin may want other optimizers or schedulers than the module returned."""

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from heart_models import Plain, batches, fitted
+from heart_models import Plain, batches, fitted, network
+
+from lit_fast.errors import MisconfigurationException
+from lit_fast.optim.lightning_optimizer import LightningOptimizer
 
 
 class Manual(Plain):
@@ -93,3 +96,135 @@ def test_what_is_wrapped_shows_through() -> None:
                 _ = optimizer.nothing_of_that_name
 
     fitted(Steps(), batches(1), max_epochs=1)
+
+
+def test_it_is_an_optimizer_of_its_kind() -> None:
+    class Looks(Plain):
+        def on_train_start(self) -> None:
+            optimizer = self.optimizers()
+            assert isinstance(optimizer, torch.optim.SGD) and isinstance(optimizer, LightningOptimizer)
+            assert optimizer is self.optimizers() and self.optimizers(use_pl_optimizer=False) is optimizer.optimizer
+            torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+            assert len(self.trainer.optimizers[0].param_groups) == 2
+            state = optimizer.state_dict()
+            state["param_groups"][0]["lr"] = 0.25
+            optimizer.load_state_dict(state)
+            assert self.trainer.optimizers[0].param_groups[0]["lr"] == 0.25, "the wrapped one was loaded"
+
+    fitted(Looks(), batches(1), max_epochs=1)
+
+
+def test_toggle_model_goes_through_the_module() -> None:
+    class Toggles(Manual):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[2])]
+
+        def toggle_optimizer(self, optimizer: Any) -> None:
+            self.order.append("toggle")
+            super().toggle_optimizer(optimizer)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.net[2].bias.requires_grad = False
+            first, second = self.optimizers()
+            with first.toggle_model():
+                assert [p.requires_grad for p in self.net.parameters()] == [True, True, False, False]
+            with second.toggle_model(sync_grad=False):
+                assert [p.requires_grad for p in self.net.parameters()] == [False, False, True, False]
+            assert [p.requires_grad for p in self.net.parameters()] == [True, True, True, False]
+
+    model = Toggles()
+    fitted(model, batches(1), max_epochs=1)
+    assert model.order == ["toggle", "toggle"]
+
+
+# -- an overridden optimizer_step
+
+
+def stepping(how: Any) -> Plain:
+    class Steps(Plain):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            how(optimizer, optimizer_closure)
+
+    return Steps()
+
+
+def test_ways_to_step() -> None:
+    """Closure handed on, called before, called before the raw optimizer: one step of the same bits."""
+    ways = [
+        lambda optimizer, closure: optimizer.step(closure),
+        lambda optimizer, closure: optimizer.step(closure=closure),
+        lambda optimizer, closure: (closure(), optimizer.step()),
+        lambda optimizer, closure: (closure(), optimizer.optimizer.step()),
+    ]
+    losses = []
+    for way in ways:
+        model = stepping(way)
+        assert fitted(model, batches(4), max_epochs=2).global_step == 8
+        losses.append(model.losses)
+    plain = Plain()
+    fitted(plain, batches(4), max_epochs=2)
+    assert losses == [plain.losses] * 4
+
+
+def test_a_closure_that_runs_twice_or_never() -> None:
+    twice = stepping(lambda optimizer, closure: (optimizer.step(closure), optimizer.step(closure)))
+    assert fitted(twice, batches(4), max_epochs=1).global_step == 4, "as Lightning counts"
+    assert len(twice.losses) == 8
+    for way in (lambda optimizer, closure: None, lambda optimizer, closure: optimizer.step()):
+        with pytest.raises(MisconfigurationException, match="did not run the closure"):
+            fitted(stepping(way), batches(1), max_epochs=1)
+
+
+# -- optimizers of somebody else
+
+
+class TwoSteps(torch.optim.SGD):
+    """Calls its closure twice a step, as sharpness-aware optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "such an optimizer needs its closure"
+        with torch.enable_grad():
+            closure()
+            super().step()
+            loss = closure()
+        super().step()
+        return loss
+
+
+class LooksLikeOne:
+    """No `torch.optim.Optimizer`, but everything that one has; `zero_grad` takes no argument."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        self.param_groups, self.state, self.defaults = inner.param_groups, inner.state, inner.defaults
+        self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad()
+
+
+def test_an_optimizer_that_calls_its_closure_twice() -> None:
+    model = Plain(lambda p: TwoSteps(p, lr=0.05))
+    made = fitted(model, batches(4), max_epochs=2)
+    assert made.global_step == 8
+    net, optimizer, expected = network(), None, []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    for batch in batches(4) * 2:
+        for _ in range(2):
+            loss = (net(batch).squeeze(-1) - batch.sum(-1)).square().mean()
+            expected.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert model.losses == expected
+
+
+def test_an_optimizer_that_derives_from_nothing() -> None:
+    model, plain = Plain(lambda p: LooksLikeOne(torch.optim.SGD(p, lr=0.05))), Plain()
+    fitted(model, batches(4), max_epochs=2)
+    fitted(plain, batches(4), max_epochs=2)
+    assert model.losses == plain.losses
