@@ -96,6 +96,7 @@ class MPSAccelerator(Accelerator):
 ACCELERATORS: dict[str, type[Accelerator]] = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "gpu": CUDAAccelerator}
 # Strategies that are the plain step where there is one device; the others change the step itself.
 ONE_DEVICE_STRATEGIES = ("auto", "single_device")
+LATER_STRATEGIES = ("fsdp", "deepspeed", "xla", "single_xla", "single_tpu", "model_parallel")
 
 
 def resolve_accelerator(accelerator: Any, devices: Any, strategy: Any) -> tuple[Accelerator, torch.device]:
@@ -112,8 +113,9 @@ def resolve_accelerator(accelerator: Any, devices: Any, strategy: Any) -> tuple[
     chosen = _accelerator(accelerator)
     device = own_device if own_device is not None else _device(chosen, accelerator, devices)
     if own_device is None and not (isinstance(strategy, str) and _is_one_device(strategy.lower())):
+        known = isinstance(strategy, str) and strategy.lower().startswith(LATER_STRATEGIES)
         raise MisconfigurationException(
-            f"Trainer(strategy={strategy!r}) is not built yet; allowed so far: "
+            f"Trainer(strategy={strategy!r}) {'is not built yet' if known else 'is unknown'}; allowed so far: "
             f"{', '.join(map(repr, ONE_DEVICE_STRATEGIES))}, and with one device 'ddp' and its variants, which are the "
             f"same there."
         )

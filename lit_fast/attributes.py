@@ -14,7 +14,6 @@ from torch import Tensor
 from lit_fast.config import Option
 from lit_fast.defaults import is_kind
 from lit_fast.evaluation import can_validate
-from lit_fast.hooks import is_overridden
 from lit_fast.module import LightningModule
 from lit_fast.progress import NOW
 from lit_fast.runtime import Runtime
@@ -166,11 +165,7 @@ class Attributes(Runtime):
         module = self._module
         if module is None or not can_validate(module) or self.config.limit_val_batches == 0:
             return False
-        return (
-            self._sources.get("val_dataloader") is not None
-            or is_overridden("val_dataloader", module, LightningModule)
-            or self._datamodule_overrides("val_dataloader")
-        )
+        return self._defines_loader("val_dataloader")
 
     @property
     def num_training_batches(self) -> int | float:

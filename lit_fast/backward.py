@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ def read_losses(output: Any) -> tuple[Tensor, ...]:
     if type(output) is Tensor and not output.dim():
         return (output,)
     if output is None:
+        warnings.warn("training_step returned None: that batch is skipped, which is fine if it is meant.", stacklevel=3)
         return ()
     if isinstance(output, Tensor):
         loss: Any = output
@@ -50,6 +52,16 @@ def losses_over(length: int) -> Callable[[Any], tuple[Tensor, ...]]:
 
 
 def no_losses(output: Any) -> tuple[Tensor, ...]:
+    """Of manual optimization, where `training_step` runs backward itself.
+
+    Raises:
+        MisconfigurationException: it returned something that is no tensor, dict or None.
+    """
+    if output is not None and not isinstance(output, Tensor) and not hasattr(output, "items"):
+        raise MisconfigurationException(
+            f"training_step returned {type(output).__name__}; in manual optimization a tensor, a dict or None is "
+            f"allowed."
+        )
     return ()
 
 
@@ -77,20 +89,12 @@ def outputs_of(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict
 
 
 def manual_outputs(output: Any) -> dict[str, Any]:
-    """The same in manual optimization, where `training_step` need not return anything.
-
-    Raises:
-        MisconfigurationException: it returned something that is no tensor, dict or None.
-    """
+    """The same in manual optimization, where `training_step` need not return anything."""
     if output is None:
         return {}
     if isinstance(output, Tensor):
         return {"loss": output.detach()}
-    if hasattr(output, "items"):
-        return dict(output)
-    raise MisconfigurationException(
-        f"training_step returned {type(output).__name__}; in manual optimization a tensor, a dict or None is allowed."
-    )
+    return dict(output)
 
 
 def engine_backward(weight: float, device: torch.device) -> Callable[[Tensor], None]:

@@ -218,7 +218,7 @@ class Binding:
         wrappers = []
         for index, optimizer in enumerate(self.trainer.optimizers):
             wrapper = known.get(id(optimizer)) or LightningOptimizer(optimizer)
-            wrapper.bind(self._user_step(index), self.adopted[index].zero_grad, self.module)
+            wrapper.bind(self._user_step(index), self.adopted[index].zero_grad, self.trainer.optimizers)
             wrappers.append(wrapper)
         return wrappers
 
@@ -382,32 +382,21 @@ class Binding:
             return lambda batch_idx, closure: None
         module, progress, log = self.module, self.progress, self.log
         optimizer, table = self.lightning_optimizers[0], self.log.table("optimizer_step", "train")
-        if not self.overrides("optimizer_step"):
+        if self.overrides("optimizer_step"):
+            self._note("update", type(module).__name__, "optimizer_step, overridden: it decides when the closure runs")
 
-            def optimizer_step(batch_idx: int, closure: Callable[[], Any]) -> None:
-                optimizer.step(closure)
+            def checked(batch_idx: int, closure: Callable[[], Any]) -> None:
+                log.current, called = table, _Called(closure)
+                module.optimizer_step(progress.epoch, batch_idx, optimizer, called)
+                called.check(module)
 
-            return self.wrap("optimizer", optimizer_step)
-        self._note("update", type(module).__name__, "optimizer_step, overridden: it decides when the closure runs")
+            return self.wrap("optimizer", checked)
 
-        def overridden(batch_idx: int, closure: Callable[[], Any]) -> None:
-            evaluated = False
-
-            def evaluate() -> Any:
-                nonlocal evaluated
-                evaluated = True
-                return closure()
-
+        def optimizer_step(batch_idx: int, closure: Callable[[], Any]) -> None:
             log.current = table
-            module.optimizer_step(progress.epoch, batch_idx, optimizer, evaluate)
-            if not evaluated:
-                raise MisconfigurationException(
-                    f"{type(module).__name__}.optimizer_step did not run the closure, which holds training_step and "
-                    f"backward. Pass it on, optimizer.step(closure=optimizer_closure), or call optimizer_closure() "
-                    f"in the batches that take no step."
-                )
+            module.optimizer_step(progress.epoch, batch_idx, optimizer, closure)
 
-        return self.wrap("optimizer", overridden)
+        return self.wrap("optimizer", optimizer_step)
 
     def _user_step(self, index: int) -> Callable[..., Any]:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
@@ -460,6 +449,27 @@ def _module_hook(hook: Callable[..., Any], log: MetricLog, table: Table, fixed: 
         return hook(*args, *fixed)
 
     return call
+
+
+class _Called:
+    """A closure that knows whether it ran: an `optimizer_step` that never runs it would train nothing."""
+
+    __slots__ = ("closure", "ran")
+
+    def __init__(self, closure: Callable[[], Any]) -> None:
+        self.closure, self.ran = closure, False
+
+    def __call__(self) -> Any:
+        self.ran = True
+        return self.closure()
+
+    def check(self, module: LightningModule) -> None:
+        if not self.ran:
+            raise MisconfigurationException(
+                f"{type(module).__name__}.optimizer_step did not run its closure, which runs training_step and "
+                f"backward; call optimizer.step(closure=optimizer_closure), or optimizer_closure() where the step is "
+                f"to be left out."
+            )
 
 
 def _without_index(hook: Callable[..., Any]) -> Callable[[int], Any]:

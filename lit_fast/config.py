@@ -84,7 +84,6 @@ class Option:
 
 # Options of Lightning's Trainer that are accepted by name and not built yet: name -> the value that asks for nothing.
 NOT_YET: dict[str, tuple[Any, ...]] = {
-    "num_nodes": (1,),  # more processes than one come with the distributed strategies
     "overfit_batches": (0.0, 0),
     "reload_dataloaders_every_n_epochs": (0,),
 }
@@ -135,10 +134,10 @@ def _literal(text: str) -> Any:
 
 
 def refuse_unknown(unknown: list[str], known: list[str]) -> NoReturn:
-    """Raises: MisconfigurationException, which names the options that the caller may have meant."""
+    """Raises: MisconfigurationTypeError, which names the options that the caller may have meant."""
     close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else f"there are: {', '.join(sorted(known))}."
-    raise MisconfigurationException(f"Trainer has no option {unknown[0]!r}; {hint}")
+    raise MisconfigurationTypeError(f"Trainer has no option {unknown[0]!r}; {hint}")
 
 
 def apply_barebones(given: dict[str, Any]) -> None:
@@ -169,6 +168,11 @@ def resolve_config(**given: Any) -> TrainerConfig:
                 f"Trainer({name}={value!r}) is not built yet; allowed so far: "
                 f"{' or '.join(repr(choice) for choice in allowed)}. Leave the option out to go on."
             )
+    if given["num_nodes"] != 1:
+        _check_count("num_nodes", given["num_nodes"], minimum=1)
+        raise MisconfigurationException(
+            f"Trainer(num_nodes={given['num_nodes']!r}): several nodes are not built yet; allowed so far: 1."
+        )
     if given["model_registry"] is not None:
         raise MisconfigurationException(
             f"Trainer(model_registry={given['model_registry']!r}): uploading to a model registry needs the litmodels "

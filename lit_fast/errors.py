@@ -18,10 +18,6 @@ class MisconfigurationTypeError(MisconfigurationException, TypeError):
     """Something of a type that cannot be meant. A TypeError too, which programs for Lightning catch."""
 
 
-class MisconfigurationRuntimeError(MisconfigurationException, RuntimeError):
-    """A contradiction that Lightning reports as a RuntimeError, which programs for it catch."""
-
-
 class RemovedHookError(MisconfigurationException, NotImplementedError):
     """A hook of Lightning 1.x that nothing calls any more; the message names its successor."""
 
@@ -32,6 +28,10 @@ class CheckpointError(LitFastError, RuntimeError):
 
 class DataError(LitFastError, ValueError):
     """The data cannot be trained on: no text, an empty loader, a loader that changed under a resume."""
+
+
+class DataTypeError(DataError, TypeError):
+    """What was given as data is none: it cannot be iterated. A TypeError too, as in Lightning."""
 
 
 class KernelError(LitFastError, RuntimeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -15,7 +16,7 @@ from lit_fast.checkpoint import rng
 from lit_fast.config import batch_limit
 from lit_fast.data.combined import CombinedLoader
 from lit_fast.data.position import tell_epoch
-from lit_fast.errors import DataError, MisconfigurationException
+from lit_fast.errors import DataTypeError, MisconfigurationException, PossibleUserWarning
 from lit_fast.hooks import is_overridden
 from lit_fast.loop import length_of
 from lit_fast.metrics import to_float
@@ -71,16 +72,26 @@ class StageLoop:
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
         for loader in combined.flattened:
             if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-                raise DataError(
+                raise DataTypeError(
                     f"The {self.names.hooks} data is {type(loader).__name__}, which cannot be iterated; pass a "
                     f"DataLoader, any iterable of batches, or a list of them."
                 )
+            self._warn_of_shuffling(loader)
         combined.flattened = [self.prepared(loader) for loader in combined.flattened]
         self.limits = [
             math.inf if (known := batch_limit(f"limit_{name}_batches", limit, length_of(loader))) is None else known
             for loader in combined.flattened
         ]
         self.combined = combined
+
+    def _warn_of_shuffling(self, loader: Any) -> None:
+        if type(getattr(loader, "sampler", None)).__name__ == "RandomSampler":
+            warnings.warn(
+                f"The {self.names.hooks} data is shuffled, so that its order differs from run to run; pass "
+                f"shuffle=False to its loader.",
+                category=PossibleUserWarning,
+                stacklevel=5,
+            )
 
     def prepared(self, loader: Any) -> Any:
         """The loader as this stage reads it."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lit_fast.binding import SkipEpoch
 from lit_fast.config import batch_limit
 from lit_fast.data.position import DataPosition
-from lit_fast.errors import DataError, MisconfigurationException, PossibleUserWarning
+from lit_fast.errors import DataError, DataTypeError, MisconfigurationException, PossibleUserWarning
 from lit_fast.loop_views import EpochLoop
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
@@ -91,16 +91,19 @@ class FitLoop:
         if self.loader is None:  # `estimated_stepping_batches` may have asked for it before
             loader = trainer._request_loader("train_dataloader")
             if not isinstance(loader, Iterable):
-                raise DataError(
+                raise DataTypeError(
                     f"The training data is {type(loader).__name__}, which cannot be iterated; pass a DataLoader or "
                     f"any iterable of batches."
                 )
             length = length_of(loader)
             if length == 0:
-                raise DataError(
-                    f"The training data is empty: len({type(loader).__name__}) is 0. Pass data with at least one batch "
-                    f"(drop_last=True leaves none of a dataset smaller than batch_size), or limit_train_batches=0."
+                warnings.warn(
+                    f"The training data is empty: len({type(loader).__name__}) is 0, so nothing is trained. "
+                    f"(drop_last=True leaves no batch of a dataset smaller than batch_size.)",
+                    stacklevel=2,
                 )
+                self.progress.total, self.loader, self.position = 0, loader, DataPosition(loader)
+                return
             self.progress.total = batch_limit("limit_train_batches", config.limit_train_batches, length)
             self.val_check_batch = self._val_check_batch(length)
             self.last_validation = time.monotonic()
@@ -441,13 +444,6 @@ class FitLoop:
                     raise MisconfigurationException(
                         f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged; logged were: "
                         f"{', '.join(sorted(metrics)) or 'nothing'}. Log it, or set 'strict': False."
-                    )
-                else:
-                    warnings.warn(
-                        f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged, and 'strict' "
-                        f"is False: the learning rate stays.",
-                        RuntimeWarning,
-                        stacklevel=2,
                     )
 
 

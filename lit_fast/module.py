@@ -16,12 +16,12 @@ from lit_fast.errors import MisconfigurationException
 from lit_fast.hparams import HyperparametersMixin
 from lit_fast.log_rules import refuse
 from lit_fast.metrics import MetricLog
-from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.states import GradClipAlgorithmType
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lit_fast.optim.lightning_optimizer import LightningOptimizer
     from lit_fast.trainer import Trainer
 
 
@@ -258,6 +258,9 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
     def configure_model(self) -> None: ...
 
+    def configure_sharded_model(self) -> None:
+        """An older name of `configure_model`."""
+
     def prepare_data(self) -> None: ...
 
     def setup(self, stage: str) -> None: ...
@@ -444,7 +447,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
     def toggle_optimizer(self, optimizer: Optimizer | LightningOptimizer) -> None:
         """Until `untoggle_optimizer`, parameters that belong to the other optimizers alone require no gradient."""
-        chosen = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        chosen = getattr(optimizer, "optimizer", optimizer)
         required: dict[nn.Parameter, bool] = {}
         for other in self.trainer.optimizers:
             for group in other.param_groups:

@@ -18,11 +18,12 @@ from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.defaults import check_state_keys, in_order
-from lit_fast.errors import MisconfigurationException, MisconfigurationRuntimeError, PossibleUserWarning
+from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError, PossibleUserWarning
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import MetricLog, to_float
+from lit_fast.model_checks import check_hooks
 from lit_fast.module import LightningModule
-from lit_fast.optim.configure import LRSchedulerConfig, NoOptimizer, parse_optimizers
+from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
@@ -88,7 +89,7 @@ def borrow_model(trainer: Trainer, model: Any) -> Iterator[LightningModule]:
 def _unwrapped(model: Any, method: str) -> LightningModule:
     module = getattr(model, "_orig_mod", model)
     if not isinstance(module, LightningModule):
-        raise MisconfigurationException(
+        raise MisconfigurationTypeError(
             f"trainer.{method}() was given {type(model).__name__}; it needs a lit_fast.LightningModule (or "
             f"torch.compile of one). A module written for another package's LightningModule runs under "
             f"`lit-fast run`."
@@ -159,34 +160,6 @@ class Runtime:
         if loop.min_epochs is None:
             loop.min_epochs = 0 if loop.min_steps is None else 1  # min_steps holds back a stop before the first step
 
-    def _check_can_fit(self, module: LightningModule) -> None:
-        if not is_overridden("training_step", module, LightningModule):
-            raise MisconfigurationException(
-                f"{type(module).__name__} defines no training_step(self, batch, batch_idx); trainer.fit() needs one "
-                f"that returns the loss."
-            )
-        if "optimizer_idx" in getattr(getattr(module.training_step, "__code__", None), "co_varnames", ()):
-            raise MisconfigurationRuntimeError(
-                f"{type(module).__name__}.training_step takes `optimizer_idx`, which nothing passes any more: set "
-                f"self.automatic_optimization = False and step the optimizers of self.optimizers() in training_step."
-            )
-        if module.automatic_optimization and not is_overridden("configure_optimizers", module, LightningModule):
-            raise MisconfigurationException(
-                f"{type(module).__name__} defines no configure_optimizers(self); return an optimizer from it, for "
-                f"example torch.optim.AdamW(self.parameters())."
-            )
-        if not module.automatic_optimization:
-            if self.gradient_clip_val:
-                raise MisconfigurationException(
-                    f"Trainer(gradient_clip_val={self.gradient_clip_val}) has no effect in manual optimization; "
-                    f"leave it out and call self.clip_gradients(optimizer, ...) before optimizer.step()."
-                )
-            if self.accumulate_grad_batches != 1:
-                raise MisconfigurationException(
-                    f"Trainer(accumulate_grad_batches={self.accumulate_grad_batches}) has no effect in manual "
-                    f"optimization; leave it out and step the optimizer every so many batches in training_step."
-                )
-
     def _use_data(self, module: LightningModule, datamodule: Any, **sources: Any) -> None:
         if datamodule is not None and any(source is not None for source in sources.values()):
             raise MisconfigurationException("Both a datamodule and dataloaders were passed; pass one of them.")
@@ -200,6 +173,7 @@ class Runtime:
 
     def _prepare(self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None) -> Any:
         """Everything from `configure_callbacks` to a restored model, in Lightning's order; returns the checkpoint."""
+        check_hooks(self._trainer, module, self.state.fn)
         self.ckpt_path = None if ckpt_path is None else str(ckpt_path)  # callbacks look at it in `setup`
         self._attach_model_callbacks(module)
         for owner in (self.datamodule, module):
@@ -210,6 +184,7 @@ class Runtime:
         for callback in self.callbacks:
             callback.setup(self, module, stage)
         module.setup(stage)
+        module.configure_sharded_model()
         module.configure_model()
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
         path = self.ckpt_path = finding.find(self._trainer, ckpt_path)
@@ -224,8 +199,15 @@ class Runtime:
             callback.log, callback.log_dict = module.log, module.log_dict
         own = module.configure_callbacks()
         own = [own] if isinstance(own, Callback) else list(own or [])
-        kinds = {type(callback) for callback in own}
-        kept = [callback for callback in self.callbacks if type(callback) not in kinds]
+        for callback in own:
+            if not isinstance(callback, Callback):
+                raise MisconfigurationException(
+                    f"{type(module).__name__}.configure_callbacks returned {type(callback).__name__}; allowed are "
+                    f"objects of classes that derive from lit_fast.Callback."
+                )
+        replaced = tuple({type(callback) for callback in self.callbacks} - {Callback})
+        replaced = tuple(kind for kind in replaced if any(isinstance(callback, kind) for callback in own))
+        kept = [callback for callback in self.callbacks if type(callback) not in replaced]
         self.callbacks = in_order([*kept, *own])
         check_state_keys(self.callbacks)
         for callback in own:
@@ -299,15 +281,13 @@ class Runtime:
 
     def _configure_optimizers(self, module: LightningModule) -> None:
         returned = module.configure_optimizers()
-        own_scheduler_step = is_overridden("lr_scheduler_step", module, LightningModule)
-        optimizers, schedulers = parse_optimizers(returned, module.automatic_optimization, own_scheduler_step)
-        if not optimizers:
+        optimizers, schedulers = parse_optimizers(returned, module.automatic_optimization)
+        self.strategy.optimizers, self.strategy.lr_scheduler_configs = optimizers, schedulers
+        if not self.optimizers and module.automatic_optimization:
             warnings.warn(
                 f"{type(module).__name__}.configure_optimizers returned no optimizer: nothing will be trained.",
                 stacklevel=2,
             )
-            optimizers = [NoOptimizer()]
-        self.strategy.optimizers, self.strategy.lr_scheduler_configs = optimizers, schedulers
 
     def _connect_precision(self, module: LightningModule) -> None:
         """A precision plugin may want other optimizers or schedulers than the module returned."""
@@ -414,6 +394,14 @@ class Runtime:
 
         return is_overridden(name, self.datamodule, LightningDataModule)
 
+    def _defines_loader(self, name: str) -> bool:
+        """Whether there is data of that name: passed, or from the datamodule or the module."""
+        return (
+            self._sources.get(name) is not None
+            or self._datamodule_overrides(name)
+            or is_overridden(name, self._module, LightningModule)
+        )
+
     def _request_loader(self, name: str) -> Any:
         source = self._sources.get(name)
         if source is not None:
@@ -498,7 +486,15 @@ class Runtime:
         merged: dict[str, Any] = {}
         for owner in (self.datamodule, module):
             if owner is not None and getattr(owner, "_log_hyperparams", False):
-                merged.update(owner.hparams_initial)
+                given = owner.hparams_initial
+                differing = [key for key in given if key in merged and not _same(given[key], merged[key])]
+                if differing and self.loggers:
+                    raise MisconfigurationException(
+                        f"{type(module).__name__} and its datamodule both saved hyperparameters named "
+                        f"{', '.join(map(repr, differing))}, with different values, and a logger can show one. Rename "
+                        f"one, or save_hyperparameters(logger=False) in one of them."
+                    )
+                merged.update(given)
         for logger in self.loggers:
             if merged:
                 logger.log_hyperparams(merged)
@@ -515,8 +511,10 @@ class Runtime:
             return given
         if given == "step":
             return StepProfiler()
+        later = "is not built yet" if given in ("simple", "advanced", "pytorch", "xla") else "is unknown"
         raise MisconfigurationException(
-            f"Trainer(profiler={given!r}) is not built yet; allowed so far: None, 'step', or a StepProfiler."
+            f"Trainer(profiler={given!r}) {later}; allowed: None, 'step' (where the time of a step goes), or a "
+            f"StepProfiler."
         )
 
     # -- interrupts and resuming
@@ -582,6 +580,14 @@ class Runtime:
     @_stage.setter
     def _stage(self, stage: str) -> None:
         self.state.stage = RunningStage(stage)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two hyperparameters are equal; tensors and arrays, which compare by element, by identity."""
+    try:
+        return a is b or bool(a == b)
+    except (ValueError, RuntimeError):
+        return False
 
 
 def _watches_a_metric(callback: Callback) -> bool:

@@ -21,6 +21,7 @@ from lit_fast.flags import announce, set_torch_flags
 from lit_fast.hooks import is_overridden
 from lit_fast.loop import FitLoop
 from lit_fast.metrics import MetricLog, MutedLog
+from lit_fast.model_checks import check_fit, warn_of_half_a_validation
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans
 from lit_fast.prediction import PredictionLoop
@@ -182,8 +183,9 @@ class Trainer(Attributes):
         if hasattr(train_dataloaders, "prepare_data"):
             train_dataloaders, datamodule = None, train_dataloaders
         with attach_model(self, model, TrainerFn.FITTING) as module:
-            self._check_can_fit(module)
             self._use_data(module, datamodule, train_dataloader=train_dataloaders, val_dataloader=val_dataloaders)
+            check_fit(self, module)
+            warn_of_half_a_validation(self, module)
             checkpoint = self._prepare(module, "fit", ckpt_path, weights_only)
             self._begin_fit(module, checkpoint)
             with torch.autograd.set_detect_anomaly(self.config.detect_anomaly):
@@ -350,7 +352,7 @@ class Trainer(Attributes):
         """
         if model is not None and (self.fit_loop.plans is None or self._module is not model):
             with borrow_model(self, model) as module:
-                self._check_can_fit(module)
+                check_fit(self, module)
                 self._configure_optimizers(module)
                 plans = Plans(self, module)
                 return "\n".join([plans.explain(), *self._explain_run()])

@@ -31,7 +31,6 @@ def caplog_of_lit_fast(caplog: Any) -> Iterator[None]:
 
 
 ASKS_FOR_SOMETHING: dict[str, Any] = {
-    "num_nodes": 2,
     "overfit_batches": 1,
     "reload_dataloaders_every_n_epochs": 1,
 }
@@ -81,6 +80,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"gradient_clip_val": True}, "gradient_clip_val=True"),
     ({"gradient_clip_algorithm": "l2"}, "allowed are 'norm' and 'value'"),
     ({"precision": "int8"}, "precision='int8'.*unknown.*32-true"),
+    ({"num_nodes": 2}, "num_nodes=2.*several nodes are not built yet"),
+    ({"num_nodes": "two"}, "num_nodes='two'.*at least 1"),
     ({"fast_dev_run": -1}, "fast_dev_run=-1.*number of batches"),
     ({"fast_dev_run": "yes"}, "fast_dev_run='yes'"),
     ({"deterministic": "always"}, "deterministic='always'.*'warn'"),

@@ -189,7 +189,7 @@ def test_a_stage_without_its_step_or_data() -> None:
     with pytest.raises(MisconfigurationException, match="No test data"):
         trainer().test(Validates())
     with (
-        pytest.raises(MisconfigurationException, match="no checkpoint was saved"),
+        pytest.raises(MisconfigurationException, match="ckpt_path='best'"),
         pytest.warns(match="best checkpoint"),
     ):
         fitted(Validates(), batches(1), max_epochs=1).test(dataloaders=[batches(1)])

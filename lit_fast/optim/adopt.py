@@ -35,8 +35,7 @@ def adopt(optimizer: Optimizer, max_norm: float | None = None, clip_value: float
     """Give a loop the compiled step for its `torch.optim` object.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`, or an object that does what one does. One without a kernel is stepped
-            by its own `step`: see `reason`.
+        optimizer: any `torch.optim.Optimizer`. One without a kernel is stepped by its own `step`: see `reason`.
         max_norm: within the step, clip the L2 norm of all gradients to this, as `clip_grad_norm_` does.
         clip_value: within the step, clip gradients to [-clip_value, clip_value], as `clip_grad_value_` does.
 
@@ -52,7 +51,7 @@ def adopt(optimizer: Optimizer, max_norm: float | None = None, clip_value: float
         >>> adopted.compiled
         True
     """
-    if not (hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")):
+    if not isinstance(optimizer, Optimizer):
         raise MisconfigurationException(
             f"adopt got a {type(optimizer).__name__}; it takes a torch.optim.Optimizer. Pass that itself."
         )
@@ -103,11 +102,11 @@ class AdoptedOptimizer:
         if (
             optimizer.__dict__.get("step") is not self._instance_step
             or type(optimizer).step is not self._class_step
-            or not self.compiled
             or optimizer._optimizer_step_pre_hooks
             or optimizer._optimizer_step_post_hooks
             or _PRE_HOOKS
             or _POST_HOOKS
+            or not self.compiled
             or _profiler_enabled()
         ):
             return self._step_in_full(grad_scale, clip)
@@ -121,7 +120,7 @@ class AdoptedOptimizer:
     def zero_grad(self) -> None:
         """Release all gradients: every `p.grad` becomes None."""
         if self._own_zero_grad:
-            self.optimizer.zero_grad()  # somebody else's may take no argument
+            self.optimizer.zero_grad(set_to_none=True)
         else:
             ops.release_gradients(self.optimizer.param_groups)
 
