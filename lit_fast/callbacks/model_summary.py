@@ -53,6 +53,10 @@ class Summary:
             ("Mode", ["train" if layer.training else "eval" for layer in self.layers]),
         ]
 
+    def __str__(self) -> str:
+        ending = totals(self.total_parameters, self.trainable_parameters, self.model_size, self.total_training_modes)
+        return text(self.columns(), ending)
+
 
 def summarize(module: nn.Module, max_depth: int = 1) -> Summary:
     """Count a module's parameters and list its layers.
@@ -124,6 +128,17 @@ def totals(
     ]
 
 
+def text(columns: list[tuple[str, list[str]]], ending: list[tuple[str, str]]) -> str:
+    """A table of `Summary.columns` and below it the lines of `totals`, as plain text."""
+    widths = [max(map(len, [title, *cells])) for title, cells in columns]
+    titles = " | ".join(title.ljust(width) for (title, _), width in zip(columns, widths, strict=True))
+    lines = [titles, "-" * len(titles)]
+    for row in zip(*(cells for _, cells in columns), strict=True):
+        lines.append(" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    lines.append("-" * len(titles))
+    return "\n".join([*lines, *(f"{value:<9} {label}" for label, value in ending)])
+
+
 class ModelSummary(Callback):
     """Shows layers, parameters and size when a fit starts; as plain text, by way of logging.
 
@@ -168,15 +183,8 @@ class ModelSummary(Callback):
         **summarize_kwargs: Any,
     ) -> None:
         """Show one summary. Override it to show it elsewhere. `total_flops` is not counted: always 0."""
-        widths = [max(map(len, [title, *texts])) for title, texts in summary_data]
-        titles = " | ".join(title.ljust(width) for (title, _), width in zip(summary_data, widths, strict=True))
-        lines = [titles, "-" * len(titles)]
-        for row in zip(*(texts for _, texts in summary_data), strict=True):
-            lines.append(" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)))
-        lines.append("-" * len(titles))
         ending = totals(total_parameters, trainable_parameters, model_size, total_training_modes)
-        lines += [f"{value:<9} {label}" for label, value in ending]
-        log.info("\n%s", "\n".join(lines))
+        log.info("\n%s", text(summary_data, ending))
 
 
 class RichModelSummary(ModelSummary):

@@ -53,6 +53,18 @@ _PLUGINS = {
         for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
     },
 }
+_FUNCTIONS = {
+    "find_shared_parameters": "lit_fast.pytorch.functions:find_shared_parameters",
+    "grad_norm": "lit_fast.pytorch.functions:grad_norm",
+    "measure_flops": "lit_fast.profiler.throughput:measure_flops",
+    "move_data_to_device": "lit_fast.data.transfer:move",
+    "set_shared_parameters": "lit_fast.pytorch.functions:set_shared_parameters",
+    "suggested_max_num_workers": "lit_fast.pytorch.functions:suggested_max_num_workers",
+}
+_UTILITIES = {**_RANK_ZERO, **_FUNCTIONS, "AttributeDict": "lit_fast.hparams:AttributeDict"}
+_HPARAMS_FILES = {
+    name: f"lit_fast.pytorch.functions:{name}" for name in ("load_hparams_from_yaml", "save_hparams_to_yaml")
+}
 
 TABLE: dict[str, str | dict[str, str]] = {
     "": _CORE,
@@ -67,6 +79,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     },
     "pytorch.core.datamodule": "lit_fast.data.datamodule",
     "pytorch.core.module": "lit_fast.module",
+    "pytorch.core.saving": _HPARAMS_FILES,
     "pytorch.core.optimizer": "lit_fast.optim.lightning_optimizer",
     "pytorch.core.mixins": {"HyperparametersMixin": "lit_fast.hparams:HyperparametersMixin"},
     "pytorch.core.mixins.hparams_mixin": "lit_fast.hparams",
@@ -79,7 +92,26 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.trainer": {"Trainer": "lit_fast:Trainer", "seed_everything": "lit_fast:seed_everything"},
     "pytorch.trainer.trainer": "lit_fast.trainer",
     "pytorch.trainer.states": "lit_fast.states",
-    "pytorch.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
+    "pytorch.trainer.connectors": {},
+    "pytorch.trainer.connectors.logger_connector": {},
+    "pytorch.trainer.connectors.accelerator_connector": {
+        name: f"lit_fast.pytorch.types:{name}" for name in ("_LITERAL_WARN", "_PRECISION_INPUT")
+    },
+    "pytorch.trainer.connectors.logger_connector.result": {
+        name: f"lit_fast.pytorch.types:{name}" for name in ("_OUT_DICT", "_PBAR_DICT")
+    },
+    "pytorch.utilities": {**_UTILITIES, "GradClipAlgorithmType": "lit_fast.states:GradClipAlgorithmType"},
+    "pytorch.utilities.data": {"extract_batch_size": "lit_fast.metrics:batch_size_of"},
+    "pytorch.utilities.enums": {"GradClipAlgorithmType": "lit_fast.states:GradClipAlgorithmType"},
+    "pytorch.utilities.grads": {"grad_norm": "lit_fast.pytorch.functions:grad_norm"},
+    "pytorch.utilities.imports": "lit_fast.pytorch.requirements",
+    "pytorch.utilities.model_helpers": {"is_overridden": "lit_fast.pytorch.functions:is_overridden"},
+    "pytorch.utilities.model_summary": {
+        "LayerSummary": "lit_fast.callbacks.model_summary:LayerSummary",
+        "ModelSummary": "lit_fast.callbacks.model_summary:summarize",
+        "get_human_readable_count": "lit_fast.callbacks.model_summary:count",
+        "summarize": "lit_fast.callbacks.model_summary:summarize",
+    },
     "pytorch.utilities.combined_loader": {"CombinedLoader": "lit_fast.data.combined:CombinedLoader"},
     "pytorch.utilities.exceptions": _EXCEPTIONS,
     "pytorch.utilities.parsing": {"AttributeDict": "lit_fast.hparams:AttributeDict"},
@@ -94,7 +126,22 @@ TABLE: dict[str, str | dict[str, str]] = {
     "fabric.plugins.io": _CHECKPOINT_IO,
     "fabric.plugins.io.checkpoint_io": _CHECKPOINT_IO,
     "fabric.plugins.io.torch_io": _CHECKPOINT_IO,
-    "fabric.utilities": {**_RANK_ZERO, "AttributeDict": "lit_fast.hparams:AttributeDict"},
+    "fabric.loggers": {name: f"lit_fast.loggers:{name}" for name in ("CSVLogger", "Logger", "TensorBoardLogger")},
+    "fabric.loggers.logger": "lit_fast.loggers.logger",
+    "fabric.utilities": {**_UTILITIES, "Throughput": "lit_fast.profiler.throughput:Throughput"},
+    "fabric.utilities.apply_func": {"move_data_to_device": "lit_fast.data.transfer:move"},
+    "fabric.utilities.data": {
+        "AttributeDict": "lit_fast.hparams:AttributeDict",
+        "suggested_max_num_workers": "lit_fast.pytorch.functions:suggested_max_num_workers",
+    },
+    "fabric.utilities.imports": "lit_fast.pytorch.requirements",
+    "fabric.utilities.logger": {
+        "_add_prefix": "lit_fast.loggers.utilities:add_prefix",
+        "_convert_params": "lit_fast.loggers.utilities:params_dict",
+        "_flatten_dict": "lit_fast.loggers.utilities:flatten",
+        "_sanitize_params": "lit_fast.loggers.utilities:primitives",
+    },
+    "fabric.utilities.types": "lit_fast.pytorch.types",
     "fabric.utilities.exceptions": _EXCEPTIONS,
     "fabric.utilities.rank_zero": "lit_fast.rank_zero",
     "fabric.utilities.seed": "lit_fast.seed",
@@ -219,7 +266,7 @@ class Finder(importlib.abc.MetaPathFinder):
             if fullname != root and not fullname.startswith(f"{root}."):
                 continue
             rest = fullname[len(root) + 1 :]
-            if root == "lit_fast.pytorch" and (not rest or rest in ("names", "types")):
+            if root == "lit_fast.pytorch" and (not rest or rest in ("functions", "names", "requirements", "types")):
                 return None  # these are files of this very package
             asked = ".".join(part for part in (key, rest) if part)
             if not exists(asked):

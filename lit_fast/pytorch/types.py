@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -23,6 +25,17 @@ OptimizerLRScheduler: TypeAlias = (
 TRAIN_DATALOADERS: TypeAlias = Iterable[Any]
 EVAL_DATALOADERS: TypeAlias = Iterable[Any] | Sequence[Iterable[Any]]
 EPOCH_OUTPUT: TypeAlias = list[STEP_OUTPUT]
+LRSchedulerPLType: TypeAlias = LRSchedulerTypeUnion
+_PATH: TypeAlias = str | Path
+_DEVICE: TypeAlias = torch.device | str | int
+_MAP_LOCATION_TYPE: TypeAlias = _DEVICE | Callable[[Any, str], Any] | dict[Any, Any] | None
+_METRIC: TypeAlias = Tensor | float
+_EVALUATE_OUTPUT: TypeAlias = list[Mapping[str, float]]
+_PREDICT_OUTPUT: TypeAlias = list[Any] | list[list[Any]]
+_PRECISION_INPUT: TypeAlias = int | str | None
+_LITERAL_WARN: TypeAlias = Literal["warn"]
+_OUT_DICT: TypeAlias = dict[str, Tensor]
+_PBAR_DICT: TypeAlias = dict[str, float]
 
 __all__ = [
     "EPOCH_OUTPUT",
@@ -30,6 +43,7 @@ __all__ = [
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
     "LRSchedulerConfig",
+    "LRSchedulerPLType",
     "LRSchedulerTypeUnion",
     "OptimizerLRScheduler",
 ]

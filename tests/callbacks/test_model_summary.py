@@ -68,3 +68,12 @@ def test_shown_as_text_or_table(
     ModelSummary(max_depth=0).on_fit_start(trainer, model())
     ModelSummary().on_fit_start(StandInTrainer(tmp_path, is_global_zero=False), model())
     assert caplog.text == ""
+
+
+def test_a_summary_prints_as_a_table() -> None:
+    lines = str(summarize(nn.Sequential(nn.Linear(2, 3)))).splitlines()
+    assert [line.split() for line in lines[0:3:2]] == [
+        ["|", "Name", "|", "Type", "|", "Params", "|", "Mode"],
+        ["0", "|", "0", "|", "Linear", "|", "9", "|", "train"],
+    ]
+    assert "9         Total params" in lines
