@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -77,9 +78,11 @@ class Counted:
     def __init__(self, iterator: Iterator[Any], on_first: Callable[[], None] = lambda: None) -> None:
         self._ends: list[Callable[[], None]] = [on_first]  # emptied at the end
         # Nothing below refers back to this object: a loader's workers must stop when the last user lets go of the
-        # iterator, not when a cycle is collected, in an order that breaks their queues.
-        self._pairs = enumerate(itertools.chain.from_iterable(_parts(iterator, self._ends)))
-        self.items: Iterator[Any] = map(operator.itemgetter(1), self._pairs)
+        # iterator, not when a cycle is collected, in an order that breaks their queues. And nothing keeps an item, as
+        # enumerate does: an empty dictionary's `get(number, item)` is `item`.
+        self._numbers = iter(range(sys.maxsize))
+        numbered: Iterator[Any] = map({}.get, self._numbers, iterator)
+        self.items: Iterator[Any] = itertools.chain.from_iterable(_parts(numbered, self._ends))
 
     @property
     def exhausted(self) -> bool:
@@ -87,7 +90,8 @@ class Counted:
 
     @property
     def count(self) -> int:
-        return int(self._pairs.__reduce__()[1][1])
+        taken = sys.maxsize - operator.length_hint(self._numbers)
+        return taken - self.exhausted  # the number that was taken for the end
 
 
 def _parts(iterator: Iterator[Any], ends: list[Callable[[], None]]) -> Iterator[Iterator[Any]]:
