@@ -5,6 +5,7 @@ Memory is the process's resident set, read after a collection of cycles at every
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -50,6 +51,11 @@ class Watched(Plain):
         super().__init__()
         self.readings, self.every = readings, every
         self.batches: list[Any] = []
+        self.end: Any = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.end is not None:
+            self.end(self, batch_idx)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch)
@@ -68,8 +74,7 @@ def fit(steps: int, folder: Path, end: Any = None) -> dict[str, Any]:
     """One fit; `end(module, batch_idx)` may break it off."""
     readings: list[int] = []
     module = Watched(readings, steps // 10)
-    if end is not None:
-        module.on_train_batch_start = lambda batch, batch_idx: end(module, batch_idx)  # type: ignore[method-assign]
+    module.end = end
     trainer = lit_fast.Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -84,14 +89,12 @@ def fit(steps: int, folder: Path, end: Any = None) -> dict[str, Any]:
         default_root_dir=folder,
     )
     train = DataLoader(rows(400), batch_size=2, shuffle=True)
-    try:
+    with contextlib.suppress(RuntimeError, SystemExit):
         trainer.fit(module, train, DataLoader(rows(8, seed=2), batch_size=4))
-    except (RuntimeError, SystemExit):
-        pass
     alive = {"trainer": weakref.ref(trainer), "module": weakref.ref(module)}
     batches = module.batches
     held = sum(batch() is not None for batch in batches)
-    del trainer, module, train, end
+    del trainer, module, train
     gc.collect()
     return {
         "readings": readings,

@@ -27,6 +27,7 @@ import lit_fast
 DEFAULTS: dict[str, Any] = {
     "rows": 44, "workers": 0, "epochs": 3, "steps": -1, "every": 3, "window": 2, "val_every": 1.0, "val_epochs": 1,
     "kind": "map", "sanity": 2, "resume": True, "pause": 0.0, "save_on": "steps", "generator": False,
+    "context": None,
 }  # fmt: skip
 
 
@@ -98,7 +99,10 @@ def make_loader(options: dict[str, Any]) -> Any:
     if options["kind"] == "stream":
         return DataLoader(Stream(options["rows"]), batch_size=4, num_workers=options["workers"])
     data: Any = Noisy(options["rows"]) if options["kind"] == "noisy" else Plain(options["rows"])
-    return DataLoader(data, batch_size=4, shuffle=True, num_workers=options["workers"], generator=generator)
+    return DataLoader(
+        data, batch_size=4, shuffle=True, num_workers=options["workers"], generator=generator,
+        multiprocessing_context=options["context"],
+    )  # fmt: skip
 
 
 class Plain(Noisy):

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from lit_fast.checkpoint import rng
 from lit_fast.data.randomness import find_generators
+from lit_fast.data.worker_signals import leave_to_parent
 
 _PYTHON = struct.Struct("<q625I?d")  # version, state words, whether a Gaussian is pending, that Gaussian
 _NUMPY = struct.Struct("<?q?d")  # whether numpy is there, place in the words, Gaussian pending, that Gaussian
@@ -118,6 +119,7 @@ class WorkerWatch:
 
     def init(self, worker_id: int) -> None:
         """The loader's `worker_init_fn`."""
+        leave_to_parent()
         if self.init_fn is not None:
             self.init_fn(worker_id)
         self._worker = worker_id
