@@ -81,7 +81,8 @@ class Counted:
         # iterator, not when a cycle is collected, in an order that breaks their queues. And nothing keeps an item, as
         # enumerate does: an empty dictionary's `get(number, item)` is `item`.
         self._numbers = iter(range(sys.maxsize))
-        numbered: Iterator[Any] = map({}.get, self._numbers, iterator)
+        keep: Callable[[int, Any], Any] = dict[int, Any]().get
+        numbered = map(keep, self._numbers, iterator)
         self.items: Iterator[Any] = itertools.chain.from_iterable(_parts(numbered, self._ends))
 
     @property
