@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_fast.errors import MisconfigurationException
-from lit_fast.hparams import HyperparametersMixin
+from lit_fast.hparams import HyperparametersMixin, class_only
 from lit_fast.log_rules import refuse
 from lit_fast.metrics import MetricLog
 from lit_fast.states import GradClipAlgorithmType
@@ -54,7 +54,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
     _trainer: Trainer | None = None
     _metric_log: MetricLog | None = None
     _automatic_optimization = True
-    _strict_loading = True
+    _strict_loading: bool | None = None  # nobody has said
     _example_input_array: Any = None
     prepare_data_per_node = True
     allow_zero_length_dataloader_with_multiple_devices = False
@@ -140,7 +140,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
     @property
     def strict_loading(self) -> bool:
         """Whether a checkpoint must hold exactly this module's keys."""
-        return self._strict_loading
+        return self._strict_loading is not False
 
     @strict_loading.setter
     def strict_loading(self, strict: bool) -> None:
@@ -473,7 +473,7 @@ class LightningModule(HyperparametersMixin, nn.Module):
         finally:
             self.untoggle_optimizer(optimizer)
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls,
         checkpoint_path: Any,
@@ -487,23 +487,24 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
         Args:
             checkpoint_path: a file that a Trainer wrote, lit_fast's or Lightning's.
-            map_location: where to put the tensors; the CPU by default.
+            map_location: where to put the tensors; by default the device they were saved from, or the CPU where there
+                is none such.
+            hparams_file: a .yaml or .csv file of hyperparameters, instead of those in the checkpoint.
             strict: whether the weights must match exactly; the module's `strict_loading` by default.
             weights_only: False executes pickled code in the file; only for a file that you trust.
 
         Raises:
             CheckpointError: missing, damaged, holding code, or of another model.
-            MisconfigurationException: `hparams_file` is given, which is not built yet.
+            MisconfigurationException: called on an instance; `strict` contradicts `strict_loading`; no such
+                `hparams_file`.
 
         Example::
 
             model = Regressor.load_from_checkpoint("checkpoints/last.ckpt", width=128)
         """
-        if hparams_file is not None:
-            raise MisconfigurationException("load_from_checkpoint(hparams_file=...) is not built yet; pass the values.")
-        from lit_fast.checkpoint.state import load_module
+        from lit_fast.checkpoint.build import load_module
 
-        return load_module(cls, checkpoint_path, map_location, strict, weights_only, kwargs)
+        return load_module(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
 
     def freeze(self) -> None:
         """Stop training: no gradients, evaluation mode."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import types
 from argparse import Namespace
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,9 @@ import pytest
 import torch
 from heart_models import Plain, batches, fitted, trainer
 
-from lit_fast.errors import MisconfigurationException
+import lit_fast
+from lit_fast.errors import CheckpointError, MisconfigurationException
+from lit_fast.hparams import AttributeDict
 
 
 class Keeps(Plain):
@@ -111,3 +118,222 @@ def test_to_the_logger(tmp_path: Path) -> None:
     trainer(max_epochs=1, logger=Remembers(tmp_path)).fit(Keeps(4), batches(1))
     trainer(max_epochs=1, logger=Remembers(tmp_path), enable_autolog_hparams=False).fit(Keeps(5), batches(1))
     assert seen == [{"width": 4, "rate": 0.1, "name": "a"}]
+
+
+class Base(lit_fast.LightningModule):
+    def __init__(self, a: int = 1, b: int = 2, **more: Any) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+class Above(Base):
+    """Its own `a` wins over what it hands to its base."""
+
+    def __init__(self, a: int = 5, c: int = 3) -> None:
+        super().__init__(a=a + 1)
+
+
+class Drops(Base):
+    def __init__(self, a: int = 5, c: int = 3) -> None:
+        super().__init__(a=a + 1)
+        self.save_hyperparameters(ignore=["b"])
+
+
+class Adds(Base):
+    def __init__(self, a: int = 5, c: int = 3) -> None:
+        super().__init__(a=a + 1)
+        self.save_hyperparameters("c", logger=False)
+
+
+class InAMethod(lit_fast.LightningModule):
+    def __init__(self, a: int = 1) -> None:
+        super().__init__()
+        self.keep(7)
+
+    def keep(self, unrelated: int) -> None:
+        self.save_hyperparameters()
+
+
+class Holds(lit_fast.LightningModule):
+    """A module inside another one keeps its own arguments only."""
+
+    def __init__(self, depth: int = 1) -> None:
+        super().__init__()
+        self.inner = Base(a=33)
+        self.save_hyperparameters()
+
+
+class ByFrame(lit_fast.LightningModule):
+    def __init__(self, a: int = 1) -> None:
+        super().__init__()
+        keep_for(self, inspect.currentframe())
+
+
+def keep_for(module: Any, frame: Any) -> None:
+    module.save_hyperparameters(frame=frame)
+
+
+@dataclass(eq=False)
+class AsDataclass(lit_fast.LightningModule):
+    a: int = 1
+    b: int = 2
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize(
+    "make,expected",
+    [
+        (Above, {"a": 5, "b": 2, "c": 3}),
+        (Drops, {"a": 5, "c": 3}),
+        (Adds, {"a": 5, "b": 2, "c": 3}),
+        (InAMethod, {"a": 1}),
+        (Holds, {"depth": 1}),
+        (lambda: Holds().inner, {"a": 33, "b": 2}),
+        (ByFrame, {"a": 1}),
+        (AsDataclass, {"a": 1, "b": 2}),
+    ],
+)
+def test_whose_arguments(make: Any, expected: dict[str, Any]) -> None:
+    model = make()
+    assert model.hparams == model.hparams_initial == expected
+    assert model._log_hyperparams is (make is not Adds)
+
+
+def test_the_initial_ones_are_a_copy() -> None:
+    given = [0]
+    model = Base(a=given)  # type: ignore[arg-type]
+    given.append(1)
+    model.hparams_initial["b"] = 7
+    assert model.hparams.a == [0, 1] and model.hparams_initial == {"a": [0], "b": 2}
+
+
+def test_a_module_among_them_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=r"'a' is a torch.nn.Module.*ignore=\['a'\]"):
+        Base(a=torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_setting_and_forgetting() -> None:
+    model = Base()
+    with pytest.raises(AttributeError):
+        model.hparams = {}  # type: ignore[misc]
+    model._set_hparams(Namespace(c=3))
+    model.remove_ignored_hparams(["a", "unknown"])
+    del model.hparams.b
+    assert model.hparams == {"c": 3} and Plain().hparams == {} and Plain().hparams_initial == {}
+    assert repr(Base(b="x").hparams) == '"a": 1\n"b": x'  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nothing", [None, {}, Namespace()])
+def test_nothing_to_keep(nothing: Any) -> None:
+    assert Takes(nothing).hparams == {}
+
+
+class Color(str, Enum):
+    RED = "red"
+
+
+RICH: dict[str, Any] = {
+    "path": Path("a/b"),
+    "options": Namespace(depth=1, inner=Namespace(names=["x"])),
+    "nested": AttributeDict(a=AttributeDict(b=(1, 2))),
+    "color": Color.RED,
+    "numbers": [1.5, {"k": {1, 2}}],
+}
+
+
+def checkpoint_of(model: Any, path: Path, **options: Any) -> Path:
+    fitted(model, batches(1), max_epochs=1, **options).save_checkpoint(path)
+    return path
+
+
+def test_rich_values_are_saved_as_data(tmp_path: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    path = checkpoint_of(Keeps(numpy.int64(3), rate=numpy.float64(0.5), **RICH), tmp_path / "a.ckpt")
+    model = Keeps.load_from_checkpoint(path)
+    assert model.hparams == {"width": 3, "rate": 0.5, "name": "a", **RICH}
+    assert model.hparams.nested.a.b == (1, 2) and model.hparams.options.inner.names == ["x"]
+    assert type(model.hparams.rate) is float and type(model.hparams.numbers[1]) is dict
+
+
+@pytest.mark.parametrize("home", ["lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing"])
+def test_a_file_with_lightnings_own_classes(tmp_path: Path, home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lightning writes them: a dictionary of its class, a Namespace and a path, pickled by their names."""
+    kind = type("AttributeDict", (dict,), {"__module__": home})
+    parts = home.split(".")
+    names = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules[home].AttributeDict = kind  # type: ignore[attr-defined]
+    hparams = {"width": 5, "more": kind(a=kind(b=1)), "options": Namespace(c=2), "path": Path("x")}
+    held = {"state_dict": Plain().state_dict(), "hyper_parameters": hparams, "hparams_name": "kwargs"}
+    torch.save(held, tmp_path / "a.ckpt")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    model = Keeps.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert model.hparams.more.a.b == 1 and model.hparams.options.c == 2 and model.hparams.path == Path("x")
+
+
+def test_one_dictionary_comes_back_under_its_name(tmp_path: Path) -> None:
+    path = checkpoint_of(Takes(Namespace(a=1, b=2)), tmp_path / "a.ckpt")
+    assert Takes.load_from_checkpoint(path, b=7).hparams == {"a": 1, "b": 7}
+    assert Takes.load_from_checkpoint(path, config={"c": 1}).hparams == {"c": 1}
+
+
+@pytest.mark.parametrize(
+    "name,text", [("h.yaml", "width: 8\nrate: 0.25\n"), ("h.csv", "key,value\nwidth,8\nrate,0.25\n")]
+)
+def test_from_a_file(tmp_path: Path, name: str, text: str) -> None:
+    path = checkpoint_of(Keeps(4), tmp_path / "a.ckpt")
+    (tmp_path / name).write_text(text)
+    model = Keeps.load_from_checkpoint(path, hparams_file=tmp_path / name, name="b")
+    assert model.hparams == {"width": 8, "rate": 0.25, "name": "b"}
+    for wrong in ("h.txt", "absent.yaml"):
+        with pytest.raises(MisconfigurationException, match=wrong):
+            Keeps.load_from_checkpoint(path, hparams_file=tmp_path / wrong)
+
+
+def test_how_the_command_line_would_build_it_is_not_followed(tmp_path: Path) -> None:
+    hparams = {"width": 5, "_instantiator": "os.system", "_class_path": "x"}
+    torch.save({"state_dict": Plain().state_dict(), "hyper_parameters": hparams}, tmp_path / "a.ckpt")
+    assert Keeps.load_from_checkpoint(tmp_path / "a.ckpt").hparams == {"width": 5, "rate": 0.1, "name": "a"}
+
+
+class Grows(Plain):
+    """Its layers are made in configure_model."""
+
+    def configure_model(self) -> None:
+        self.more = torch.nn.Linear(2, 2)
+
+
+def test_strict_and_configure_model(tmp_path: Path) -> None:
+    path = checkpoint_of(Grows(), tmp_path / "a.ckpt")
+    weight = Grows.load_from_checkpoint(path).more.weight
+    assert torch.equal(weight, torch.load(path, weights_only=True)["state_dict"]["more.weight"])
+    with pytest.raises(CheckpointError, match="2 keys are unknown"):
+        Plain.load_from_checkpoint(path)
+    with pytest.warns(UserWarning, match=r"in part: 2 keys are unknown to the model \(more.bias, more.weight\)"):
+        Plain.load_from_checkpoint(path, strict=False)
+
+    class Loose(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.strict_loading = False
+
+    with pytest.raises(ValueError, match="contradicts"):
+        Loose.load_from_checkpoint(path, strict=True)
+    assert Plain().strict_loading is True and Loose().strict_loading is False
+
+
+def test_only_on_the_class() -> None:
+    for owner in (Plain(), lit_fast.LightningDataModule()):
+        with pytest.raises(TypeError, match="load_from_checkpoint was called on an instance"):
+            owner.load_from_checkpoint("a.ckpt")
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    path = checkpoint_of(Plain(), tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"Takes cannot be built from .*config.*save_hyperparameters\(\)"):
+        Takes.load_from_checkpoint(path)

@@ -25,7 +25,10 @@ import threading
 import warnings
 import zipfile
 import zlib
+from argparse import Namespace
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
 import torch
@@ -44,6 +47,19 @@ _OTHER_HOST_SECONDS = 86_400.0  # no write takes a day; only files of other host
 _CHUNK = 8 << 20  # bytes read at once while checking: small beside memory, large beside a system call
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name (PKWARE APPNOTE 4.3.7)
 _crc_option = threading.Lock()
+
+# Classes that hyperparameters are often made of and that only hold data; each with the name that a file calls it by.
+# Lightning's AttributeDict is read as an OrderedDict, the only mapping beside dict that torch fills without pickle.
+_LIGHTNINGS = ("fabric.utilities.data", "pytorch.utilities.parsing")
+_HARMLESS: list[Any] = [
+    Namespace,
+    *((PurePath, f"pathlib.{name}") for name in ("PurePath", "PurePosixPath", "PureWindowsPath")),
+    *((Path, f"pathlib.{name}") for name in ("PosixPath", "WindowsPath")),
+    *((Path, f"pathlib._local.{name}") for name in ("PosixPath", "WindowsPath")),  # as Python 3.13 calls them
+    *((OrderedDict, f"lightning.{home}.AttributeDict") for home in _LIGHTNINGS),
+    (OrderedDict, "lightning_fabric.utilities.data.AttributeDict"),
+    (OrderedDict, "pytorch_lightning.utilities.parsing.AttributeDict"),
+]
 
 
 def save(payload: Mapping[str, Any], path: PathLike) -> None:
@@ -137,7 +153,8 @@ def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -
         with open(source, "rb") as file:
             _check_records(file, source)
             file.seek(0)
-            payload = torch.load(file, map_location=map_location, weights_only=weights_only)
+            with torch.serialization.safe_globals(_HARMLESS):
+                payload = torch.load(file, map_location=map_location, weights_only=weights_only)
     except CheckpointError:
         raise
     except FileNotFoundError as error:
@@ -173,7 +190,8 @@ def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -
 def unsafe_globals(path: PathLike) -> tuple[str, ...]:
     """Name, sorted, the classes and functions in the file `path` that `weights_only=True` refuses."""
     try:
-        return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path))))
+        with torch.serialization.safe_globals(_HARMLESS):
+            return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path))))
     except ValueError:  # torch's format from before 1.6: only an attempt to load it tells
         return ()
 

@@ -7,24 +7,22 @@ the loop had got. A file written by Lightning resumes too, at the start of the e
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_fast.checkpoint import finding, io, rng
+from lit_fast.checkpoint import finding, rng
+from lit_fast.checkpoint.build import load_weights
 from lit_fast.data.position import count_only
 from lit_fast.errors import CheckpointError, MisconfigurationException
-from lit_fast.module import LightningModule
+from lit_fast.hparams import as_data
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
-
-AnyModule = TypeVar("AnyModule", bound=LightningModule)
 
 OURS = "lit_fast"
 FORMAT = 1
@@ -67,7 +65,7 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.__dict__.get("_hparams"):
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
-            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = _loadable(dict(owner.hparams))
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = _loadable(owner.hparams)
     if trainer.datamodule is not None:
         data_state = trainer.datamodule.state_dict()
         if data_state:
@@ -180,30 +178,16 @@ def _loops(trainer: Trainer) -> dict[str, Any]:
     return {"fit_loop": fit_loop, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
 
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, torch.dtype, torch.device, torch.Size)
-
-
-def _loadable(hparams: dict[str, Any]) -> dict[str, Any]:
+def _loadable(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """The hyperparameters that load without executing code; the others are left out, and named."""
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return type(value) is dict and all(plain(k) and plain(v) for k, v in value.items())
-        if type(value) in (list, tuple, set):
-            return all(map(plain, value))
-        return isinstance(value, _PLAIN)
-
-    left_out = sorted(name for name, value in hparams.items() if not plain(value))
+    kept, left_out = as_data(hparams)
     if left_out:
         warnings.warn(
             f"Not saved with the checkpoint, because loading them would execute pickled code: {', '.join(left_out)}. "
             f"Leave them out with save_hyperparameters(ignore={left_out}).",
             stacklevel=2,
         )
-    return {name: value for name, value in hparams.items() if name not in left_out}
-
-
-# -- restoring
+    return kept
 
 
 def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:
@@ -219,7 +203,7 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> No
             f"missing. Pass a checkpoint written by a Trainer."
         )
     module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint["state_dict"], path)
+    load_weights(module, checkpoint["state_dict"], path, module.strict_loading)
     datamodule = trainer.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
@@ -246,62 +230,6 @@ def _restore_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         state = states.get(callback.state_key)
         if state:
             callback.load_state_dict(copy.deepcopy(state))  # theirs to keep, while hooks may still look at the file's
-
-
-def load_weights(module: LightningModule, weights: Mapping[str, Any], path: str) -> None:
-    """`load_state_dict` with an error that a person can act on."""
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} in the file and {tuple(own[name].shape)} in the model"
-        for name in own.keys() & weights.keys()
-        if isinstance(own[name], torch.Tensor) and weights[name].shape != own[name].shape
-    ]
-    problems = [] if not shapes else [f"{len(shapes)} shapes differ ({sorted(shapes)[0]})"]
-    if module.strict_loading and missing:
-        problems.append(f"{len(missing)} keys are missing in the file ({', '.join(missing[:3])}, ...)")
-    if module.strict_loading and unexpected:
-        problems.append(f"{len(unexpected)} keys are unknown to the model ({', '.join(unexpected[:3])}, ...)")
-    if problems:
-        raise CheckpointError(
-            f"{path} is of another model than {type(module).__name__}: {'; '.join(problems)}. Build the model with the "
-            f"options it was saved with, or set strict_loading = False to load what fits."
-        )
-    module.load_state_dict(weights, strict=module.strict_loading)
-
-
-def load_module(
-    cls: type[AnyModule],
-    path: str | Path,
-    map_location: Any,
-    strict: bool | None,
-    weights_only: bool | None,
-    overrides: dict[str, Any],
-) -> AnyModule:
-    """Build a module from the hyperparameters in a checkpoint, and load its weights.
-
-    Raises:
-        CheckpointError: as `io.load` and `load_weights`; or the class needs arguments that the file does not hold.
-    """
-    checkpoint = io.load(path, map_location=map_location or "cpu", weights_only=weights_only is not False)
-    if "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} holds no model ('state_dict' is missing); pass a checkpoint of a Trainer's.")
-    arguments = {**checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **overrides}
-    accepted = inspect.signature(cls.__init__).parameters
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values()):
-        arguments = {name: value for name, value in arguments.items() if name in accepted}
-    try:
-        module = cls(**arguments)
-    except TypeError as error:
-        raise CheckpointError(
-            f"{cls.__name__} cannot be built from {path}, which holds the hyperparameters "
-            f"{', '.join(arguments) or 'none'}: {error}. Pass what is missing: load_from_checkpoint(path, name=value)."
-        ) from error
-    if strict is not None:
-        module.strict_loading = strict
-    module.on_load_checkpoint(checkpoint)
-    load_weights(module, checkpoint["state_dict"], str(path))
-    return module
 
 
 def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lit_fast.errors import CheckpointError, MisconfigurationException
-from lit_fast.hparams import HyperparametersMixin
+from lit_fast.errors import MisconfigurationException
+from lit_fast.hparams import HyperparametersMixin, class_only
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -148,7 +148,7 @@ class LightningDataModule(HyperparametersMixin):
     def on_exception(self, exception: BaseException) -> None:
         """Called when a run stops with an exception, Ctrl-C included."""
 
-    @classmethod
+    @class_only
     def load_from_checkpoint(
         cls: type[_DataModule],
         checkpoint_path: Any,
@@ -162,33 +162,17 @@ class LightningDataModule(HyperparametersMixin):
         Args:
             checkpoint_path: The file.
             map_location: As for `torch.load`; None means the CPU.
-            hparams_file: Not read here: the checkpoint holds the hyperparameters.
+            hparams_file: A .yaml or .csv file of hyperparameters, instead of those in the checkpoint.
             weights_only: None and True refuse pickled code; False only for a file whose maker one trusts.
             kwargs: Arguments for `__init__`, before those of the checkpoint.
 
         Raises:
             CheckpointError: The file cannot be read, or its hyperparameters do not fit `__init__`.
         """
-        from lit_fast.checkpoint import io
+        from lit_fast.checkpoint import build, io
 
-        if hparams_file is not None:
-            raise MisconfigurationException(
-                f"hparams_file={hparams_file!r}: hyperparameters are read from the checkpoint alone; "
-                "pass what differs as keyword arguments"
-            )
-        checkpoint = io.load(checkpoint_path, map_location or "cpu", weights_only is not False)
-        values = {**checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), **kwargs}
-        parameters = inspect.signature(cls.__init__).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            values = {name: value for name, value in values.items() if name in parameters}
-        try:
-            datamodule = cls(**values)
-        except TypeError as error:
-            raise CheckpointError(
-                f"{cls.__name__} cannot be made from the hyperparameters in {str(checkpoint_path)!r} "
-                f"({', '.join(values) or 'there are none'}): {error}; call save_hyperparameters() in its "
-                "__init__, or pass the missing arguments here"
-            ) from error
+        checkpoint = io.load(checkpoint_path, map_location or build.where_it_was, weights_only is not False)
+        datamodule = build.build(cls, checkpoint, checkpoint_path, hparams_file, kwargs)
         if cls.__qualname__ in checkpoint:
             datamodule.load_state_dict(checkpoint[cls.__qualname__])
         return datamodule

@@ -108,6 +108,6 @@ def test_load_from_checkpoint(tmp_path: pathlib.Path) -> None:
         def __init__(self, root: str) -> None:
             super().__init__()
 
-    with pytest.raises(CheckpointError, match="Needy cannot be made"):
+    with pytest.raises(CheckpointError, match="Needy cannot be built"):
         Needy.load_from_checkpoint(path)
     assert Needy.load_from_checkpoint(path, root="/")
