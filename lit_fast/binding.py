@@ -32,6 +32,7 @@ from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
 from lit_fast.optim.adopt import adopt
+from lit_fast.optim.clip import step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.precision.amp import scaled_step
@@ -94,6 +95,7 @@ class Binding:
         self.precision = trainer.precision_plugin
         self.scaler = getattr(self.precision, "scaler", None)
         self.trains = not trainer.fit_loop._skip_backward
+        self._plugin_step = self.precision.asks_for("optimizer_step")
         self.in_place_clipping = self._gradients_are_watched()
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
@@ -101,7 +103,6 @@ class Binding:
         names = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
         self.step_hooks = {name: self._hooks(name) for name in names}
         self._plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
-        self._plugin_step = self.precision.asks_for("optimizer_step")
         # Hooks that `backward` itself has to call: what they see is not what `losses` gives, or a plugin calls them.
         self._hooks_in_backward = self._plugin_backward or self.scaler is not None
         self.lightning_optimizers: list[LightningOptimizer] = self._wrap_optimizers(wrapped)
@@ -193,6 +194,8 @@ class Binding:
             return False
         if self.precision.asks_for("clip_gradients", "clip_grad_by_value", "clip_grad_by_norm", "main_params"):
             return True
+        if self._plugin_step or self.scaler is not None or any(map(calls_closure_itself, self.trainer.optimizers)):
+            return True  # the optimizer's own step reads them
         for callback in self.trainer.callbacks:
             if callback.reads_gradients and GRADIENT_OBSERVERS & callback.live_hooks(self.trainer):
                 return True
@@ -206,11 +209,23 @@ class Binding:
 
     def _adopt(self, optimizer: Optimizer, before: AdoptedOptimizer | None) -> AdoptedOptimizer:
         trainer, adopted = self.trainer, before or adopt(optimizer)
-        in_registers = self.automatic and bool(trainer.gradient_clip_val) and not self.in_place_clipping
-        limit = trainer.gradient_clip_val if in_registers else None
+        limit = trainer.gradient_clip_val if self._clips_in_registers else None
         by_value = trainer.gradient_clip_algorithm == "value"
-        adopted.set_clipping(max_norm=None if by_value else limit, clip_value=limit if by_value else None)
+        by_torch = trainer.config.device.type == "cpu"  # see _update
+        adopted.set_clipping(max_norm=None if by_value or by_torch else limit, clip_value=limit if by_value else None)
         return adopted
+
+    @property
+    def _clips_in_registers(self) -> bool:
+        return self.automatic and bool(self.trainer.gradient_clip_val) and not self.in_place_clipping
+
+    def _update(self, adopted: AdoptedOptimizer) -> Callable[[], Any]:
+        """The step itself; on the CPU a norm is clipped with torch's bits, on a GPU nobody waits for the norm."""
+        trainer = self.trainer
+        by_norm = self._clips_in_registers and trainer.gradient_clip_algorithm != "value"
+        if by_norm and trainer.config.device.type == "cpu":
+            return step_clipped_by_norm(adopted, trainer.gradient_clip_val)
+        return adopted.step
 
     def _wrap_optimizers(self, before: list[LightningOptimizer]) -> list[LightningOptimizer]:
         """What user code holds as `self.optimizers()`; it may keep it, so the object stays while its optimizer does."""
@@ -344,7 +359,7 @@ class Binding:
     def _bind_update(self) -> Bound:
         adopted = self.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
-        return (self.wrap("optimizer", adopted.step),)
+        return (self.wrap("optimizer", self._update(adopted)),)
 
     def _bind_schedulers(self) -> Bound:
         if not self.automatic:
@@ -410,7 +425,7 @@ class Binding:
         elif self.scaler is not None:
             run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: _run(after), adopted.step)
         else:
-            run_step = plain_step(adopted, lambda: _run(after))
+            run_step = plain_step(adopted, self._update(adopted), lambda: _run(after))
         if self.automatic:
             return run_step
 

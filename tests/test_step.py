@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import lit_fast
 from lit_fast import ops, step
-from lit_fast.optim import adopt
 
 PACKAGE = str(Path(lit_fast.__file__).parent)
 STEPS = 200
@@ -268,20 +267,39 @@ def test_clip_by_norm_in_place_is_torch_bit_for_bit() -> None:
     assert model.losses == expected
 
 
-def test_clip_in_registers_equals_adopt_by_hand() -> None:
+@pytest.mark.parametrize("limit", [0.5, 5.0, 1e3], ids=["always", "sometimes", "never"])
+@pytest.mark.parametrize("name", ["adamw_fused", "rmsprop"])
+def test_clip_by_norm_in_registers_is_torch_bit_for_bit(limit: float, name: str) -> None:
     data = batches(20)
-    model = Plain(OPTIMIZERS["adamw_fused"])
-    fitted(model, data, max_steps=STEPS, gradient_clip_val=0.5)
+    model = Plain(OPTIMIZERS[name])
+    made = fitted(model, data, max_steps=STEPS, gradient_clip_val=limit)
+    assert made.fit_loop.plans is not None and not made.fit_loop.plans.binding.in_place_clipping
+    expected, _ = hand_losses(OPTIMIZERS[name], data, STEPS, clip=lambda p: nn.utils.clip_grad_norm_(p, limit))
+    assert model.losses == expected
+
+
+def test_clip_of_an_optimizer_that_evaluates_the_loss_itself() -> None:
+    """Each evaluation's gradients are clipped."""
+
+    def configure(parameters: Any) -> Any:
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=3)
+
+    data = batches(4)
+    model = Plain(configure)
+    fitted(model, data, max_epochs=1, gradient_clip_val=0.5)
     net = network()
-    adopted = adopt(OPTIMIZERS["adamw_fused"](net.parameters()), max_norm=0.5)
-    expected = []
-    for index in range(STEPS):
-        batch = data[index % 20]
-        loss = (net(batch).squeeze(-1) - batch.sum(-1)).square().mean()
-        expected.append(loss.item())
-        adopted.zero_grad()
-        loss.backward()
-        adopted.step()
+    optimizer, expected = configure(net.parameters()), []
+    for batch in data:
+
+        def closure(batch: Tensor = batch) -> Tensor:
+            loss = (net(batch).squeeze(-1) - batch.sum(-1)).square().mean()
+            expected.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+            return loss
+
+        optimizer.step(closure)
     assert model.losses == expected
 
 

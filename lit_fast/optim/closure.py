@@ -21,8 +21,13 @@ def calls_closure_itself(optimizer: Optimizer) -> bool:
     return not getattr(step, "__module__", "").startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS)
 
 
-def plain_step(adopted: AdoptedOptimizer, after_backward: Callable[[], None]) -> Callable[..., Any]:
+def plain_step(
+    adopted: AdoptedOptimizer, update: Callable[[], Any], after_backward: Callable[[], None]
+) -> Callable[..., Any]:
     """One step: the closure (forward and backward), then `after_backward` (hooks, clipping), then the update.
+
+    Args:
+        update: what steps, unless the optimizer has to be called with the closure.
 
     Returns:
         `step(closure=None, **kwargs)`, which returns what the closure returned.
@@ -42,7 +47,7 @@ def plain_step(adopted: AdoptedOptimizer, after_backward: Callable[[], None]) ->
         if kwargs or with_closure:
             return optimizer.step(closure=lambda: evaluate(closure), **kwargs)
         result = evaluate(closure)
-        adopted.step()
+        update()
         return result
 
     return step
