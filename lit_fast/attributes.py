@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from lit_fast.config import Option
+from lit_fast.data.combined import CombinedLoader
 from lit_fast.defaults import is_kind
 from lit_fast.evaluation import can_validate
 from lit_fast.module import LightningModule
@@ -78,6 +79,8 @@ class Attributes(Runtime):
     limit_val_batches = Option()
     log_every_n_steps = Option()
     num_sanity_val_steps = Option()
+    overfit_batches = Option()
+    reload_dataloaders_every_n_epochs = Option()
     suggest_integrations = Option()
     val_check_interval = Option()
 
@@ -202,7 +205,7 @@ class Attributes(Runtime):
         if max_epochs is None or max_epochs == -1:
             return unlimited
         if self.fit_loop.loader is None:
-            self.fit_loop.load_data()
+            self.fit_loop.setup_data()
         total = self.num_training_batches
         if total == math.inf:
             return unlimited
@@ -210,7 +213,9 @@ class Attributes(Runtime):
 
     @property
     def train_dataloader(self) -> Any:
-        return self.fit_loop.loader
+        """The training data of the fit, as it was given."""
+        loader = self.fit_loop.loader
+        return loader.iterables if isinstance(loader, CombinedLoader) else loader
 
     @property
     def val_dataloaders(self) -> Any:

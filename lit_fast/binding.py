@@ -27,6 +27,7 @@ from lit_fast.backward import (
     outputs_of,
     read_losses,
 )
+from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
@@ -249,11 +250,15 @@ class Binding:
         if self.overrides(name):
             bound.append(self.wrap("hooks", _module_hook(getattr(self.module, name), self.log, table, fixed)))
             self._note(name, type(self.module).__name__, "module")
+        if name in ("on_train_batch_start", "on_train_batch_end") and takes_iterator(self.module.training_step):
+            return tuple(map(hook_of, bound))
         return tuple(bound)
 
     def _bind_receive(self) -> Bound:
         """How a batch gets to the device; nothing at all on the CPU in full precision."""
         receivers = self.trainer._batch_receivers(self.log, "train")
+        if takes_iterator(self.module.training_step):
+            receivers = ()  # the step moves what it fetches
         for function in receivers:
             self._note("receive", "data", _name(function))
         return tuple(self.wrap("data", function) for function in receivers)
@@ -273,6 +278,8 @@ class Binding:
     def _bind_training_step(self) -> Callable[[Any, int], Any]:
         function = self.module.training_step
         who = f"{type(self.module).__name__}.training_step"
+        if takes_iterator(function):
+            function = step_of(function)
         try:
             positional = positional_arguments(function)
         except (TypeError, ValueError):  # compiled or built-in: no signature to read

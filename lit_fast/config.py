@@ -40,6 +40,8 @@ class TrainerConfig:
     limit_val_batches: int | float
     limit_test_batches: int | float
     limit_predict_batches: int | float
+    overfit_batches: int | float
+    reload_dataloaders_every_n_epochs: int
     val_check_interval: int | float
     val_check_seconds: float | None  # validation by the clock; `val_check_interval` is then not asked
     check_val_every_n_epoch: int | None
@@ -81,12 +83,6 @@ class Option:
             value = _check_limit(self.name, value)
         trainer.config = replace(trainer.config, **{self.name: value})
 
-
-# Options of Lightning's Trainer that are accepted by name and not built yet: name -> the value that asks for nothing.
-NOT_YET: dict[str, tuple[Any, ...]] = {
-    "overfit_batches": (0.0, 0),
-    "reload_dataloaders_every_n_epochs": (0,),
-}
 
 # What `barebones` switches off, and the values of each that do not contradict it.
 BAREBONES: dict[str, tuple[tuple[Any, ...], Any]] = {
@@ -155,19 +151,17 @@ def apply_barebones(given: dict[str, Any]) -> None:
         given[name] = off
 
 
+_LIMITS = (
+    "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches",
+)  # fmt: skip
+
+
 def resolve_config(**given: Any) -> TrainerConfig:
     """Fill in defaults, check every option and every pair of options.
 
     Raises:
         MisconfigurationException: an option is unknown, out of range, contradicts another, or is not built yet.
     """
-    for name, allowed in NOT_YET.items():
-        value = given.pop(name)
-        if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
-            raise MisconfigurationException(
-                f"Trainer({name}={value!r}) is not built yet; allowed so far: "
-                f"{' or '.join(repr(choice) for choice in allowed)}. Leave the option out to go on."
-            )
     if given["num_nodes"] != 1:
         _check_count("num_nodes", given["num_nodes"], minimum=1)
         raise MisconfigurationException(
@@ -190,8 +184,9 @@ def resolve_config(**given: Any) -> TrainerConfig:
     for name in ("min_steps", "min_epochs", "check_val_every_n_epoch"):
         if given[name] is not None:
             _check_count(name, given[name], minimum=1 if name.startswith("check") else 0)
-    for name in ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"):
+    for name in _LIMITS:
         given[name] = _check_limit(name, given[name])
+    _check_count("reload_dataloaders_every_n_epochs", given["reload_dataloaders_every_n_epochs"], minimum=0)
     interval, seconds = _resolve_interval(given["val_check_interval"], given["check_val_every_n_epoch"])
     _check_count("accumulate_grad_batches", given["accumulate_grad_batches"], minimum=1)
     log_every = 50 if given["log_every_n_steps"] is None else given["log_every_n_steps"]
@@ -215,6 +210,8 @@ def resolve_config(**given: Any) -> TrainerConfig:
         limit_val_batches=given["limit_val_batches"],
         limit_test_batches=given["limit_test_batches"],
         limit_predict_batches=given["limit_predict_batches"],
+        overfit_batches=given["overfit_batches"],
+        reload_dataloaders_every_n_epochs=given["reload_dataloaders_every_n_epochs"],
         val_check_interval=interval,
         val_check_seconds=seconds,
         check_val_every_n_epoch=given["check_val_every_n_epoch"],
@@ -237,7 +234,10 @@ def resolve_config(**given: Any) -> TrainerConfig:
         suggest_integrations=given["suggest_integrations"],
         keep_freed_memory=given["keep_freed_memory"],
     )
-    return _short_run(config) if config.fast_dev_run else config
+    config = _short_run(config) if config.fast_dev_run else config
+    if config.overfit_batches:
+        config = replace(config, limit_train_batches=config.overfit_batches, limit_val_batches=config.overfit_batches)
+    return config
 
 
 def _short_run(config: TrainerConfig) -> TrainerConfig:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lit_fast.checkpoint import rng
 from lit_fast.config import batch_limit
 from lit_fast.data.combined import CombinedLoader
+from lit_fast.data.loader_iterator import EndOfData, LoaderIterator, hook_of, step_of, takes_iterator
+from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
 from lit_fast.data.position import tell_epoch
-from lit_fast.errors import DataTypeError, MisconfigurationException, PossibleUserWarning
+from lit_fast.data.randomness import length_of
+from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
-from lit_fast.loop import length_of
-from lit_fast.metrics import to_float
+from lit_fast.metrics import Table, to_float
 from lit_fast.module import LightningModule
 from lit_fast.states import TrainerFn
 
@@ -37,6 +38,19 @@ class StageNames(NamedTuple):
     @property
     def step(self) -> str:
         return f"{self.hooks}_step"
+
+
+class BoundPass(NamedTuple):
+    """What runs for each batch of one loader, in execution order."""
+
+    suffix: str  # of the names that are logged, where there are several loaders
+    where: tuple[int, ...]  # the loader's index, where steps and hooks are told it
+    batches: Iterator[Any]
+    receive: tuple[Callable[[Any], Any], ...]
+    starts: tuple[Callable[..., Any], ...]
+    step: Callable[..., Any]
+    table: Table
+    ends: tuple[Callable[..., Any], ...]
 
 
 VALIDATION = StageNames("validate", "validation", "val")
@@ -64,34 +78,27 @@ class StageLoop:
             DataError: what was given is no loader.
             MisconfigurationException: a limit that a loader cannot satisfy.
         """
-        name, trainer = self.names.data, self.trainer
-        limit = getattr(trainer, f"limit_{name}_batches")
+        names, trainer = self.names, self.trainer
+        limited = f"limit_{names.data}_batches"
+        limit = getattr(trainer.config, limited)
         if self.combined is not None or limit == 0:
             return
-        given = trainer._request_loader(f"{name}_dataloader")
+        given = trainer._request_loader(f"{names.data}_dataloader")
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
         for loader in combined.flattened:
-            if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
-                raise DataTypeError(
-                    f"The {self.names.hooks} data is {type(loader).__name__}, which cannot be iterated; pass a "
-                    f"DataLoader, any iterable of batches, or a list of them."
-                )
-            self._warn_of_shuffling(loader)
-        combined.flattened = [self.prepared(loader) for loader in combined.flattened]
+            check_iterable(loader, names.hooks)
+        loaders = [self.prepared(loader) for loader in combined.flattened]
+        if trainer.config.overfit_batches and trainer.state.fn == TrainerFn.FITTING:
+            loaders = all_in_order(loaders, f"{names.hooks} data")
+        reloaded = trainer.config.reload_dataloaders_every_n_epochs > 0
+        for loader in loaders:
+            warn_of(loader, f"{names.hooks} data", trains=False, reloaded=reloaded)
+        combined.flattened = loaders
         self.limits = [
-            math.inf if (known := batch_limit(f"limit_{name}_batches", limit, length_of(loader))) is None else known
+            math.inf if (known := batch_limit(limited, limit, length_of(loader))) is None else known
             for loader in combined.flattened
         ]
         self.combined = combined
-
-    def _warn_of_shuffling(self, loader: Any) -> None:
-        if type(getattr(loader, "sampler", None)).__name__ == "RandomSampler":
-            warnings.warn(
-                f"The {self.names.hooks} data is shuffled, so that its order differs from run to run; pass "
-                f"shuffle=False to its loader.",
-                category=PossibleUserWarning,
-                stacklevel=5,
-            )
 
     def prepared(self, loader: Any) -> Any:
         """The loader as this stage reads it."""
@@ -100,7 +107,8 @@ class StageLoop:
     @property
     def loaders(self) -> Any:
         """The loaders as they were given, or None before they were asked for."""
-        return None if self.combined is None else self.combined.iterables
+        combined = self.combined
+        return None if combined is None else combined.iterables
 
     @property
     def max_batches(self) -> list[int | float]:
@@ -141,22 +149,43 @@ class StageLoop:
     def no_grad(self) -> AbstractContextManager[Any]:
         return torch.inference_mode() if self.inference_mode else torch.no_grad()
 
-    def bind_step(self, index: int) -> Callable[..., Any]:
-        """The module's step under the precision, called with as many of its arguments as it takes."""
-        function = getattr(self.trainer.lightning_module, self.names.step)
-        if not _takes(function, "batch_idx", at_least=2):
-            whole = function
+    def bind(self, index: int, batches: Iterator[Any]) -> BoundPass:
+        """Everything that stands between one batch of a loader and the next."""
+        trainer, names = self.trainer, self.names
+        log, module = trainer._metric_log, trainer.lightning_module
+        suffix = f"/dataloader_idx_{index}" if self.several else ""
+        starts = trainer._bound_hooks(f"on_{names.hooks}_batch_start", names.stage, suffix)
+        ends = trainer._bound_hooks(f"on_{names.hooks}_batch_end", names.stage, suffix)
+        receive = trainer._batch_receivers(log, names.stage, index)
+        step = getattr(module, names.step)
+        if takes_iterator(step):
+            batches, step, receive = self._iterator_for_steps(index, batches), step_of(step), ()
+            starts, ends = tuple(map(hook_of, starts)), tuple(map(hook_of, ends))
+        elif not _takes(step, "batch_idx", at_least=2):
+            step = _without_index(step)
+        step = trainer.precision_plugin.bind(step, names.data)
+        table = log.table(names.step, names.stage, suffix)
+        return BoundPass(suffix, (index,) if suffix else (), batches, receive, starts, step, table, ends)
 
-            def function(batch: Any, batch_idx: int, *where: int) -> Any:
-                return whole(batch, *where)
+    def _iterator_for_steps(self, index: int, batches: Iterator[Any]) -> Iterator[Any]:
+        """A loader's batches for a step that fetches them itself: in each turn the same iterator."""
+        log, combined = self.trainer._metric_log, self.combined
+        assert combined is not None
+        limit = self.max_batches[index] if combined.mode == "sequential" else combined.length
 
-        return cast(Callable[..., Any], self.trainer.precision_plugin.bind(function, self.names.data))
+        def on_fetch(batch: Any) -> None:
+            log.batch = batch
+
+        length = None if limit is None or limit == math.inf else int(limit)
+        return LoaderIterator(batches, length, dataloader_idx=index, on_fetch=on_fetch).turns()
 
     def check_arguments(self) -> None:
         """Raises: MisconfigurationException, where a step or hook must take `dataloader_idx`, or must not need it."""
         module, hooks = self.trainer.lightning_module, self.names.hooks
         for name in (self.names.step, f"on_{hooks}_batch_start", f"on_{hooks}_batch_end"):
             function = getattr(module, name)
+            if takes_iterator(function):
+                continue
             if self.several and not _takes(function, "dataloader_idx"):
                 raise MisconfigurationException(
                     f"There are several {hooks} loaders, but {name} does not take `dataloader_idx`; define it as "
@@ -190,13 +219,21 @@ class EvaluationLoop(StageLoop):
     def __init__(self, trainer: Trainer, names: StageNames, verbose: bool = True) -> None:
         super().__init__(trainer, names)
         self.verbose = verbose
+        self._loaded_in: int | None = None  # the epoch for which a fit asked for the loaders
         self._seen: list[int] = []  # batches of each loader so far, which counts what is logged per batch
         self.rng_before: dict[str, Any] = {}  # what a checkpoint holds that is written while validation runs
 
     def setup_data(self) -> None:
+        trainer = self.trainer
+        every, epoch = trainer.config.reload_dataloaders_every_n_epochs, trainer._progress.epoch
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and every and (self._loaded_in is None or epoch - self._loaded_in >= every):
+            self.combined = None
         if self.combined is None:
             super().setup_data()
             self._seen = [0] * max(1, self.num_dataloaders)
+            if fitting and not (trainer.sanity_checking and trainer.fit_loop.skips_validation()):
+                self._loaded_in = epoch
 
     @property
     def max_batches(self) -> list[int | float]:
@@ -253,9 +290,13 @@ class EvaluationLoop(StageLoop):
         trainer._call(f"on_{hooks}_epoch_start")
         results: list[dict[str, Any]] = []
         for index, batches in self.passes():
-            suffix = f"/dataloader_idx_{index}" if self.several else ""
+            bound = self.bind(index, batches)
+            suffix = bound.suffix
             log.epoch_end = False
-            self._run_loader(index, batches, suffix)
+            try:
+                self._run_loader(index, bound)
+            except EndOfData:
+                self.batch_idx -= 1  # that step found no batch
             log.collect(suffix)
             log.epoch_end = True
             results.append(log.collect(suffix, settle=True))
@@ -272,14 +313,9 @@ class EvaluationLoop(StageLoop):
         log.batch = None
         return [{name: to_float(value) for name, value in logged.items()} for logged in results]
 
-    def _run_loader(self, index: int, batches: Iterator[Any], suffix: str) -> None:
-        trainer, log, names = self.trainer, self.trainer._metric_log, self.names
-        where = (index,) if suffix else ()
-        step = self.bind_step(index)
-        table = log.table(names.step, names.stage, suffix)
-        receive = trainer._batch_receivers(log, names.stage, index)
-        starts = trainer._bound_hooks(f"on_{names.hooks}_batch_start", names.stage, suffix)
-        ends = trainer._bound_hooks(f"on_{names.hooks}_batch_end", names.stage, suffix)
+    def _run_loader(self, index: int, bound: BoundPass) -> None:
+        trainer, log = self.trainer, self.trainer._metric_log
+        suffix, where, batches, receive, starts, step, table, ends = bound
         counts, seen = not trainer.sanity_checking, self._seen[index]
         for batch_idx, given in enumerate(batches):
             self.batch_idx, batch = batch_idx, given
@@ -298,6 +334,13 @@ class EvaluationLoop(StageLoop):
                 trainer._raise_interrupt()
         if counts:
             self._seen[index] += self.batch_idx + 1
+
+
+def _without_index(step: Callable[..., Any]) -> Callable[..., Any]:
+    def call(batch: Any, batch_idx: int, *where: int) -> Any:
+        return step(batch, *where)
+
+    return call
 
 
 def _takes(function: Callable[..., Any], name: str, at_least: int | None = None) -> bool:

@@ -10,14 +10,18 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.binding import SkipEpoch
 from lit_fast.config import batch_limit
+from lit_fast.data.combined import CombinedLoader, is_collection
+from lit_fast.data.loader_iterator import EndOfData, LoaderIterator, takes_iterator
+from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
 from lit_fast.data.position import DataPosition
-from lit_fast.errors import DataError, DataTypeError, MisconfigurationException, PossibleUserWarning
+from lit_fast.data.randomness import length_of
+from lit_fast.errors import DataError, MisconfigurationException, PossibleUserWarning
 from lit_fast.loop_views import EpochLoop
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
@@ -39,7 +43,9 @@ class FitLoop:
         self.max_steps = trainer.config.max_steps
         self.min_steps = trainer.config.min_steps
         self.plans: Plans | None = None
-        self.loader: Any = None
+        self.loader: Any = None  # one loader, or several in a CombinedLoader
+        self.length: int | None = None  # of a pass over it, without limits
+        self.loaded_in: int | None = None  # the epoch before which it was asked for
         self.position: DataPosition | None = None
         self.val_check_batch: int | float | None = None  # known with the data; None stays where time decides
         self.last_validation = 0.0  # seconds of the monotonic clock
@@ -71,44 +77,53 @@ class FitLoop:
         """Whether a limit is reached, or a stop that was asked for may come."""
         return self.max_batches == 0 or self._finished()
 
-    def setup_data(self) -> None:
-        """`load_data`, by Lightning's name."""
-        if self.loader is None:
-            self.load_data()
-
     # -- before the first step
 
-    def load_data(self) -> None:
-        """Ask for the training loader and settle how much of it an epoch uses.
+    def setup_data(self) -> None:
+        """Ask for the training data where there is none yet, or it is due anew; settle how much of it an epoch uses.
 
         Raises:
-            MisconfigurationException: limits or intervals that this loader cannot satisfy.
+            MisconfigurationException: limits or intervals that this data cannot satisfy.
             DataError: what was given cannot be iterated.
         """
         trainer, config = self.trainer, self.trainer.config
         if config.limit_train_batches == 0:
             return
-        if self.loader is None:  # `estimated_stepping_batches` may have asked for it before
-            loader = trainer._request_loader("train_dataloader")
-            if not isinstance(loader, Iterable):
-                raise DataTypeError(
-                    f"The training data is {type(loader).__name__}, which cannot be iterated; pass a DataLoader or "
-                    f"any iterable of batches."
+        every = config.reload_dataloaders_every_n_epochs
+        due = every and self.loaded_in is not None and self.progress.epoch - self.loaded_in >= every
+        if self.loader is None or due:
+            if self.position is not None:
+                self.position.close()
+            given = trainer._request_loader("train_dataloader")
+            combined = given if isinstance(given, CombinedLoader) else None
+            if is_collection(given):
+                combined = CombinedLoader(given, "max_size_cycle")
+            if combined is not None and combined.mode == "sequential":
+                raise MisconfigurationException(
+                    "The training data is a CombinedLoader(mode='sequential'), which can only be evaluated on; use "
+                    "'max_size_cycle', 'max_size' or 'min_size', or join the data sets: torch.utils.data.ConcatDataset."
                 )
-            length = length_of(loader)
-            if length == 0:
-                warnings.warn(
-                    f"The training data is empty: len({type(loader).__name__}) is 0, so nothing is trained. "
-                    f"(drop_last=True leaves no batch of a dataset smaller than batch_size.)",
-                    stacklevel=2,
-                )
-                self.progress.total, self.loader, self.position = 0, loader, DataPosition(loader)
-                return
-            self.progress.total = batch_limit("limit_train_batches", config.limit_train_batches, length)
-            self.val_check_batch = self._val_check_batch(length)
+            loaders = [given] if combined is None else combined.flattened
+            for loader in loaders:
+                check_iterable(loader, "training")
+            if config.overfit_batches:
+                loaders = all_in_order(loaders, "training data")
+            for loader in loaders:
+                warn_of(loader, "training data", trains=True, reloaded=every > 0)
+            limit = config.limit_train_batches
+            limits = [batch_limit("limit_train_batches", limit, length_of(loader)) for loader in loaders]
+            if combined is None:
+                self.loader, self.length, self.progress.total = loaders[0], length_of(loaders[0]), limits[0]
+            else:
+                combined.flattened, combined.limits = loaders, None
+                self.loader, self.length = combined, combined.length
+                combined.limits = [math.inf if batches is None else batches for batches in limits]
+                self.progress.total = combined.length
+            self.loaded_in = self.progress.epoch
+            self.val_check_batch = self._val_check_batch(self.length)
             self.last_validation = time.monotonic()
             self._warn_of_rare_logging()
-            self.loader, self.position = loader, DataPosition(loader)
+            self.position = DataPosition(self.loader)
         if self.pending_data is not None:
             assert self.position is not None
             self.position.load_state_dict(self.pending_data)
@@ -168,7 +183,7 @@ class FitLoop:
                 self._start_epoch()
             try:
                 self.run_epoch()
-            except SkipEpoch:
+            except (SkipEpoch, EndOfData):
                 progress.batch_idx -= 1  # that batch did not run
                 self._skip_rest_of_epoch()
             self._end_epoch()
@@ -179,6 +194,7 @@ class FitLoop:
 
     def _start_epoch(self) -> None:
         progress = self.progress
+        self.setup_data()
         assert self.position is not None and self.plans is not None
         self.position.set_epoch(progress.epoch)
         self.trainer._call("on_train_epoch_start")  # they still see the counters of the epoch before
@@ -203,7 +219,7 @@ class FitLoop:
             return
         self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
         self._go_on()
-        total = progress.total if length_of(self.loader) is not None else None
+        total = progress.total if self.length is not None else None
         for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, total), strict=False):
             progress.batch_idx = batch_idx
             plan.run(plan, batch, batch_idx)
@@ -215,7 +231,9 @@ class FitLoop:
         """The batches from `start` on; what comes back is the loader's own iterator wherever that is enough."""
         assert self.position is not None
         batches = iter(self.position)
-        total, length = self.progress.total, length_of(self.loader)
+        if takes_iterator(self.trainer.lightning_module.training_step):
+            return self._iterator_for_steps(batches)
+        total, length = self.progress.total, self.length
         if total is not None and total != length:
             batches = islice(batches, max(0, total - start))
         if length is None:
@@ -223,6 +241,33 @@ class FitLoop:
         if self.trainer.config.device.type != "cpu":
             batches = self.trainer._to_device_ahead(batches)
         return self.trainer._profiler.wrap_batches(batches) if self.trainer._profiler is not None else batches
+
+    def _iterator_for_steps(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """For a `training_step(self, dataloader_iter)`, which fetches as many batches as it wants."""
+        assert self.position is not None
+        progress, log = self.progress, self.trainer._metric_log
+
+        def on_fetch(batch: Any) -> None:
+            log.batch = batch
+
+        def on_done() -> None:
+            progress.is_last_batch, progress.boundary = True, NOW
+
+        return LoaderIterator(
+            batches,
+            progress.total,
+            fetched=self.position.handed_out,
+            on_fetch=on_fetch,
+            on_done=on_done,
+        ).turns()
+
+    def data_state(self, consumed: int | None) -> dict[str, Any] | None:
+        """The position in the data after `consumed` batches of this epoch (None: after all that were handed out)."""
+        if self.position is None:
+            return None
+        if consumed is not None and takes_iterator(self.trainer.lightning_module.training_step):
+            consumed = None  # a step is not a batch; what a step has fetched it has used
+        return self.position.state_dict(consumed)
 
     def _knowing_the_last(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Reads one batch ahead: a loader without a length ends without notice, and the last step must know."""
@@ -364,9 +409,13 @@ class FitLoop:
         across = self.trainer.config.check_val_every_n_epoch is None
         return progress.batch_idx + 1 + (progress.total_before if across else 0)
 
-    def _validation_is_due(self, stopping: bool) -> bool:
+    def skips_validation(self) -> bool:
+        """Whether `check_val_every_n_epoch` leaves this epoch out."""
         every = self.trainer.config.check_val_every_n_epoch
-        if not self.trainer.enable_validation or (every is not None and (self.progress.epoch + 1) % every != 0):
+        return every is not None and (self.progress.epoch + 1) % every != 0
+
+    def _validation_is_due(self, stopping: bool) -> bool:
+        if not self.trainer.enable_validation or self.skips_validation():
             return False
         if stopping:
             return True
@@ -445,11 +494,10 @@ class FitLoop:
                         f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged; logged were: "
                         f"{', '.join(sorted(metrics)) or 'nothing'}. Log it, or set 'strict': False."
                     )
-
-
-def length_of(loader: Any) -> int | None:
-    """`len(loader)` where it has one (an IterableDataset's loader has none, or raises)."""
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
+                else:
+                    warnings.warn(
+                        f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged, and 'strict' "
+                        f"is False: the learning rate stays.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )

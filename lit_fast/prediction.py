@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
+from lit_fast.data.loader_iterator import EndOfData
+from lit_fast.data.loaders import with_batch_sampler
 from lit_fast.data.transfer import move
 from lit_fast.errors import MisconfigurationException
-from lit_fast.evaluation import StageLoop, StageNames
+from lit_fast.evaluation import BoundPass, StageLoop, StageNames
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -58,12 +60,7 @@ class PredictionLoop(StageLoop):
             sampler.drop_last = False
         if self._writers() and not isinstance(loader.dataset, IterableDataset):
             sampler = _Notes(sampler)
-        if sampler is loader.batch_sampler:
-            return loader
-        loader = copy.copy(loader)
-        # DataLoader forbids setting these after __init__; the copy has not begun yet.
-        loader.__dict__.update(batch_sampler=sampler, drop_last=False, _iterator=None)
-        return loader
+        return loader if sampler is loader.batch_sampler else with_batch_sampler(loader, sampler, drop_last=False)
 
     def _writers(self) -> list[Any]:
         """The callbacks that write predictions, by the name of their base: nobody else needs it imported."""
@@ -98,7 +95,8 @@ class PredictionLoop(StageLoop):
         for index, batches in self.passes():
             note = self._note(index, on_batch, on_epoch)
             keep = self._predictions[index].append if self.return_predictions or on_epoch else None
-            self._run_loader(index, batches, note, keep)
+            with suppress(EndOfData):
+                self._run_loader(self.bind(index, batches), note, keep)
         trainer._call("on_predict_epoch_end")
         predictions = self.predictions if self.return_predictions else None
         if predictions is None:
@@ -135,20 +133,10 @@ class PredictionLoop(StageLoop):
         return (note,)
 
     def _run_loader(
-        self,
-        index: int,
-        batches: Iterator[Any],
-        notes: tuple[Callable[[int], None], ...],
-        keep: Callable[[Any], None] | None,
+        self, bound: BoundPass, notes: tuple[Callable[[int], None], ...], keep: Callable[[Any], None] | None
     ) -> None:
-        trainer, log = self.trainer, self.trainer._metric_log
-        suffix = f"/dataloader_idx_{index}" if self.several else ""
-        where = (index,) if suffix else ()
-        step = self.bind_step(index)
-        table = log.table("predict_step", "predict", suffix)
-        receive = trainer._batch_receivers(log, "predict", index)
-        starts = trainer._bound_hooks("on_predict_batch_start", "predict", suffix)
-        ends = trainer._bound_hooks("on_predict_batch_end", "predict", suffix)
+        log = self.trainer._metric_log
+        _, where, batches, receive, starts, step, table, ends = bound
         cpu = torch.device("cpu")
         for batch_idx, given in enumerate(batches):
             self.batch_idx, batch = batch_idx, given

@@ -243,11 +243,12 @@ class Runtime:
                 stacklevel=3,
             )
         self._metric_log.epoch_end = True  # what is logged before the first step is of the epoch
-        self.fit_loop.load_data()
+        self.fit_loop.setup_data()
         every = self.config.check_val_every_n_epoch
         if self.enable_validation and (every is None or (self._progress.epoch + 1) % every == 0):
             self._stage = "validate"
-            self.fit_loop.epoch_loop.val_loop.setup_data()
+            if self.val_dataloaders is None:
+                self.fit_loop.epoch_loop.val_loop.setup_data()
             self._stage = "train"
 
     def _end_fit(self, module: LightningModule) -> None:

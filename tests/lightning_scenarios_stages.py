@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_recorder import Framework, Recorder, loader, make_callback, make_module, make_trainer
-from lightning_scenarios import SCENARIOS, fit
+from lightning_recorder import Framework, Recorder, Rows, loader, make_callback, make_module, make_trainer
+from lightning_scenarios import SCENARIOS, Stream, fit
+from torch.utils.data import DataLoader
 
 
 def plain(value: Any) -> Any:
@@ -288,6 +289,129 @@ def _bare(fw: Framework, body: dict[str, Any]) -> Any:
             return self.layer(x)
 
     return type("Body", (Bare,), body)()
+
+
+def collects() -> dict[str, Any]:
+    """A training step that writes down what it is given."""
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> Any:
+        self.trainer.callbacks[0].record.seen.append({"b": batch_idx, "batch": shape(batch)})
+        tensors = [part for part in torch.utils._pytree.tree_leaves(batch) if part is not None]
+        return sum(self(part).square().mean() for part in tensors)
+
+    return {"training_step": training_step}
+
+
+def shape(batch: Any) -> Any:
+    """A batch with each tensor replaced by its first number."""
+    if isinstance(batch, torch.Tensor):
+        return round(float(batch.flatten()[0]), 6)
+    if isinstance(batch, dict):
+        return {key: shape(part) for key, part in batch.items()}
+    return [shape(part) for part in batch] if isinstance(batch, list | tuple) else batch
+
+
+def shuffled(batches: int, seed: int) -> Any:
+    return DataLoader(Rows(2 * batches, seed), batch_size=2, shuffle=True)
+
+
+def train_scenarios() -> None:
+    loaders: dict[str, Callable[[], Any]] = {
+        "list": lambda: [loader(4, 1), loader(2, 2)],
+        "list_of_one": lambda: [loader(2, 1)],
+        "tuple": lambda: (loader(1, 1), loader(3, 2)),
+        "dict": lambda: {"a": loader(2, 1), "b": loader(3, 2)},
+        "nested": lambda: {"a": [loader(1, 1), loader(2, 2)], "b": loader(3, 3)},
+        "shuffled": lambda: {"a": shuffled(2, 1), "b": shuffled(3, 2)},
+    }
+    for name, make in loaders.items():
+        SCENARIOS[f"fit_{name}_of_loaders"] = lambda fw, root, make=make: fit(
+            fw, root, train=make(), module=collects(), callbacks=({},), max_epochs=2
+        )
+    SCENARIOS["fit_loaders_limited"] = lambda fw, root: fit(
+        fw, root, train=[loader(4, 1), loader(2, 2)], module=collects(), limit_train_batches=0.5, max_epochs=2
+    )
+    for mode in ("min_size", "max_size", "max_size_cycle"):
+        for limit in (1.0, 2):
+            name = f"fit_combined_{mode}" + ("_limited" if limit == 2 else "")
+            SCENARIOS[name] = lambda fw, root, mode=mode, limit=limit: fit_combined(fw, root, mode, limit)
+    SCENARIOS["fit_overfit_batches"] = lambda fw, root: fit(
+        fw, root, train=shuffled(4, 1), val=shuffled(4, 2), module=collects(), overfit_batches=2
+    )
+    SCENARIOS["fit_overfit_half"] = lambda fw, root: fit(
+        fw, root, train=[shuffled(4, 1), shuffled(2, 2)], val=loader(4, 2), module=collects(), overfit_batches=0.5
+    )
+    for every in (1, 2):
+        SCENARIOS[f"fit_reload_every_{every}"] = lambda fw, root, every=every: fit(
+            fw,
+            root,
+            train=lambda: loader(2),
+            val=lambda: loader(1, 1),
+            reload_dataloaders_every_n_epochs=every,
+            max_epochs=3,
+            callbacks=({},),
+        )
+    SCENARIOS["fit_reload_where_validation_is_rare"] = lambda fw, root: fit(
+        fw,
+        root,
+        train=lambda: loader(1),
+        val=lambda: loader(1, 1),
+        reload_dataloaders_every_n_epochs=1,
+        check_val_every_n_epoch=2,
+        max_epochs=4,
+        callbacks=({},),
+    )
+
+
+def fit_combined(fw: Framework, root: str, mode: str, limit: float) -> Recorder:
+    combined = fw.get("utilities.combined_loader", "CombinedLoader")
+    train = combined({"a": loader(4, 1), "b": loader(3, 2)}, mode=mode)
+    return fit(fw, root, train=train, module=collects(), callbacks=({},), limit_train_batches=limit)
+
+
+train_scenarios()
+
+
+def iterating(each: int, fails: bool = False) -> dict[str, Any]:
+    """Steps that take `dataloader_iter` and fetch `each` batches."""
+
+    def fetched(self: Any, dataloader_iter: Any) -> Any:
+        record = self.trainer.callbacks[0].record
+        taken = [next(dataloader_iter) for _ in range(each)]
+        record.seen.append({"at": record.stage(), "taken": [(shape(b), i, d) for b, i, d in taken]})
+        return sum(self(batch).square().mean() for batch, _, _ in taken)
+
+    def training_step(self: Any, dataloader_iter: Any) -> Any:
+        return fetched(self, dataloader_iter)
+
+    def validation_step(self: Any, dataloader_iter: Any) -> Any:
+        return fetched(self, dataloader_iter)
+
+    def test_step(self: Any, dataloader_iter: Any) -> Any:
+        return fetched(self, dataloader_iter)
+
+    def predict_step(self: Any, dataloader_iter: Any) -> Any:
+        return fetched(self, dataloader_iter)
+
+    steps = (training_step, validation_step, test_step, predict_step)
+    return {step.__name__: step for step in steps}
+
+
+def iterator_scenarios() -> None:
+    for each in (1, 2):
+        SCENARIOS[f"fit_dataloader_iter_{each}"] = lambda fw, root, each=each: fit(
+            fw, root, train=loader(4), val=loader(2, 1), module=iterating(each), callbacks=({},), max_epochs=2
+        )
+        for method in ("test", "predict"):
+            SCENARIOS[f"{method}_dataloader_iter_{each}"] = lambda fw, root, method=method, each=each: fit(
+                fw, root, module=iterating(each), run=running(method), **{method: loader(4)}
+            )
+    SCENARIOS["fit_dataloader_iter_without_length"] = lambda fw, root: fit(
+        fw, root, train=DataLoader(Stream(), batch_size=2), module=iterating(1), max_epochs=2
+    )
+
+
+iterator_scenarios()
 
 
 @scenario

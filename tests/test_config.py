@@ -30,28 +30,6 @@ def caplog_of_lit_fast(caplog: Any) -> Iterator[None]:
     logger.removeHandler(caplog.handler)
 
 
-ASKS_FOR_SOMETHING: dict[str, Any] = {
-    "overfit_batches": 1,
-    "reload_dataloaders_every_n_epochs": 1,
-}
-
-
-def test_every_option_that_is_not_built_is_in_this_test() -> None:
-    assert set(ASKS_FOR_SOMETHING) == set(config.NOT_YET)
-
-
-@pytest.mark.parametrize("name", config.NOT_YET)
-def test_not_built_yet_is_refused_by_name(name: str) -> None:
-    with pytest.raises(MisconfigurationException, match=rf"Trainer\({name}=.*not built yet"):
-        trainer(**{name: ASKS_FOR_SOMETHING[name]})
-
-
-@pytest.mark.parametrize("name", config.NOT_YET)
-def test_asking_for_nothing_is_accepted(name: str) -> None:
-    for value in config.NOT_YET[name]:
-        trainer(**{name: value})
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"max_steps": -2}, "max_steps=-2.*at least -1"),
     ({"max_steps": 2.5}, "max_steps=2.5.*int"),

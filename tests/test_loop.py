@@ -198,16 +198,15 @@ def test_data_that_cannot_be_iterated(data: Any) -> None:
         fitted(Plain(), data, max_epochs=1)
 
 
-@pytest.mark.parametrize("kind", ["list", "loader"])
-def test_empty_data(kind: str) -> None:
-    data = {"list": [], "loader": shuffled(3, batch_size=4, drop_last=True)}[kind]
-    with pytest.warns(UserWarning, match=r"training data is empty.*nothing is trained"):
+@pytest.mark.parametrize("data", [[], shuffled(3, batch_size=4, drop_last=True)], ids=["list", "loader"])
+def test_empty_data(data: Any) -> None:
+    with pytest.warns(UserWarning, match="The training data is empty"):
         made = fitted(Plain(), data, max_epochs=2)
-    assert (made.global_step, made.current_epoch, made.num_training_batches) == (0, 0, 0)
+    assert made.global_step == 0 and made.current_epoch == 0
 
 
-def test_data_without_a_length_that_gives_nothing() -> None:
-    with pytest.raises(DataError, match="gave no batch in epoch 0"):
+def test_data_without_a_length_and_without_a_batch() -> None:
+    with pytest.raises(DataError, match="gave no batch"):
         fitted(Plain(), NoLength([]), max_epochs=2)
 
 

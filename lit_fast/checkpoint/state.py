@@ -97,7 +97,7 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "stepped_before": steps if starts_epoch else progress.stepped_before,
         "total_before": progress.total_before + (batches if starts_epoch else 0),
         "scheduled": progress.scheduled,
-        "data": None if loop.position is None else loop.position.state_dict(None if starts_epoch else batches),
+        "data": loop.data_state(None if starts_epoch else batches),
         "rng": trainer.fit_loop.epoch_loop.val_loop.rng_before
         if trainer.validating and stage == "stepped"
         else rng.capture(),

@@ -6,19 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_fast.data.combined import CombinedLoader as CombinedLoader
     from lit_fast.data.datamodule import LightningDataModule as LightningDataModule
     from lit_fast.data.position import DataPosition as DataPosition
     from lit_fast.data.transfer import PrefetchToDevice as PrefetchToDevice
     from lit_fast.data.transfer import move as move
 
 _HOMES = {
+    "CombinedLoader": "lit_fast.data.combined",
     "DataPosition": "lit_fast.data.position",
     "LightningDataModule": "lit_fast.data.datamodule",
     "PrefetchToDevice": "lit_fast.data.transfer",
     "move": "lit_fast.data.transfer",
 }
 
-__all__ = ["DataPosition", "LightningDataModule", "PrefetchToDevice", "move"]
+__all__ = ["CombinedLoader", "DataPosition", "LightningDataModule", "PrefetchToDevice", "move"]
 
 
 def __getattr__(name: str) -> Any:

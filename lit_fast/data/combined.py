@@ -28,7 +28,6 @@ class Walk:
         self.exhausted = [False] * len(begin)
         self.loader = 0  # which one gives the batches, in sequence
         self.batch_idx = 0  # of the next batch
-        self.restarted: Callable[[int], None] = lambda index: None  # told before a loader begins anew inside a pass
 
     def start(self) -> None:
         self.iterators = [begin() for begin in self.begin]
@@ -37,6 +36,8 @@ class Walk:
         return self
 
     def __next__(self) -> tuple[Any, int, int]:
+        if not self.iterators:
+            raise StopIteration
         batches = self.take()
         self.batch_idx += 1
         return batches, self.batch_idx - 1, 0
@@ -89,7 +90,6 @@ class MaxSizeCycle(Walk):
                 self.exhausted[index] = True
                 if all(self.exhausted):
                     raise
-                self.restarted(index)
                 self.iterators[index] = self.begin[index]()
                 batches.append(next(self.iterators[index]))
         return batches

@@ -9,6 +9,7 @@ were consumed.
 How each kind of data goes on:
 
 - A list or tuple of batches: at its index.
+- Several loaders (`CombinedLoader`): each as below; those that began anew inside the epoch, in their own pass.
 - A loader, or a dataset read in this process, with `state_dict` and `load_state_dict`: by its own state.
 - A DataLoader over a map-style dataset: the indices are skipped, and no sample is read.
 - The same with workers: also each worker's random state is restored; fewer than `num_workers` batches are
@@ -28,6 +29,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from lit_fast.data.combined import CombinedLoader
+from lit_fast.data.combined_source import CombinedSource
 from lit_fast.data.loader_source import LoaderSource
 from lit_fast.data.sources import ReplaySource, SequenceSource, Source, StatefulSource
 from lit_fast.errors import DataError
@@ -39,8 +42,8 @@ class DataPosition:
     """One source of training batches, and the place in it.
 
     Args:
-        dataloader: A `torch.utils.data.DataLoader`, a list or tuple of batches, an object with `state_dict`
-            and `load_state_dict`, or any other iterable.
+        dataloader: A `torch.utils.data.DataLoader`, a list or tuple of batches, a `CombinedLoader`, an object with
+            `state_dict` and `load_state_dict`, or any other iterable.
 
     The order on resume is: `load_state_dict`, then `lit_fast.checkpoint.rng.restore`, then `iter`. An `iter`
     that goes on inside an epoch leaves the process-wide generators as it finds them.
@@ -220,6 +223,8 @@ def _begin_behind(source: Source, skip: int) -> Iterator[Any]:
 
 
 def _source_of(data: Any) -> Source:
+    if isinstance(data, CombinedLoader):
+        return CombinedSource(data, [DataPosition(loader) for loader in data.flattened])
     if callable(getattr(data, "state_dict", None)) and callable(getattr(data, "load_state_dict", None)):
         return StatefulSource(data)
     if isinstance(data, DataLoader) and LoaderSource.fits(data):
@@ -234,7 +239,11 @@ def _source_of(data: Any) -> Source:
 
 
 def tell_epoch(loader: Any, epoch: int) -> None:
-    """Call every `set_epoch` of a loader and its samplers, each object's once."""
+    """Call every `set_epoch` of a loader, or of each combined one, and of its samplers, each object's once."""
+    if isinstance(loader, CombinedLoader):
+        for each in loader.flattened:
+            tell_epoch(each, epoch)
+        return
     batch_sampler = getattr(loader, "batch_sampler", None)
     targets = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     for target in {id(target): target for target in targets}.values():
