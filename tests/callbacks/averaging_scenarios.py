@@ -125,12 +125,10 @@ def run(framework: str, name: str, callbacks: tuple[Any, ...] = (), **more: Any)
     trainer = pl.Trainer(
         **{
             "accelerator": "cpu", "max_epochs": 5, "logger": False, "enable_progress_bar": False,
-            "enable_model_summary": False, "enable_checkpointing": bool(callbacks),
+            "enable_model_summary": False, "enable_checkpointing": bool(callbacks), "callbacks": [made, *callbacks],
             "default_root_dir": tempfile.gettempdir(), **trainer_options, **more,
         }
     )  # fmt: skip
-    trainer.callbacks[:0] = [made]
-    trainer.callbacks.extend(callbacks)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(model, loader(6), loader(2, seed=2), ckpt_path=ckpt_path)
