@@ -39,6 +39,9 @@ def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:
     return wrapped
 
 
+rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # programs read it: of this process as it began
+
+
 @rank_zero_only
 def rank_zero_debug(*args: Any, **kwargs: Any) -> None:
     """Logs at level DEBUG on the logger `lit_fast`, in the first process."""

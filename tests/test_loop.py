@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,39 @@ def test_a_fit_after_a_validate_reads_training_values(tmp_path: Path) -> None:
     made.validate(model, [batches(1)], verbose=False)
     made.fit(model, batches(4))
     assert [row["step"] for row in csv_rows(tmp_path) if row["loss"]] == ["2", "4"]
+
+
+class Clock:
+    """Seconds that pass as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("every", [{"seconds": 10}, "00:00:00:10", timedelta(seconds=10)])
+def test_validation_by_the_clock(every: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("lit_fast.loop.time", clock)
+
+    class Slow(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            clock.now += 4
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            clock.now += 100  # the time that validation takes does not count
+            self.validated.append(self.trainer.global_step)
+
+    model = Slow()
+    model.validated = []
+    made = fitted(model, batches(5), [batches(1)], max_epochs=2, val_check_interval=every, num_sanity_val_steps=0)
+    assert model.validated == [3, 6, 9] and made.val_check_batch is None
+    model.validated = []
+    fitted(
+        model, batches(5), [batches(1)], max_epochs=3, val_check_interval=every, check_val_every_n_epoch=2,
+        num_sanity_val_steps=0,
+    )  # fmt: skip
+    assert model.validated == [6, 9], "only in the epochs that validate at all"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
+import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 
 from lit_fast import hooks
-from lit_fast.errors import MisconfigurationException
+from lit_fast.data.transfer import walk
+from lit_fast.errors import MisconfigurationException, PossibleUserWarning
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -130,3 +135,71 @@ def save_hparams_to_yaml(
     from lit_fast.loggers.utilities import params_dict, write_yaml
 
     write_yaml(config_yaml, params_dict(hparams))
+
+
+def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
+    """The same collection with its tensors detached, and moved to the CPU where `to_cpu`."""
+
+    def detach(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        return item.detach().cpu() if to_cpu else item.detach()
+
+    return walk(in_dict, detach)
+
+
+def is_oom_error(exception: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the GPU or on the CPU."""
+    if isinstance(exception, torch.OutOfMemoryError):
+        return True
+    text = str(exception)
+    signs = ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "DefaultCPUAllocator: can't allocate")
+    return isinstance(exception, RuntimeError) and any(sign in text for sign in signs)
+
+
+def garbage_collection_cuda() -> None:
+    """Collect garbage, and give the GPU's unused memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def has_iterable_dataset(dataloader: object) -> bool:
+    return isinstance(getattr(dataloader, "dataset", None), IterableDataset)
+
+
+def sized_len(dataloader: object) -> int | None:
+    """`len(dataloader)` where it has one."""
+    try:
+        return len(dataloader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def has_len(dataloader: object) -> bool:
+    return sized_len(dataloader) is not None
+
+
+def is_picklable(obj: object) -> bool:
+    try:
+        pickle.dumps(obj)
+    except (pickle.PickleError, AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def get_filesystem(path: str | Path, **kwargs: Any) -> Any:
+    """The fsspec file system that `path` is on.
+
+    Raises:
+        ModuleNotFoundError: fsspec is not installed.
+    """
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+
+    filesystem, _ = url_to_fs(str(path), **kwargs)
+    return filesystem
+
+
+def disable_possible_user_warnings(module: str = "") -> None:
+    """Ignore every `PossibleUserWarning` (of modules whose name begins with `module`)."""
+    warnings.filterwarnings("ignore", module=module, category=PossibleUserWarning)

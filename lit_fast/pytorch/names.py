@@ -53,7 +53,23 @@ _PLUGINS = {
         for name in ("DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision")
     },
 }
+_MEMORY = {
+    name: f"lit_fast.pytorch.functions:{name}"
+    for name in ("garbage_collection_cuda", "is_oom_error", "recursive_detach")
+}
+_DATA = {
+    "extract_batch_size": "lit_fast.log_rules:batch_size_of",
+    **{
+        name: f"lit_fast.pytorch.functions:{name}"
+        for name in ("has_iterable_dataset", "has_len", "sized_len", "suggested_max_num_workers")
+    },
+}
+_PARSING = {
+    "AttributeDict": "lit_fast.hparams:AttributeDict",
+    "is_picklable": "lit_fast.pytorch.functions:is_picklable",
+}
 _FUNCTIONS = {
+    "disable_possible_user_warnings": "lit_fast.pytorch.functions:disable_possible_user_warnings",
     "find_shared_parameters": "lit_fast.pytorch.functions:find_shared_parameters",
     "grad_norm": "lit_fast.pytorch.functions:grad_norm",
     "measure_flops": "lit_fast.profiler.throughput:measure_flops",
@@ -100,11 +116,17 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.trainer.connectors.logger_connector.result": {
         name: f"lit_fast.pytorch.types:{name}" for name in ("_OUT_DICT", "_PBAR_DICT")
     },
-    "pytorch.utilities": {**_UTILITIES, "GradClipAlgorithmType": "lit_fast.states:GradClipAlgorithmType"},
-    "pytorch.utilities.data": {"extract_batch_size": "lit_fast.metrics:batch_size_of"},
+    "pytorch.utilities": {
+        **_UTILITIES,
+        **_PARSING,
+        "CombinedLoader": "lit_fast.data.combined:CombinedLoader",
+        "GradClipAlgorithmType": "lit_fast.states:GradClipAlgorithmType",
+    },
+    "pytorch.utilities.data": _DATA,
     "pytorch.utilities.enums": {"GradClipAlgorithmType": "lit_fast.states:GradClipAlgorithmType"},
     "pytorch.utilities.grads": {"grad_norm": "lit_fast.pytorch.functions:grad_norm"},
     "pytorch.utilities.imports": "lit_fast.pytorch.requirements",
+    "pytorch.utilities.memory": _MEMORY,
     "pytorch.utilities.model_helpers": {"is_overridden": "lit_fast.pytorch.functions:is_overridden"},
     "pytorch.utilities.model_summary": {
         "LayerSummary": "lit_fast.callbacks.model_summary:LayerSummary",
@@ -114,7 +136,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     },
     "pytorch.utilities.combined_loader": {"CombinedLoader": "lit_fast.data.combined:CombinedLoader"},
     "pytorch.utilities.exceptions": _EXCEPTIONS,
-    "pytorch.utilities.parsing": {"AttributeDict": "lit_fast.hparams:AttributeDict"},
+    "pytorch.utilities.parsing": _PARSING,
     "pytorch.utilities.rank_zero": "lit_fast.rank_zero",
     "pytorch.utilities.seed": "lit_fast.seed",
     "pytorch.utilities.warnings": _WARNINGS,
@@ -130,10 +152,8 @@ TABLE: dict[str, str | dict[str, str]] = {
     "fabric.loggers.logger": "lit_fast.loggers.logger",
     "fabric.utilities": {**_UTILITIES, "Throughput": "lit_fast.profiler.throughput:Throughput"},
     "fabric.utilities.apply_func": {"move_data_to_device": "lit_fast.data.transfer:move"},
-    "fabric.utilities.data": {
-        "AttributeDict": "lit_fast.hparams:AttributeDict",
-        "suggested_max_num_workers": "lit_fast.pytorch.functions:suggested_max_num_workers",
-    },
+    "fabric.utilities.cloud_io": {"get_filesystem": "lit_fast.pytorch.functions:get_filesystem"},
+    "fabric.utilities.data": {**_DATA, "AttributeDict": "lit_fast.hparams:AttributeDict"},
     "fabric.utilities.imports": "lit_fast.pytorch.requirements",
     "fabric.utilities.logger": {
         "_add_prefix": "lit_fast.loggers.utilities:add_prefix",

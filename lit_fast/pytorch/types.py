@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,6 +15,34 @@ from lit_fast.optim.configure import LRSchedulerConfig
 
 STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 LRSchedulerTypeUnion: TypeAlias = LRScheduler | ReduceLROnPlateau
+
+
+class LRSchedulerConfigType(TypedDict, total=False):
+    """A scheduler and when it steps, as `configure_optimizers` may return it."""
+
+    scheduler: LRSchedulerTypeUnion
+    name: str | None
+    interval: str
+    frequency: int
+    reduce_on_plateau: bool
+    monitor: str | None
+    strict: bool
+
+
+class OptimizerConfig(TypedDict):
+    """An optimizer by itself."""
+
+    optimizer: Optimizer
+
+
+class OptimizerLRSchedulerConfig(TypedDict, total=False):
+    """An optimizer and its scheduler."""
+
+    optimizer: Optimizer
+    lr_scheduler: LRSchedulerTypeUnion | LRSchedulerConfigType
+    monitor: str
+
+
 OptimizerLRScheduler: TypeAlias = (
     Optimizer
     | Sequence[Optimizer]
@@ -24,6 +52,8 @@ OptimizerLRScheduler: TypeAlias = (
 )
 TRAIN_DATALOADERS: TypeAlias = Iterable[Any]
 EVAL_DATALOADERS: TypeAlias = Iterable[Any] | Sequence[Iterable[Any]]
+LRSchedulerTypeTuple = (LRScheduler, ReduceLROnPlateau)
+LRSchedulerType: TypeAlias = type[LRScheduler] | type[ReduceLROnPlateau]
 EPOCH_OUTPUT: TypeAlias = list[STEP_OUTPUT]
 LRSchedulerPLType: TypeAlias = LRSchedulerTypeUnion
 _PATH: TypeAlias = str | Path
@@ -43,7 +73,12 @@ __all__ = [
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
     "LRSchedulerConfig",
+    "LRSchedulerConfigType",
     "LRSchedulerPLType",
+    "LRSchedulerType",
+    "LRSchedulerTypeTuple",
     "LRSchedulerTypeUnion",
+    "OptimizerConfig",
     "OptimizerLRScheduler",
+    "OptimizerLRSchedulerConfig",
 ]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import lit_fast
-from lit_fast.errors import MisconfigurationException
-from lit_fast.pytorch import requirements
+from lit_fast.errors import MisconfigurationException, PossibleUserWarning
+from lit_fast.pytorch import functions, requirements
 from lit_fast.pytorch.functions import (
     find_shared_parameters,
     grad_norm,
@@ -90,3 +94,75 @@ def test_flags_of_installed_packages() -> None:
     assert not requirements._NO_SUCH_PACKAGE_AVAILABLE
     with pytest.raises(AttributeError, match="_TORCH_GREATER"):
         _ = requirements._TORCH_GREATER
+
+
+# As programs write them: "from lightning.pytorch.<module> import <names>".
+IMPORTS = {
+    "accelerators": "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator",
+    "trainer.states": "RunningStage TrainerFn TrainerState TrainerStatus",
+    "utilities": "AttributeDict CombinedLoader GradClipAlgorithmType grad_norm is_picklable measure_flops "
+    "move_data_to_device rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn "
+    "suggested_max_num_workers disable_possible_user_warnings",
+    "utilities.data": "extract_batch_size has_len sized_len",
+    "utilities.enums": "GradClipAlgorithmType",
+    "utilities.exceptions": "MisconfigurationException",
+    "utilities.grads": "grad_norm",
+    "utilities.memory": "garbage_collection_cuda is_oom_error recursive_detach",
+    "utilities.model_helpers": "is_overridden",
+    "utilities.model_summary": "LayerSummary ModelSummary get_human_readable_count summarize",
+    "utilities.parsing": "AttributeDict is_picklable",
+    "utilities.rank_zero": "WarningCache rank_zero_debug rank_zero_info rank_zero_only rank_zero_warn",
+    "utilities.seed": "isolate_rng seed_everything",
+    "utilities.types": "EVAL_DATALOADERS LRSchedulerConfig LRSchedulerConfigType LRSchedulerPLType "
+    "LRSchedulerTypeUnion OptimizerConfig OptimizerLRScheduler OptimizerLRSchedulerConfig STEP_OUTPUT "
+    "TRAIN_DATALOADERS",
+    "utilities.warnings": "PossibleUserWarning",
+}
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_names_are_found_where_programs_import_them(module: str) -> None:
+    found = importlib.import_module(f"lit_fast.pytorch.{module}")
+    for name in IMPORTS[module].split():
+        assert getattr(found, name) is not None, name
+
+
+def test_collections_of_tensors() -> None:
+    batch = {"a": [torch.ones(1, requires_grad=True), 3]}
+    detached = functions.recursive_detach(batch, to_cpu=True)
+    assert detached["a"][1] == 3 and not detached["a"][0].requires_grad
+
+
+def test_lengths() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter([1])
+
+    stream = DataLoader(Stream())
+    assert functions.has_iterable_dataset(stream) and not functions.has_len(stream)
+    assert functions.sized_len([1, 2]) == 2 and functions.sized_len(stream) is None
+
+
+def test_memory() -> None:
+    assert functions.is_oom_error(torch.OutOfMemoryError("CUDA out of memory."))
+    assert functions.is_oom_error(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+    assert not functions.is_oom_error(RuntimeError("something else")) and not functions.is_oom_error(ValueError())
+    functions.garbage_collection_cuda()
+
+
+def test_pickles() -> None:
+    assert functions.is_picklable([1]) and not functions.is_picklable(lambda: 1)
+
+
+def test_file_systems() -> None:
+    pytest.importorskip("fsspec")
+    assert functions.get_filesystem("/somewhere").protocol[0] == "file"
+
+
+def test_possible_mistakes_can_be_silenced() -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        functions.disable_possible_user_warnings()
+        warnings.warn("quiet", category=PossibleUserWarning, stacklevel=1)
+        warnings.warn("loud", stacklevel=1)
+    assert [str(warning.message) for warning in seen] == ["loud"]
