@@ -249,13 +249,11 @@ class EvaluationLoop(StageLoop):
         log.collect()
         self.rng_before = rng.capture()
         self.trainer._stage = "validate"
-        try:
-            if release_gradients:
-                self.trainer._call_module("on_validation_model_zero_grad")
-            self.run()
-        finally:
-            self.trainer._stage = "train"
-            log.stage, log.batch, log.epoch_end = "train", batch, False
+        if release_gradients:
+            self.trainer._call_module("on_validation_model_zero_grad")
+        self.run()  # an exception leaves the stage as it is: whoever hears of it, or saves, is inside validation
+        self.trainer._stage = "train"
+        log.stage, log.batch, log.epoch_end = "train", batch, False
 
     def sanity_check(self) -> None:
         """A few validation batches before the first step, so that a mistake there does not cost an epoch."""

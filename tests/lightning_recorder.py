@@ -337,6 +337,7 @@ def all_scenarios() -> dict[str, Callable[[Framework, str], Recorder]]:
     import lightning_scenarios_log  # noqa: F401
     import lightning_scenarios_module  # noqa: F401
     import lightning_scenarios_overrides  # noqa: F401
+    import lightning_scenarios_resume  # noqa: F401
     import lightning_scenarios_stages  # noqa: F401
     import lightning_scenarios_views  # noqa: F401
 

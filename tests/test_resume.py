@@ -273,6 +273,25 @@ def test_interrupted_inside(kind: str, hook: str, number: int, tmp_path: Path) -
     assert finish(tmp_path, **options) == expected
 
 
+def test_saved_by_an_exception_inside_a_validation(tmp_path: Path) -> None:
+    """The file goes on with that validation from its first batch, and with the random numbers that it began with."""
+    options = {**KINDS["validation_inside_windows"], "every": 100}
+    expected = whole(tmp_path, **options)
+
+    def save_and_fail(trainer: Any) -> None:
+        if not trainer.sanity_checking and trainer.current_epoch == 1:
+            raise RuntimeError("on purpose")
+
+    class Rescue(lit_fast.callbacks.OnExceptionCheckpoint):
+        reads_gradients = False
+
+    with own_random_state(), pytest.raises(RuntimeError, match="on purpose"):
+        hook = Hook("on_validation_batch_end", save_and_fail)
+        resume_program.run(tmp_path, (hook, Rescue(tmp_path / "checkpoints")), **options)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("*.ckpt")] == ["on_exception.ckpt"]
+    assert finish(tmp_path, **options) == expected
+
+
 def test_interrupt_after_the_last_step_is_not_lost(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     with own_random_state(), pytest.raises(SystemExit):
