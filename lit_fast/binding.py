@@ -6,7 +6,6 @@ Everything that can be decided before a step is decided here, once. A `Binding` 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,8 +26,20 @@ from lit_fast.backward import (
     outputs_of,
     read_losses,
 )
+from lit_fast.calls import (
+    Bound,
+    Called,
+    at_epoch_end,
+    callback_hook,
+    every,
+    module_hook,
+    name_of,
+    no_closure,
+    positional_arguments,
+    run_all,
+    without_index,
+)
 from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
-from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
@@ -42,8 +53,6 @@ if TYPE_CHECKING:
     from lit_fast.optim.adopt import AdoptedOptimizer
     from lit_fast.progress import Progress
     from lit_fast.trainer import Trainer
-
-Bound = tuple[Callable[..., Any], ...]
 
 
 class SkipEpoch(Exception):
@@ -244,11 +253,11 @@ class Binding:
         table = self.log.table(name, "train")
         for callback in self.trainer.callbacks:
             if name in callback.live_hooks(self.trainer):
-                hook = _callback_hook(getattr(callback, name), self.log, table, self.trainer, self.module, fixed)
+                hook = callback_hook(getattr(callback, name), self.log, table, self.trainer, self.module, fixed)
                 bound.append(self.wrap("hooks", hook))
                 self._note(name, type(callback).__name__, "callback")
         if self.overrides(name):
-            bound.append(self.wrap("hooks", _module_hook(getattr(self.module, name), self.log, table, fixed)))
+            bound.append(self.wrap("hooks", module_hook(getattr(self.module, name), self.log, table, fixed)))
             self._note(name, type(self.module).__name__, "module")
         if name in ("on_train_batch_start", "on_train_batch_end") and takes_iterator(self.module.training_step):
             return tuple(map(hook_of, bound))
@@ -260,7 +269,7 @@ class Binding:
         if takes_iterator(self.module.training_step):
             receivers = ()  # the step moves what it fetches
         for function in receivers:
-            self._note("receive", "data", _name(function))
+            self._note("receive", "data", name_of(function))
         return tuple(self.wrap("data", function) for function in receivers)
 
     def _bind_batch_start(self) -> Bound:
@@ -297,10 +306,10 @@ class Binding:
         if not self._steps_inline:
             return ()
         optimizer = self.trainer.optimizers[0]
-        hooks = [_without_index(hook) for hook in self._hooks("on_before_zero_grad", optimizer)]
+        hooks = [without_index(hook) for hook in self._hooks("on_before_zero_grad", optimizer)]
         if self.overrides("optimizer_zero_grad"):
             table = self.log.table("optimizer_zero_grad", "train")
-            hook = _module_hook(self.module.optimizer_zero_grad, self.log, table)
+            hook = module_hook(self.module.optimizer_zero_grad, self.log, table)
             progress = self.progress
             self._note("zero_grad", type(self.module).__name__, "optimizer_zero_grad, overridden")
             return (*hooks, lambda batch_idx: hook(progress.epoch, batch_idx, optimizer))
@@ -327,7 +336,7 @@ class Binding:
         else:
             losses, backward = read_losses, engine_backward(1.0 / length, device)
         if own:
-            backward = _module_hook(module.backward, self.log, self.log.table("backward", "train"))
+            backward = module_hook(module.backward, self.log, self.log.table("backward", "train"))
         if self.scaler is None:
             return losses, backward
         scale = self.scaler.scale
@@ -353,7 +362,7 @@ class Binding:
                 gradient_clip_algorithm=algorithm,
             )
             self._note("clip", type(module).__name__, "its own gradient clipping")
-            return (self.wrap("optimizer", _module_hook(clip, self.log, table)),)
+            return (self.wrap("optimizer", module_hook(clip, self.log, table)),)
         if not value:
             return ()
         if self.in_place_clipping:
@@ -377,9 +386,9 @@ class Binding:
                 continue
             advance = self.trainer._scheduler_step(config)
             if config.interval == "step":
-                bound.append(_every(config.frequency, advance))
+                bound.append(every(config.frequency, advance))
             else:
-                bound.append(_at_epoch_end(config.frequency, advance, self.progress))
+                bound.append(at_epoch_end(config.frequency, advance, self.progress))
             self._note("schedulers", type(config.scheduler).__name__, f"every {config.frequency} {config.interval}(s)")
         return tuple(self.wrap("schedulers", function) for function in bound)
 
@@ -408,7 +417,7 @@ class Binding:
             self._note("update", type(module).__name__, "optimizer_step, overridden: it decides when the closure runs")
 
             def checked(batch_idx: int, closure: Callable[[], Any]) -> None:
-                log.current, called = table, _Called(closure)
+                log.current, called = table, Called(closure)
                 module.optimizer_step(progress.epoch, batch_idx, optimizer, called)
                 called.check(module)
 
@@ -427,12 +436,12 @@ class Binding:
         if self._plugin_step:
             step_by_plugin, module = self.precision.optimizer_step, self.module
             run_step: Callable[..., Any] = lambda closure, **kwargs: step_by_plugin(  # noqa: E731
-                optimizer, model=module, closure=closure or _no_closure, **kwargs
+                optimizer, model=module, closure=closure or no_closure, **kwargs
             )
         elif self.scaler is not None:
-            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: _run(after), adopted.step)
+            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), adopted.step)
         else:
-            run_step = plain_step(adopted, self._update(adopted), lambda: _run(after))
+            run_step = plain_step(adopted, self._update(adopted), lambda: run_all(after))
         if self.automatic:
             return run_step
 
@@ -442,85 +451,3 @@ class Binding:
             return result
 
         return counted
-
-
-# -- small callables, each bound once
-
-
-def _run(functions: Bound) -> None:
-    for function in functions:
-        function()
-
-
-def _no_closure() -> None: ...
-
-
-def _callback_hook(
-    hook: Callable[..., Any], log: MetricLog, table: Table, trainer: Trainer, module: LightningModule, fixed: Any
-) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        log.current = table
-        return hook(trainer, module, *args, *fixed)
-
-    return call
-
-
-def _module_hook(hook: Callable[..., Any], log: MetricLog, table: Table, fixed: Any = ()) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        log.current = table
-        return hook(*args, *fixed)
-
-    return call
-
-
-class _Called:
-    """A closure that knows whether it ran: an `optimizer_step` that never runs it would train nothing."""
-
-    __slots__ = ("closure", "ran")
-
-    def __init__(self, closure: Callable[[], Any]) -> None:
-        self.closure, self.ran = closure, False
-
-    def __call__(self) -> Any:
-        self.ran = True
-        return self.closure()
-
-    def check(self, module: LightningModule) -> None:
-        if not self.ran:
-            raise MisconfigurationException(
-                f"{type(module).__name__}.optimizer_step did not run its closure, which runs training_step and "
-                f"backward; call optimizer.step(closure=optimizer_closure), or optimizer_closure() where the step is "
-                f"to be left out."
-            )
-
-
-def _without_index(hook: Callable[..., Any]) -> Callable[[int], Any]:
-    return lambda batch_idx: hook()
-
-
-def _every(frequency: int, advance: Callable[[], None]) -> Callable[[int], None]:
-    def schedule(batch_idx: int) -> None:
-        if (batch_idx + 1) % frequency == 0:
-            advance()
-
-    return schedule
-
-
-def _at_epoch_end(frequency: int, advance: Callable[[], None], progress: Progress) -> Callable[[int], None]:
-    def schedule(batch_idx: int) -> None:
-        last = progress.is_last_batch or batch_idx + 1 == progress.total
-        if last and (progress.epoch + 1) % frequency == 0:
-            advance()
-
-    return schedule
-
-
-def positional_arguments(function: Callable[..., Any]) -> int:
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return 2
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", repr(function)).split(".<locals>.")[-1]

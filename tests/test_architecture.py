@@ -26,7 +26,7 @@ FLOORS = [
     "attributes",
     "runtime",
     "defaults evaluation prediction loop loop_views model_checks",
-    "step plan binding",  # the plan picks one of the two step shapes; a step reads the plan it is given
+    "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
     "hparams backends accelerators flags",
     "optim triton",
