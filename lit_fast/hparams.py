@@ -51,9 +51,10 @@ class HyperparametersMixin:
     __jit_unused_properties__: ClassVar = ["hparams", "hparams_initial"]
 
     _log_hyperparams = False
-    _hparams: MutableMapping[str, Any]
-    _hparams_initial: MutableMapping[str, Any]
-    _hparams_name: str | None
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class, and knows none of these types
+        _hparams: MutableMapping[str, Any]
+        _hparams_initial: MutableMapping[str, Any]
+        _hparams_name: str | None
 
     def save_hyperparameters(
         self,

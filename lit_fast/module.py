@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_fast.errors import MisconfigurationException
+from lit_fast.export import Exportable
 from lit_fast.hparams import HyperparametersMixin, class_only
 from lit_fast.log_rules import refuse
 from lit_fast.metrics import MetricLog
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
-class LightningModule(HyperparametersMixin, nn.Module):
+class LightningModule(Exportable, HyperparametersMixin, nn.Module):
     """A model with its training, validation and optimizer in one class, as in PyTorch Lightning.
 
     Override `training_step(batch, batch_idx)`, returning a loss (a scalar tensor, or a dict with the key "loss"),
@@ -47,15 +48,29 @@ class LightningModule(HyperparametersMixin, nn.Module):
                 return torch.optim.AdamW(self.parameters(), lr=1e-3)
     """
 
+    # TorchScript leaves these out; it would call them while it looks for what to compile
+    __jit_unused_properties__: ClassVar = [
+        "example_input_array", "on_gpu", "current_epoch", "global_step", "global_rank", "local_rank", "logger",
+        "loggers", "automatic_optimization", "trainer", "strict_loading", "device_mesh", "device", "dtype",
+        *HyperparametersMixin.__jit_unused_properties__,
+    ]  # fmt: skip
+
     CHECKPOINT_HYPER_PARAMS_KEY = "hyper_parameters"
     CHECKPOINT_HYPER_PARAMS_NAME = "hparams_name"
     CHECKPOINT_HYPER_PARAMS_TYPE = "hparams_type"
 
-    _trainer: Trainer | None = None
-    _metric_log: MetricLog | None = None
+    if TYPE_CHECKING:  # TorchScript reads the annotations of a class, and knows none of these types
+        _trainer: Trainer | None
+        _metric_log: MetricLog | None
+        _strict_loading: bool | None
+        _example_input_array: Any
+
+    _trainer = None
+    _metric_log = None
     _automatic_optimization = True
-    _strict_loading: bool | None = None  # nobody has said
-    _example_input_array: Any = None
+    _strict_loading = None  # nobody has said
+    _example_input_array = None
+    _exporting = False
     prepare_data_per_node = True
     allow_zero_length_dataloader_with_multiple_devices = False
 
@@ -68,11 +83,11 @@ class LightningModule(HyperparametersMixin, nn.Module):
         Raises:
             RuntimeError: the module is not attached to a Trainer.
         """
-        if self._trainer is None:
+        if self._trainer is None and not self._exporting:
             raise RuntimeError(
                 f"{type(self).__name__} is not attached to a Trainer; it is while trainer.fit(...) runs."
             )
-        return self._trainer
+        return self._trainer  # type: ignore[return-value]
 
     @trainer.setter
     def trainer(self, trainer: Trainer | None) -> None:
@@ -153,6 +168,29 @@ class LightningModule(HyperparametersMixin, nn.Module):
     @example_input_array.setter
     def example_input_array(self, example: Any) -> None:
         self._example_input_array = example
+
+    @property
+    def device_mesh(self) -> Any:
+        """The mesh of devices that a strategy laid the module out over; None on a single device."""
+        return None if self._trainer is None else getattr(self._trainer.strategy, "device_mesh", None)
+
+    def all_gather(self, data: Any, group: Any = None, sync_grads: bool = False) -> Any:
+        """What every process holds: tensors of shape (processes, ...), or the data itself in a single process.
+
+        Args:
+            data: a number, a tensor, or a collection of them; numbers become tensors.
+            group: the processes to ask, all by default.
+            sync_grads: whether gradients flow back to every process.
+        """
+        from torch.utils._pytree import tree_map
+
+        def gather(value: Any) -> Any:
+            if isinstance(value, bool | int | float):
+                value = torch.tensor(value, device=self.device)
+            gathered = self.trainer.strategy.all_gather
+            return gathered(value, group=group, sync_grads=sync_grads) if isinstance(value, Tensor) else value
+
+        return tree_map(gather, data)
 
     # -- logging
 
@@ -506,17 +544,17 @@ class LightningModule(HyperparametersMixin, nn.Module):
 
         return load_module(cls, checkpoint_path, map_location, hparams_file, strict, weights_only, kwargs)
 
-    def freeze(self) -> None:
+    def freeze(self) -> Self:
         """Stop training: no gradients, evaluation mode."""
         for parameter in self.parameters():
             parameter.requires_grad = False
-        self.eval()
+        return self.eval()
 
-    def unfreeze(self) -> None:
+    def unfreeze(self) -> Self:
         """Train again: gradients for all parameters, training mode."""
         for parameter in self.parameters():
             parameter.requires_grad = True
-        self.train()
+        return self.train()
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

@@ -28,7 +28,7 @@ FLOORS = [
     "defaults evaluation prediction loop loop_views model_checks",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
-    "hparams backends accelerators flags",
+    "hparams export backends accelerators flags",
     "optim triton",
     "ops",
     "_core",
