@@ -101,7 +101,10 @@ class MeanSlot(Slot):
         self.weight = 0
 
     def write(self, value: Any, batch_size: int | None) -> None:
-        number = _scalar(value, self.name)
+        if value.__class__ is Tensor and value.is_cpu and not value.dim():  # as in Slot.write
+            number: float | Tensor = value.item()
+        else:
+            number = _scalar(value, self.name)
         weight = self.log.batch_size() if batch_size is None else batch_size
         self.newest = number
         self.total = self.total + number * weight
@@ -238,8 +241,9 @@ class MetricLog:
             return 1
         batch, size = self._sizes
         if batch is not self.batch:
-            size = batch_size_of(self.batch)
-            self._sizes = (self.batch, size)
+            batch = self.batch
+            size = batch.shape[0] if batch.__class__ is Tensor and batch.dim() else batch_size_of(batch)
+            self._sizes = (batch, size)
         return size
 
     def declare(

@@ -59,7 +59,7 @@ def test_results_name_machine_and_commit(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_every_benchmark_can_be_called() -> None:
     folder = Path(harness.__file__).parent
-    assert {"gpu", "import_time", "log_cost", "step_overhead"} <= set(NAMES)
+    assert {"gpu", "import_time", "log_cost", "step_overhead", "validation"} <= set(NAMES)
     for name in NAMES:
         text = (folder / f"{name}.py").read_text()
         assert "def main(" in text and "QUICK = " in text, f"{name} has main(argv) and QUICK"

@@ -193,3 +193,26 @@ def test_a_stage_without_its_step_or_data() -> None:
         pytest.warns(match="best checkpoint"),
     ):
         fitted(Validates(), batches(1), max_epochs=1).test(dataloaders=[batches(1)])
+
+
+def test_between_two_steps_that_nobody_hooks_no_python_function_runs() -> None:
+    """What 1,000 tiny batches cost (benchmarks/validation.py) is decided by how little stands between two steps."""
+    import sys
+
+    called: list[str] = []
+    model = Validates()
+    model.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    made = trainer()
+    loop, run = made.validate_loop, made.validate_loop._run_loader
+
+    def watched(*args: Any) -> None:
+        sys.setprofile(lambda frame, event, arg: called.append(frame.f_code.co_name) if event == "call" else None)
+        try:
+            run(*args)
+        finally:
+            sys.setprofile(None)
+
+    loop._run_loader = watched  # type: ignore[method-assign]
+    made.validate(model, [batches(50)], verbose=False)
+    assert called.count("<lambda>") == 50
+    assert len(called) <= 50 + 5, f"once for the loader, not for each batch: {sorted(set(called))}"
