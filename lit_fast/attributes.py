@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from lit_fast.config import Option
+from lit_fast.connectors import AcceleratorConnector, CheckpointConnector, LoggerConnector
 from lit_fast.data.combined import CombinedLoader
 from lit_fast.defaults import is_kind
 from lit_fast.evaluation import can_validate
@@ -347,3 +348,17 @@ class Attributes(Runtime):
     @property
     def min_steps(self) -> int | None:
         return self.fit_loop.min_steps
+
+    # -- private in Lightning, and used all the same
+
+    @property
+    def _checkpoint_connector(self) -> CheckpointConnector:
+        return CheckpointConnector(self._trainer)
+
+    @property
+    def _logger_connector(self) -> LoggerConnector:
+        return LoggerConnector(self._trainer)
+
+    @property
+    def _accelerator_connector(self) -> AcceleratorConnector:
+        return AcceleratorConnector(self._trainer)

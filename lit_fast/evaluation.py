@@ -13,6 +13,7 @@ import torch
 
 from lit_fast.checkpoint import rng
 from lit_fast.config import batch_limit
+from lit_fast.connectors import DataSource
 from lit_fast.data.combined import CombinedLoader
 from lit_fast.data.loader_iterator import EndOfData, LoaderIterator, hook_of, step_of, takes_iterator
 from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
@@ -109,6 +110,14 @@ class StageLoop:
         """The loaders as they were given, or None before they were asked for."""
         combined = self.combined
         return None if combined is None else combined.iterables
+
+    @property
+    def _data_source(self) -> DataSource:
+        return DataSource(self.trainer, f"{self.names.data}_dataloader")
+
+    @property
+    def _combined_loader(self) -> CombinedLoader | None:
+        return self.combined
 
     @property
     def max_batches(self) -> list[int | float]:

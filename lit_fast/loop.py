@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_fast.binding import SkipEpoch
 from lit_fast.config import batch_limit
+from lit_fast.connectors import DataSource
 from lit_fast.data.combined import CombinedLoader, is_collection
 from lit_fast.data.loader_iterator import EndOfData, LoaderIterator, takes_iterator
 from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
@@ -78,6 +79,10 @@ class FitLoop:
         return self.max_batches == 0 or self._finished()
 
     # -- before the first step
+
+    @property
+    def _data_source(self) -> DataSource:
+        return DataSource(self.trainer, "train_dataloader")
 
     def setup_data(self) -> None:
         """Ask for the training data where there is none yet, or it is due anew; settle how much of it an epoch uses.
