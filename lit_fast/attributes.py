@@ -304,8 +304,8 @@ class Attributes(Runtime):
 
     @property
     def received_sigterm(self) -> bool:
-        """Whether SIGTERM came and the run is about to end."""
-        return self._interrupt == signal.SIGTERM
+        """Whether SIGTERM came: the run is about to end, or has."""
+        return self._interrupt == signal.SIGTERM or self._terminated
 
     @property
     def interrupted(self) -> bool:

@@ -1,14 +1,11 @@
-"""What surrounds the loop in every run: attaching, preparing, rare hooks, logging, signals, teardown.
+"""What surrounds the loop in every run: attaching, preparing, rare hooks, logging, teardown.
 
 `Runtime` is the inner half of `Trainer`; nothing in it runs once per step.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,12 +17,12 @@ from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.defaults import check_state_keys, in_order
 from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError, PossibleUserWarning
 from lit_fast.hooks import is_overridden
+from lit_fast.interrupts import Interrupts
 from lit_fast.metrics import MetricLog, to_float
 from lit_fast.model_checks import check_hooks
 from lit_fast.module import LightningModule
 from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.plan import Plans
-from lit_fast.progress import NOW
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -109,13 +106,12 @@ def _compile_steps(compiled: Any, module: LightningModule) -> dict[str, Any]:
     return before
 
 
-class Runtime:
+class Runtime(Interrupts):
     """The inner half of `Trainer`."""
 
     if TYPE_CHECKING:
         callbacks: list[Any]
         datamodule: Any
-        _interrupt: int | None
         _pending_metrics: dict[str, Any] | None
         _pending_rng: dict[str, Any] | None
 
@@ -137,7 +133,7 @@ class Runtime:
             TrainerFn.TESTING: self.test_loop,
             TrainerFn.PREDICTING: self.predict_loop,
         }[fn]
-        self._should_stop, self._interrupt = False, None
+        self._should_stop, self._interrupt, self._terminated = False, None, False
         if fn == TrainerFn.FITTING:
             self._settle_limits()
         if self._profiler is not None:
@@ -518,53 +514,7 @@ class Runtime:
             f"StepProfiler."
         )
 
-    # -- interrupts and resuming
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for the running step, then a checkpoint is written; a second Ctrl-C does not wait."""
-        if threading.current_thread() is not threading.main_thread() or self.state.fn != TrainerFn.FITTING:
-            yield
-            return
-
-        process = os.getpid()
-
-        def wait_for_step(number: int, frame: Any) -> None:
-            if os.getpid() != process:  # a forked process inherits this: Ctrl-C is its parent's to handle
-                if number == signal.SIGTERM:
-                    os._exit(128 + number)
-                return
-            if self._interrupt is not None and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._interrupt = number
-            self._progress.boundary = NOW
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number in before:
-            if before[number] is not signal.SIG_IGN:
-                signal.signal(number, wait_for_step)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        if self._interrupt is not None:  # it came when there was no step left to wait for
-            signal.raise_signal(self._interrupt)
-
-    def _raise_interrupt(self) -> None:
-        """End the run between two steps: save first, say how to go on."""
-        number, self._interrupt = self._interrupt, None
-        path = None if self.sanity_checking else finding.interrupt_path(self._trainer)
-        name = signal.Signals(number).name if number is not None else "interrupt"
-        if path is not None:
-            self.save_checkpoint(path)
-            self.print(
-                f"{name} after step {self.global_step}: saved {os.fspath(path)}\n"
-                f"Go on from there with trainer.fit(model, ckpt_path={os.fspath(path)!r})."
-            )
-        if number == signal.SIGTERM:
-            raise SystemExit(143)
-        raise KeyboardInterrupt
+    # -- resuming
 
     def _restore_rng(self) -> None:
         """Random number generators as a checkpoint holds them, at the last moment before the first step."""

@@ -25,7 +25,7 @@ FLOORS = [
     "trainer",
     "attributes",
     "runtime",
-    "defaults evaluation prediction loop loop_views model_checks connectors",
+    "defaults evaluation prediction loop loop_views model_checks connectors interrupts",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
     "hparams export backends accelerators flags",

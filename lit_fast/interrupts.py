@@ -1,0 +1,72 @@
+"""Ctrl-C and SIGTERM: what they wait for, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lit_fast.checkpoint import finding
+from lit_fast.progress import NOW
+from lit_fast.states import TrainerFn
+
+
+class Interrupts:
+    """The part of a `Trainer` that signals concern."""
+
+    _terminated = False  # SIGTERM ended the last run
+
+    if TYPE_CHECKING:
+        _interrupt: int | None
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM wait for the running step, then a checkpoint is written; a second Ctrl-C does not wait."""
+        if threading.current_thread() is not threading.main_thread() or self.state.fn != TrainerFn.FITTING:
+            yield
+            return
+
+        process = os.getpid()
+
+        def wait_for_step(number: int, frame: Any) -> None:
+            if os.getpid() != process:  # a forked process inherits this: Ctrl-C is its parent's to handle
+                if number == signal.SIGTERM:
+                    os._exit(128 + number)
+                return
+            if self._interrupt is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._interrupt = number
+            self._progress.boundary = NOW
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, wait_for_step)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        if self._interrupt is not None:  # it came when there was no step left to wait for
+            signal.raise_signal(self._interrupt)
+
+    def _raise_interrupt(self) -> None:
+        """End the run between two steps: save first, say how to go on."""
+        number, self._interrupt = self._interrupt, None
+        self._terminated = number == signal.SIGTERM
+        path = None if self.sanity_checking else finding.interrupt_path(self._trainer)
+        name = signal.Signals(number).name if number is not None else "interrupt"
+        if path is not None:
+            self.save_checkpoint(path)
+            self.print(
+                f"{name} after step {self.global_step}: saved {os.fspath(path)}\n"
+                f"Go on from there with trainer.fit(model, ckpt_path={os.fspath(path)!r})."
+            )
+        if number == signal.SIGTERM:
+            raise SystemExit(143)
+        raise KeyboardInterrupt
