@@ -27,7 +27,7 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float) -> Callable
     def step() -> None:
         try:
             norm = ops.gradient_norm(optimizer.param_groups).item()
-        except KernelError:  # a dtype or layout without a kernel, or no gradient at all
+        except KernelError:  # a dtype or layout without a kernel
             clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
             adopted.step(clip=False)
             return
