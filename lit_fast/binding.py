@@ -149,12 +149,13 @@ class Binding:
     def place(self, first: bool, last: bool, length: int, short: bool) -> StepPlan:
         """The plan of a micro-batch that is the first and/or the last of a window of `length`."""
         losses, backward = self._bind_backward(length)
+        shown = losses_over(length) if self.automatic else losses  # hooks and closures see the weighted loss
         plan = replace(
             self.whole,
             losses=losses,
             backward=self.wrap("backward", backward),
-            returned_loss=detached(losses),
-            on_train_batch_end=self._bind_batch_end(losses),
+            returned_loss=detached(shown),
+            on_train_batch_end=self._bind_batch_end(shown),
         )
         if not first:
             plan.zero_grad = ()

@@ -54,3 +54,7 @@ class PossibleUserWarning(UserWarning):
 
 class LightningDeprecationWarning(DeprecationWarning):
     """Something that works and should be written otherwise. Named as in Lightning."""
+
+
+class TunerExit(LitFastError):
+    """Not an error: a search is done, and the run that was begun for it ends. The Trainer catches it."""

@@ -15,7 +15,7 @@ from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
 from lit_fast.defaults import check_state_keys, in_order
-from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError, PossibleUserWarning
+from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError, PossibleUserWarning, TunerExit
 from lit_fast.hooks import is_overridden
 from lit_fast.interrupts import Interrupts
 from lit_fast.metrics import MetricLog, to_float
@@ -44,6 +44,9 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
     try:
         with trainer._signals():
             yield module
+        trainer.state.status = TrainerStatus.FINISHED
+    except TunerExit:
+        trainer._tear_down(module, str(fn))
         trainer.state.status = TrainerStatus.FINISHED
     except KeyboardInterrupt as interrupt:
         trainer._failed(interrupt)
@@ -127,12 +130,7 @@ class Runtime(Interrupts):
     def _begin(self, fn: TrainerFn) -> None:
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
         self.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(str(fn))
-        self._evaluation = {
-            TrainerFn.FITTING: self.fit_loop.epoch_loop.val_loop,
-            TrainerFn.VALIDATING: self.validate_loop,
-            TrainerFn.TESTING: self.test_loop,
-            TrainerFn.PREDICTING: self.predict_loop,
-        }[fn]
+        self._evaluation = self._loop_of(fn)
         self._should_stop, self._interrupt, self._terminated = False, None, False
         if fn == TrainerFn.FITTING:
             self._settle_limits()

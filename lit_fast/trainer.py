@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +29,7 @@ from lit_fast.progress import Progress
 from lit_fast.runtime import attach_model, borrow_model
 from lit_fast.states import TrainerFn, TrainerState
 from lit_fast.strategies import SingleDeviceStrategy
+from lit_fast.trial import Trial, trying
 
 
 class Trainer(Attributes):
@@ -136,17 +137,8 @@ class Trainer(Attributes):
         self.callbacks = configure_callbacks(given_callbacks, self.config)
         self.datamodule = None
         self._module: LightningModule | None = None
-        self._metric_log = MutedLog() if barebones else MetricLog()
-        self._progress = Progress()
         self._profiler = self._make_profiler()
-        self.fit_loop = FitLoop(self)
-        val_loop = self.fit_loop.epoch_loop.val_loop = EvaluationLoop(self, VALIDATION, verbose=False)
-        # Inside a fit what a hook makes (a mask, a mean) may be trained with: not in inference mode, as in Lightning.
-        val_loop.inference_mode = False
-        self.validate_loop = EvaluationLoop(self, VALIDATION)
-        self.test_loop = EvaluationLoop(self, TEST)
-        self.predict_loop = PredictionLoop(self)
-        self._evaluation: EvaluationLoop | PredictionLoop = val_loop  # of the running method
+        self._make_loops()
         self._should_stop = False
         self._interrupt = None  # a signal that waits for the end of the running step
         self._pending_rng = None  # of a checkpoint, until the first step is near
@@ -155,6 +147,33 @@ class Trainer(Attributes):
         self.ckpt_path: str | None = None
         set_torch_flags(self.config)
         announce(self.config)
+
+    def _make_loops(self) -> None:
+        """Counters, logged values and loops, as they are before anything has run."""
+        self._metric_log = MutedLog() if self.config.barebones else MetricLog()
+        self._progress = Progress()
+        self.fit_loop = FitLoop(self)
+        val_loop = self.fit_loop.epoch_loop.val_loop = EvaluationLoop(self, VALIDATION, verbose=False)
+        # Inside a fit what a hook makes (a mask, a mean) may be trained with: not in inference mode, as in Lightning.
+        val_loop.inference_mode = False
+        self.validate_loop = EvaluationLoop(self, VALIDATION)
+        self.test_loop = EvaluationLoop(self, TEST)
+        self.predict_loop = PredictionLoop(self)
+        self._evaluation: EvaluationLoop | PredictionLoop = val_loop  # of the running method
+
+    def _loop_of(self, fn: TrainerFn) -> EvaluationLoop | PredictionLoop:
+        """The loop that evaluates in the method `fn`."""
+        loops: dict[TrainerFn, EvaluationLoop | PredictionLoop] = {
+            TrainerFn.FITTING: self.fit_loop.epoch_loop.val_loop,
+            TrainerFn.VALIDATING: self.validate_loop,
+            TrainerFn.TESTING: self.test_loop,
+            TrainerFn.PREDICTING: self.predict_loop,
+        }
+        return loops[fn]
+
+    def _trying(self) -> AbstractContextManager[Trial]:
+        """A block of runs inside this one that leave no trace, for callbacks that search."""
+        return trying(self)
 
     # -- running
 
@@ -259,6 +278,7 @@ class Trainer(Attributes):
         self.predict_loop.return_predictions = return_predictions is None or bool(return_predictions)
         given = model
         model, dataloaders, datamodule = self._arguments("predict", model, dataloaders, datamodule)
+        predictions: list[Any] | None = None  # what a run returns that a search ends
         with attach_model(self, model, TrainerFn.PREDICTING) as module:
             if not any(is_overridden(name, module, LightningModule) for name in ("predict_step", "forward")):
                 raise MisconfigurationException(
@@ -282,6 +302,7 @@ class Trainer(Attributes):
     ) -> list[dict[str, float]]:
         names, fn = loop.names, TrainerFn(loop.names.stage)
         model, dataloaders, datamodule = self._arguments(names.stage, given, dataloaders, datamodule)
+        results: list[dict[str, float]] = []  # what a run returns that a search ends
         with attach_model(self, model, fn) as module:
             if not is_overridden(names.step, module, LightningModule):
                 raise MisconfigurationException(

@@ -21,14 +21,14 @@ PACKAGE = ROOT / "lit_fast"
 # Rooms from the top to the bottom, as docs/architecture.md has them; a room imports its own floor and below.
 FLOORS = [
     "cli compat fabric pytorch",
-    "demos models tuner",
+    "demos models",
     "trainer",
     "attributes",
     "runtime",
-    "defaults evaluation prediction loop loop_views model_checks connectors interrupts",
+    "defaults evaluation prediction loop loop_views model_checks connectors interrupts trial",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
-    "hparams export backends accelerators flags",
+    "hparams export backends tuner accelerators flags",
     "optim triton",
     "ops",
     "_core",

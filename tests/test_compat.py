@@ -82,7 +82,6 @@ def test_a_plain_module_stays_plain(installed: None) -> None:
     "name",
     [
         "lightning.app",
-        "lightning.pytorch.tuner",
         "pytorch_lightning.callbacks.nothing",
         "lightning_fabric.x.y",
     ],

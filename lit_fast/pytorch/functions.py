@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import pickle
 import warnings
@@ -146,22 +145,6 @@ def recursive_detach(in_dict: Any, to_cpu: bool = False) -> Any:
         return item.detach().cpu() if to_cpu else item.detach()
 
     return walk(in_dict, detach)
-
-
-def is_oom_error(exception: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the GPU or on the CPU."""
-    if isinstance(exception, torch.OutOfMemoryError):
-        return True
-    text = str(exception)
-    signs = ("CUDA out of memory", "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "DefaultCPUAllocator: can't allocate")
-    return isinstance(exception, RuntimeError) and any(sign in text for sign in signs)
-
-
-def garbage_collection_cuda() -> None:
-    """Collect garbage, and give the GPU's unused memory back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def has_iterable_dataset(dataloader: object) -> bool:

@@ -54,8 +54,8 @@ _PLUGINS = {
     },
 }
 _MEMORY = {
-    name: f"lit_fast.pytorch.functions:{name}"
-    for name in ("garbage_collection_cuda", "is_oom_error", "recursive_detach")
+    **{name: f"lit_fast.tuner.batch_size_scaling:{name}" for name in ("garbage_collection_cuda", "is_oom_error")},
+    "recursive_detach": "lit_fast.pytorch.functions:recursive_detach",
 }
 _DATA = {
     "extract_batch_size": "lit_fast.log_rules:batch_size_of",
@@ -65,6 +65,10 @@ _DATA = {
     },
 }
 _PARSING = {
+    **{
+        name: f"lit_fast.tuner.attributes:{name}"
+        for name in ("lightning_getattr", "lightning_hasattr", "lightning_setattr")
+    },
     "AttributeDict": "lit_fast.hparams:AttributeDict",
     "is_picklable": "lit_fast.pytorch.functions:is_picklable",
 }
@@ -116,6 +120,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.trainer.connectors.logger_connector.result": {
         name: f"lit_fast.pytorch.types:{name}" for name in ("_OUT_DICT", "_PBAR_DICT")
     },
+    "pytorch.tuner": "lit_fast.tuner",
     "pytorch.utilities": {
         **_UTILITIES,
         **_PARSING,

@@ -299,6 +299,174 @@ def _error(call: Callable[[], Any]) -> str | None:
     return None
 
 
+# -- searches
+
+
+def _found(finder: Any) -> dict[str, Any]:
+    return {"lr": finder.results["lr"], "loss": finder.results["loss"], "suggestion": finder.suggestion(),
+            "later": finder.suggestion(skip_begin=3, skip_end=2)}  # fmt: skip
+
+
+@program
+def lr_find(names: Names, root: str) -> Any:
+    """The test runs over several epochs, with validation; the fit afterwards is as if it had not been."""
+    module = make_module(names, rows=64)
+    trainer = make_trainer(names, root, max_epochs=20, num_sanity_val_steps=0)
+    finder = names("tuner", "Tuner")(trainer).lr_find(module, max_lr=0.5)
+    found = {**_found(finder), "module_lr": module.lr}
+    module.losses = []
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module)
+    return {**found, "fit": module.losses, "step": trainer.global_step, "epoch": trainer.current_epoch}
+
+
+@program
+def lr_find_linear_by_the_callback(names: Names, root: str) -> Any:
+    module = make_module(names, rows=64)
+    finder = names("callbacks", "LearningRateFinder")(mode="linear", num_training_steps=30, min_lr=0.001, max_lr=0.2)
+    trainer = make_trainer(names, root, callbacks=[finder], max_epochs=3)
+    trainer.fit(module)
+    # Not the losses of the fit: Lightning leaves its first epoch one random number behind.
+    return {**_found(finder.optimal_lr), "rates": module.rates, "lr": module.lr, "step": trainer.global_step}
+
+
+@program
+def lr_find_with_accumulation_and_clipping(names: Names, root: str) -> Any:
+    module = make_module(names, rows=60)
+    trainer = make_trainer(names, root, max_epochs=50, accumulate_grad_batches=3, gradient_clip_val=0.5)
+    finder = names("tuner", "Tuner")(trainer).lr_find(module, num_training=60, update_attr=False)
+    return {**_found(finder), "module_lr": module.lr}
+
+
+@program
+def lr_find_that_diverges(names: Names, root: str) -> Any:
+    module = make_module(names, rows=64)
+    trainer = make_trainer(names, root, max_epochs=50)
+    finder = names("tuner", "Tuner")(trainer).lr_find(module, max_lr=1e4, early_stop_threshold=2.0)
+    return {**_found(finder), "steps": len(module.losses)}
+
+
+@program
+def lr_find_ends_with_the_epochs(names: Names, root: str) -> Any:
+    module = make_module(names, rows=24)
+    trainer = make_trainer(names, root, max_epochs=1)
+    finder = names("tuner", "Tuner")(trainer).lr_find(module)
+    return [finder.results, finder.suggestion(), module.lr]
+
+
+@program
+def lr_find_where_steps_give_no_loss(names: Names, root: str) -> Any:
+    module = make_module(names, rows=64)
+    step = module.training_step
+    module.training_step = lambda batch, batch_idx: None if batch_idx % 4 == 1 else step(batch, batch_idx)
+    trainer = make_trainer(names, root, max_epochs=50)
+    finder = names("tuner", "Tuner")(trainer).lr_find(module, num_training=40)
+    return [str(_found(finder)), module.lr]
+
+
+@program
+def lr_find_then_a_scheduler(names: Names, root: str) -> Any:
+    def configure_optimizers(self: Any) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    module = make_module(names, rows=64, configure_optimizers=configure_optimizers)
+    finder = names("callbacks", "LearningRateFinder")(max_lr=0.5)
+    make_trainer(names, root, callbacks=[finder], max_epochs=8).fit(module)
+    return [module.lr, module.rates]
+
+
+def _scaled(names: Names, root: str, limit: int | None = None, rows: int = 100, **options: Any) -> Any:
+    """Memory ends at batches of more than `limit` rows. The module begins with `init_val`: Lightning runs its first
+    trial at whatever size the module had."""
+    module = make_module(names, rows=rows)
+    module.batch_size = options.get("init_val", 2)
+    step = module.training_step
+
+    def training_step(batch: Any, batch_idx: int) -> Any:
+        if limit is not None and len(batch[0]) > limit:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return step(batch, batch_idx)
+
+    module.training_step = training_step
+    trainer = make_trainer(names, root, max_epochs=50)
+    size = names("tuner", "Tuner")(trainer).scale_batch_size(module, **options)
+    return [size, module.batch_size, module.sizes]
+
+
+@program
+def scale_batch_size_up_to_the_data(names: Names, root: str) -> Any:
+    return _scaled(names, root)
+
+
+@program
+def scale_batch_size_until_memory_ends(names: Names, root: str) -> Any:
+    return [_scaled(names, root, limit, steps_per_trial=2, init_val=init) for limit, init in
+            ((33, 2), (20, 64), (64, 5), (7, 3))]  # fmt: skip
+
+
+@program
+def scale_batch_size_by_bisection(names: Names, root: str) -> Any:
+    return [_scaled(names, root, limit, mode="binsearch", margin=margin) for limit, margin in
+            ((33, 0.05), (50, 0.0), (None, 0.05), (3, 0.5))]  # fmt: skip
+
+
+@program
+def scale_batch_size_within_limits(names: Names, root: str) -> Any:
+    return [
+        _scaled(names, root, mode=mode, **options)
+        for mode in ("power", "binsearch")
+        for options in ({"max_trials": 3}, {"max_val": 16}, {"init_val": 200}, {"max_trials": 1})
+    ] + [_scaled(names, root, mode="binsearch", max_val=30)]
+
+
+@program
+def scale_batch_size_by_the_callback(names: Names, root: str) -> Any:
+    """The fit afterwards has the new size; its losses are not compared: Lightning leaves other random numbers."""
+    module = make_module(names, rows=40)
+    module.batch_size = 2
+    finder = names("callbacks", "BatchSizeFinder")(max_val=16, steps_per_trial=1)
+    trainer = make_trainer(names, root, callbacks=[finder], max_epochs=2)
+    trainer.fit(module)
+    return [finder.optimal_batch_size, module.sizes, trainer.global_step, module.rates]
+
+
+@program
+def searches_refuse(names: Names, root: str) -> Any:
+    finder, sizes = names("callbacks", "LearningRateFinder"), names("callbacks", "BatchSizeFinder")
+
+    def tuner(callbacks: Any = ()) -> Any:
+        return names("tuner", "Tuner")(make_trainer(names, root, callbacks=list(callbacks)))
+
+    def bare() -> Any:
+        module = make_module(names)
+        del module.lr, module.batch_size
+        return module
+
+    def two() -> Any:
+        def configure_optimizers(self: Any) -> Any:
+            return [torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.backbone.parameters(), 0.1)]
+
+        module = make_module(names, configure_optimizers=configure_optimizers)
+        module.automatic_optimization = False
+        return module
+
+    loader = DataLoader(dataset(8))
+    calls: list[Callable[[], Any]] = [
+        lambda: finder(mode="cubic"), lambda: sizes(mode="cubic"),
+        lambda: tuner([finder()]).lr_find(make_module(names)),
+        lambda: tuner([sizes()]).scale_batch_size(make_module(names)), lambda: tuner().lr_find(bare()),
+        lambda: tuner().scale_batch_size(bare()), lambda: tuner().lr_find(two()),
+        lambda: tuner().scale_batch_size(make_module(names), loader),
+        lambda: tuner().lr_find(make_module(names), method="validate"),
+        lambda: tuner().lr_find(make_module(names), dataloaders=loader),
+        lambda: tuner().scale_batch_size(make_module(names), method="tune"),
+        lambda: tuner().scale_batch_size(make_module(names), loader, method="validate"),
+        lambda: tuner().lr_find(make_module(names), attr_name="rate"),
+    ]  # fmt: skip
+    return [_error(call) for call in calls]
+
+
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     rows = {name: run(name, "lightning.pytorch") for name in PROGRAMS}

@@ -143,13 +143,6 @@ def test_lengths() -> None:
     assert functions.sized_len([1, 2]) == 2 and functions.sized_len(stream) is None
 
 
-def test_memory() -> None:
-    assert functions.is_oom_error(torch.OutOfMemoryError("CUDA out of memory."))
-    assert functions.is_oom_error(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
-    assert not functions.is_oom_error(RuntimeError("something else")) and not functions.is_oom_error(ValueError())
-    functions.garbage_collection_cuda()
-
-
 def test_pickles() -> None:
     assert functions.is_picklable([1]) and not functions.is_picklable(lambda: 1)
 
