@@ -28,7 +28,7 @@ FLOORS = [
     "defaults evaluation prediction loop loop_views model_checks connectors interrupts trial",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
-    "hparams export backends tuner accelerators flags",
+    "hparams export backends tuner model_summary accelerators flags",
     "optim triton",
     "ops",
     "_core",

@@ -133,12 +133,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.utilities.imports": "lit_fast.pytorch.requirements",
     "pytorch.utilities.memory": _MEMORY,
     "pytorch.utilities.model_helpers": {"is_overridden": "lit_fast.pytorch.functions:is_overridden"},
-    "pytorch.utilities.model_summary": {
-        "LayerSummary": "lit_fast.callbacks.model_summary:LayerSummary",
-        "ModelSummary": "lit_fast.callbacks.model_summary:summarize",
-        "get_human_readable_count": "lit_fast.callbacks.model_summary:count",
-        "summarize": "lit_fast.callbacks.model_summary:summarize",
-    },
+    "pytorch.utilities.model_summary": "lit_fast.model_summary",
     "pytorch.utilities.combined_loader": {"CombinedLoader": "lit_fast.data.combined:CombinedLoader"},
     "pytorch.utilities.exceptions": _EXCEPTIONS,
     "pytorch.utilities.parsing": _PARSING,

@@ -299,6 +299,43 @@ def _error(call: Callable[[], Any]) -> str | None:
     return None
 
 
+# -- the model summary
+
+
+@program
+def model_summaries(names: Names, root: str) -> Any:
+    """Columns and totals at several depths, with and without an example input, other parameters, shared and frozen."""
+
+    class Wide(names("", "LightningModule")):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(300, 400), nn.BatchNorm1d(400), nn.Sequential(nn.Linear(400, 7)))
+            self.tied = nn.Linear(300, 400)
+            self.tied.weight = self.body[0].weight
+            self.unused = nn.Conv2d(3, 4, 3)
+            self.unused.requires_grad_(False)
+            self.scale = nn.Parameter(torch.ones(1_500_000))
+            self.body[1].eval()
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return self.body(x), [y, {"z": self.tied(x)}]
+
+    found: list[Any] = []
+    for example in (None, (torch.zeros(5, 300), torch.zeros(2)), {"x": torch.zeros(1, 300), "y": torch.zeros(2)}):
+        for depth in (0, 1, 2, -1):
+            module = Wide()
+            module.example_input_array = example
+            summary = names("utilities.model_summary", "summarize")(module, max_depth=depth)
+            found.append([
+                summary._get_summary_data(), summary.total_parameters, summary.trainable_parameters,
+                round(summary.model_size, 9), summary.total_training_modes, summary.total_flops,
+                summary.total_layer_params, summary.layer_names, summary.in_sizes, summary.param_nums,
+                module.body[1].training, module.training,
+            ])  # fmt: skip
+    count = names("utilities.model_summary", "get_human_readable_count")
+    return [found, [count(n) for n in (0, 1, 999, 1000, 12_345, 999_999, 10**9, 5 * 10**15)]]
+
+
 # -- searches
 
 

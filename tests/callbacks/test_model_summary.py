@@ -1,79 +1,100 @@
-"""The table at the start of a fit."""
+"""The table at the start of a fit; its numbers are compared with Lightning's in callback_programs.model_summaries."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from callback_standins import StandInTrainer
+from callback_programs import Names, make_module, make_trainer
 from torch import nn
 
+import lit_fast
 from lit_fast.callbacks import ModelSummary, RichModelSummary
-from lit_fast.callbacks.model_summary import count, summarize
+from lit_fast.model_summary import LayerSummary, parse_batch_shape, summarize
+
+NAMES = Names("lit_fast.pytorch")
 
 
-def model() -> nn.Module:
-    result = nn.Sequential()
-    result.add_module("body", nn.Sequential(nn.Linear(10, 100), nn.BatchNorm1d(100)))
-    result.add_module("head", nn.Linear(100, 3))
-    result.body[0].weight.requires_grad = False
-    result.head.eval()
-    return result
-
-
-def test_counts() -> None:
-    summary = summarize(model())
-    assert [(layer.name, layer.type, layer.parameters) for layer in summary.layers] == [
-        ("body", "Sequential", 1300),
-        ("head", "Linear", 303),
-    ]
-    assert (summary.total_parameters, summary.trainable_parameters) == (1603, 603)
-    assert summary.model_size == pytest.approx(1603 * 4 / 1e6)
-    assert summary.total_training_modes == {"train": 3, "eval": 1}
-    assert [layer.name for layer in summarize(model(), -1).layers] == ["body", "body.0", "body.1", "head"]
-
-
-def test_shared_and_lazy_parameters() -> None:
-    tied = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
-    tied["b"].weight = tied["a"].weight
-    assert summarize(tied).total_parameters == 16
-    lazy = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 1).to(torch.bfloat16))
-    summary = summarize(lazy)
-    assert summary.lazy and summary.layers[0].lazy and summary.total_parameters == 4
-    assert summary.model_size == pytest.approx(8 / 1e6)
-    assert summary.columns()[3] == ("Params", ["0?", "4"])
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (999, "999"), (1000, "1.0 K"), (1234, "1.2 K"), (124_439_808, "124 M"), (7 * 10**12, "7.0 T")],
-)
-def test_short_counts(number: int, text: str) -> None:
-    assert count(number) == text
+def fit(tmp_path: Path, callback: Any, module: Any = None, **options: Any) -> Any:
+    module = make_module(NAMES) if module is None else module
+    quiet = {"enable_model_summary": True, "max_epochs": 1, "num_sanity_val_steps": 0, **options}
+    make_trainer(NAMES, str(tmp_path), callbacks=callback, **quiet).fit(module)
+    return module
 
 
 def test_shown_as_text_or_table(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = StandInTrainer(tmp_path)
-    with caplog.at_level(logging.INFO):
-        ModelSummary().on_fit_start(trainer, model())
-    RichModelSummary().on_fit_start(trainer, model())
-    for text in (caplog.text, capsys.readouterr().out):
-        assert "body" in text and "Sequential" in text and "1.3 K" in text and "1.6 K" in text
-        assert "Trainable params" in text and "603" in text
-    caplog.clear()
-    ModelSummary(max_depth=0).on_fit_start(trainer, model())
-    ModelSummary().on_fit_start(StandInTrainer(tmp_path, is_global_zero=False), model())
-    assert caplog.text == ""
+    logger = logging.getLogger("lit_fast.callbacks.model_summary")
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        logger.addHandler(caplog.handler)
+        fit(tmp_path, ModelSummary(max_depth=2))
+        fit(tmp_path, ModelSummary(max_depth=0))
+        logger.removeHandler(caplog.handler)
+    fit(tmp_path, RichModelSummary(max_depth=2, header_style="red"))
+    said = [record.getMessage() for record in caplog.records if record.name == logger.name]
+    for text in (said[0], capsys.readouterr().out):
+        assert "backbone.1" in text and "BatchNorm1d" in text and "FLOPs" in text and "Trainable params" in text
+        assert "54" in text and "73" in text  # the first layer, and the model
+    assert not any("Trainable params" in text for text in said[2:])
 
 
-def test_a_summary_prints_as_a_table() -> None:
-    lines = str(summarize(nn.Sequential(nn.Linear(2, 3)))).splitlines()
-    assert [line.split() for line in lines[0:3:2]] == [
-        ["|", "Name", "|", "Type", "|", "Params", "|", "Mode"],
-        ["0", "|", "0", "|", "Linear", "|", "9", "|", "train"],
+def test_a_subclass_shows_it_elsewhere(tmp_path: Path) -> None:
+    shown: list[Any] = []
+
+    class Keep(ModelSummary):
+        @staticmethod
+        def summarize(summary_data: Any, *totals: Any, total_flops: int, **options: Any) -> None:
+            shown.append((dict(summary_data)["Name"], totals, total_flops, options))
+
+    fit(tmp_path, Keep(max_depth=1, ruled=True))
+    assert shown == [
+        (["backbone", "head"], (73, 73, pytest.approx(73 * 4e-6), {"train": 6, "eval": 0}), 0, {"ruled": True})
     ]
-    assert "9         Total params" in lines
+
+
+def test_the_example_goes_through_the_transfer_hooks_and_leaves_modes_alone(tmp_path: Path) -> None:
+    class Doubling(lit_fast.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+            self.example_input_array = torch.zeros(5, 2)
+
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return torch.cat([batch, batch], dim=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not self.training and not torch.is_grad_enabled()
+            return self.layer(x)
+
+    module = Doubling()
+    summary = summarize(module)
+    assert (summary.in_sizes, summary.out_sizes, summary.total_flops) == ([[5, 4]], [[5, 3]], 2 * 5 * 4 * 3)
+    assert module.training and not module.layer._forward_hooks
+    assert str(summary).count("\n") == 10 and "[5, 4]" in str(summary)
+
+
+def test_parameters_without_a_shape_and_of_other_types() -> None:
+    class Lazy(lit_fast.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lazy, self.half = nn.LazyLinear(3), nn.Linear(3, 1).bfloat16()
+
+    with pytest.warns(UserWarning, match="first forward"):
+        summary = summarize(Lazy())
+    assert (summary.total_parameters, summary.param_nums, summary.model_size) == (4, [0, 4], pytest.approx(8e-6))
+
+
+def test_one_layer() -> None:
+    layer = nn.LSTM(2, 3)
+    summary = LayerSummary(layer)
+    assert (summary.in_size, summary.out_size) == ("?", "?")
+    layer(torch.ones(4, 1, 2))
+    assert summary.in_size == [4, 1, 2]
+    assert summary.out_size == [[4, 1, 3], [[1, 1, 3], [1, 1, 3]]]
+    assert parse_batch_shape({"a": 1}) == "?"
+    with pytest.raises(ValueError, match="max_depth=-2"):
+        summarize(make_module(NAMES), max_depth=-2)

@@ -8,9 +8,10 @@ from typing import Any
 _HOME = {
     "ProgressBar": "progress_bar",
     "RichProgressBar": "rich_progress",
+    "TQDMProgressBar": "tqdm_progress",
 }
 
-__all__ = ["ProgressBar", "RichProgressBar"]
+__all__ = ["ProgressBar", "RichProgressBar", "TQDMProgressBar"]
 
 
 def __getattr__(name: str) -> Any:
