@@ -23,6 +23,7 @@ from lit_fast.model_checks import check_hooks
 from lit_fast.module import LightningModule
 from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.plan import Plans
+from lit_fast.seed import seed_workers
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
@@ -399,11 +400,11 @@ class Runtime(Interrupts):
 
     def _request_loader(self, name: str) -> Any:
         source = self._sources.get(name)
-        if source is not None:
-            return source
-        if self._datamodule_overrides(name):
-            return getattr(self.datamodule, name)()
-        return getattr(self.lightning_module, name)()
+        if source is None:
+            owner = self.datamodule if self._datamodule_overrides(name) else self.lightning_module
+            source = getattr(owner, name)()
+        seed_workers(source, self._trainer.global_rank)
+        return source
 
     def _data_hook(self, name: str) -> Callable[..., Any] | None:
         """A transfer hook, where the datamodule or the module overrides it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lit_fast.errors import MisconfigurationException
 
@@ -121,6 +123,19 @@ def pl_worker_init_function(worker_id: int, rank: int | None = None) -> None:
     numpy = _numpy()
     if numpy is not None:
         numpy.random.seed(numpy.random.SeedSequence([base, worker_id, rank]).generate_state(4))
+
+
+def seed_workers(loaders: Any, rank: int) -> None:
+    """After `seed_everything(workers=True)`, let every loader that has workers seed them by `pl_worker_init_function`.
+
+    Args:
+        loaders: a DataLoader, a container of them, or a CombinedLoader; one with a `worker_init_fn` keeps it.
+    """
+    if os.environ.get("PL_SEED_WORKERS", "0") != "1":
+        return
+    for loader in tree_leaves(getattr(loaders, "flattened", loaders)):
+        if getattr(loader, "num_workers", 0) and getattr(loader, "worker_init_fn", loader) is None:
+            loader.worker_init_fn = functools.partial(pl_worker_init_function, rank=rank)
 
 
 def _seed_sequence(base: int, worker_id: int, rank: int, count: int) -> list[int]:

@@ -337,3 +337,15 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     path = checkpoint_of(Plain(), tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"Takes cannot be built from .*config.*save_hyperparameters\(\)"):
         Takes.load_from_checkpoint(path)
+
+
+def test_hparams_written_to_without_save_hyperparameters_go_through_a_checkpoint(tmp_path: Path) -> None:
+    class Own(Plain):
+        def __init__(self, **given: Any) -> None:
+            super().__init__()
+            self.hparams.update(given)
+
+    fit = trainer(max_steps=1)
+    fit.fit(Own(width=3), batches(1))
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    assert Own.load_from_checkpoint(tmp_path / "own.ckpt").hparams == {"width": 3}

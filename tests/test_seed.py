@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from lit_fast.errors import MisconfigurationException
-from lit_fast.seed import _seed_sequence, isolate_rng, pl_worker_init_function, reset_seed, seed_everything
+from lit_fast.seed import (
+    _seed_sequence,
+    isolate_rng,
+    pl_worker_init_function,
+    reset_seed,
+    seed_everything,
+    seed_workers,
+)
 
 
 def draw() -> tuple[float, float, float]:
@@ -80,3 +89,22 @@ def test_worker_seeds_are_lightnings() -> None:
         14431657612503861975,
         4972903908943417548,
     ]
+
+
+def test_workers_are_seeded_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def own(worker_id: int) -> None: ...
+
+    def loader(**options: Any) -> DataLoader[int]:
+        return DataLoader(range(4), **options)
+
+    monkeypatch.setenv("PL_SEED_WORKERS", "0")
+    plain = loader(num_workers=1)
+    seed_workers(plain, rank=0)
+    assert plain.worker_init_fn is None
+
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    loaders = {"a": loader(num_workers=1), "b": [loader(num_workers=1, worker_init_fn=own), loader()], "c": range(3)}
+    seed_workers(loaders, rank=2)
+    assert loaders["a"].worker_init_fn.keywords == {"rank": 2}
+    assert loaders["a"].worker_init_fn.func is pl_worker_init_function
+    assert [one.worker_init_fn for one in loaders["b"]] == [own, None]

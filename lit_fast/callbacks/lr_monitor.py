@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import torch
 from torch.optim import Optimizer
 
 from lit_fast.callbacks._logging_steps import training_logs
@@ -92,6 +93,7 @@ class LearningRateMonitor(Callback):
             if interval is None or scheduled is None or scheduled == interval:
                 values.update(self._values(name, group))
         if values:
+            trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
             step = trainer.fit_loop.epoch_loop._batches_that_stepped + steps_ahead
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)

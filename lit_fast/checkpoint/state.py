@@ -64,7 +64,8 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         checkpoint[OURS] = _ours(trainer)
     for owner in (module, trainer.datamodule):
         if owner is not None and owner.__dict__.get("_hparams"):
-            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
+            if hasattr(owner, "_hparams_name"):  # not where hparams was written to without save_hyperparameters
+                checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
             checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = _loadable(owner.hparams)
     if trainer.datamodule is not None:
         data_state = trainer.datamodule.state_dict()

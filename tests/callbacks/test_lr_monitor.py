@@ -33,11 +33,14 @@ def scheduled(optimizer: torch.optim.Optimizer, interval: str, name: str | None 
 def run(tmp_path: Path, monitor: LearningRateMonitor, **options: Any) -> list[tuple[int, dict[str, float]]]:
     sink = Sink()
     trainer = StandInTrainer(tmp_path, loggers=[sink], log_every_n_steps=2, **options)
+    trainer.callback_metrics = {}
     monitor.on_train_start(trainer, None)
     monitor.on_train_epoch_start(trainer, None)
     for batch_idx in range(4):
         trainer.fit_loop.epoch_loop._batches_that_stepped = batch_idx
         monitor.on_train_batch_start(trainer, None, None, batch_idx)
+    newest = {name: value for _, row in sink.rows for name, value in row.items()}
+    assert {name: value.item() for name, value in trainer.callback_metrics.items()} == pytest.approx(newest, rel=1e-6)
     return sink.rows
 
 
