@@ -26,6 +26,10 @@ class CheckpointError(LitFastError, RuntimeError):
     """A checkpoint could not be written, read, or applied; the message names the file and the way out."""
 
 
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no such checkpoint. A FileNotFoundError too, which programs for Lightning catch."""
+
+
 class DataError(LitFastError, ValueError):
     """The data cannot be trained on: no text, an empty loader, a loader that changed under a resume."""
 

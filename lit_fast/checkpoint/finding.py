@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_fast.errors import CheckpointError, MisconfigurationException
+from lit_fast.errors import CheckpointNotFoundError, MisconfigurationException
 from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> str | None:
     with an `OnExceptionCheckpoint` whose file is there.
 
     Raises:
-        CheckpointError: there is no such file.
+        CheckpointNotFoundError: there is no such file.
         MisconfigurationException: "best" or "hpc" where nothing of the kind was saved, or a model registry.
     """
     fitting = trainer.state.fn == TrainerFn.FITTING
@@ -59,7 +59,9 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> str | None:
             f"ckpt_path={name!r}: model registries are not built yet; download the file and pass its path."
         )
     if "://" not in name and not os.path.exists(name):
-        raise CheckpointError(f"There is no checkpoint {name!r}; pass the path of one, 'last', or None to start.")
+        raise CheckpointNotFoundError(
+            f"There is no checkpoint {name!r}; pass the path of one, 'last', or None to start."
+        )
     return name
 
 

@@ -33,7 +33,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from lit_fast.errors import CheckpointError
+from lit_fast.errors import CheckpointError, CheckpointNotFoundError
 
 try:
     import fcntl
@@ -138,7 +138,8 @@ def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -
         The checkpoint's dict.
 
     Raises:
-        CheckpointError: Missing, a directory, truncated, damaged, not a checkpoint, or holding pickled code.
+        CheckpointNotFoundError: There is no such file.
+        CheckpointError: A directory, truncated, damaged, not a checkpoint, or holding pickled code.
 
     Files in torch's format from before 1.6 and files written under
     `torch.serialization.set_crc32_options(False)` carry no checksums; they load unchecked.
@@ -146,7 +147,7 @@ def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -
     Example:
         >>> load("nowhere.ckpt")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lit_fast.errors.CheckpointError: there is no checkpoint 'nowhere.ckpt'; ...
+        lit_fast.errors.CheckpointNotFoundError: there is no checkpoint 'nowhere.ckpt'; ...
     """
     source = _local_path(path)
     try:
@@ -158,7 +159,7 @@ def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -
     except CheckpointError:
         raise
     except FileNotFoundError as error:
-        raise CheckpointError(
+        raise CheckpointNotFoundError(
             f"there is no checkpoint {source!r}; give the path of an existing file, or None to start anew"
         ) from error
     except IsADirectoryError as error:

@@ -54,8 +54,10 @@ def test_weights_loads_into_plain_torch(tmp_path: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="There is no checkpoint"):
-        resume(tmp_path / "none.ckpt")
+    for load in (resume, Plain.load_from_checkpoint):
+        for kind in (CheckpointError, FileNotFoundError):
+            with pytest.raises(kind, match="here is no checkpoint"):
+                load(tmp_path / "none.ckpt")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
