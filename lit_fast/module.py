@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_fast.core_hooks import CheckpointHooks, DataHooks, ModelHooks
 from lit_fast.errors import MisconfigurationException
 from lit_fast.export import Exportable
 from lit_fast.hparams import HyperparametersMixin, class_only
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
-class LightningModule(Exportable, HyperparametersMixin, nn.Module):
+class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     """A model with its training, validation and optimizer in one class, as in PyTorch Lightning.
 
     Override `training_step(batch, batch_idx)`, returning a loss (a scalar tensor, or a dict with the key "loss"),
@@ -71,8 +72,6 @@ class LightningModule(Exportable, HyperparametersMixin, nn.Module):
     _strict_loading = None  # nobody has said
     _example_input_array = None
     _exporting = False
-    prepare_data_per_node = True
-    allow_zero_length_dataloader_with_multiple_devices = False
 
     # -- who and where
 
@@ -294,52 +293,6 @@ class LightningModule(Exportable, HyperparametersMixin, nn.Module):
     def configure_callbacks(self) -> Any:
         return []
 
-    def configure_model(self) -> None: ...
-
-    def configure_sharded_model(self) -> None:
-        """An older name of `configure_model`."""
-
-    def prepare_data(self) -> None: ...
-
-    def setup(self, stage: str) -> None: ...
-
-    def teardown(self, stage: str) -> None: ...
-
-    def train_dataloader(self) -> Any:
-        raise MisconfigurationException(
-            f"No training data: pass trainer.fit(model, train_dataloaders=...), a datamodule, "
-            f"or define {type(self).__name__}.train_dataloader()."
-        )
-
-    def val_dataloader(self) -> Any:
-        raise MisconfigurationException(
-            f"No validation data: pass val_dataloaders=..., a datamodule, "
-            f"or define {type(self).__name__}.val_dataloader()."
-        )
-
-    def test_dataloader(self) -> Any:
-        raise MisconfigurationException(
-            f"No test data: pass trainer.test(model, dataloaders=...), a datamodule, "
-            f"or define {type(self).__name__}.test_dataloader()."
-        )
-
-    def predict_dataloader(self) -> Any:
-        raise MisconfigurationException(
-            f"No data to predict on: pass trainer.predict(model, dataloaders=...), a datamodule, "
-            f"or define {type(self).__name__}.predict_dataloader()."
-        )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        from lit_fast.data.transfer import move
-
-        return move(batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return batch
-
     def _apply_batch_transfer_handler(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
     ) -> Any:
@@ -347,60 +300,6 @@ class LightningModule(Exportable, HyperparametersMixin, nn.Module):
         batch = self.on_before_batch_transfer(batch, dataloader_idx)
         batch = self.transfer_batch_to_device(batch, self.device if device is None else device, dataloader_idx)
         return self.on_after_batch_transfer(batch, dataloader_idx)
-
-    def on_fit_start(self) -> None: ...
-    def on_fit_end(self) -> None: ...
-    def on_train_start(self) -> None: ...
-    def on_train_end(self) -> None: ...
-    def on_train_epoch_start(self) -> None: ...
-    def on_train_epoch_end(self) -> None: ...
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None: ...
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
-    def on_validation_start(self) -> None: ...
-    def on_validation_end(self) -> None: ...
-    def on_validation_epoch_start(self) -> None: ...
-    def on_validation_epoch_end(self) -> None: ...
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_test_start(self) -> None: ...
-    def on_test_end(self) -> None: ...
-    def on_test_epoch_start(self) -> None: ...
-    def on_test_epoch_end(self) -> None: ...
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_test_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_predict_start(self) -> None: ...
-    def on_predict_end(self) -> None: ...
-    def on_predict_epoch_start(self) -> None: ...
-    def on_predict_epoch_end(self) -> None: ...
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_predict_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
-    def on_before_zero_grad(self, optimizer: Optimizer) -> None: ...
-    def on_before_backward(self, loss: Tensor) -> None: ...
-    def on_after_backward(self) -> None: ...
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None: ...
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
-
-    def on_validation_model_zero_grad(self) -> None:
-        """Release gradients before validation, so that their memory is free meanwhile."""
-        self.zero_grad()
-
-    def on_validation_model_eval(self) -> None:
-        """Override to choose which submodules validate in evaluation mode; all of them by default."""
-        self.eval()
-
-    def on_validation_model_train(self) -> None:
-        """Override to choose which submodules train afterwards; where it is not, each is as it was before."""
-        self.train()
-
-    def on_test_model_eval(self) -> None:
-        self.eval()
-
-    def on_test_model_train(self) -> None:
-        self.train()
-
-    def on_predict_model_eval(self) -> None:
-        self.eval()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Override to run backward your own way; `loss` is divided by the accumulation window already."""

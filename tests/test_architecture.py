@@ -27,8 +27,8 @@ FLOORS = [
     "runtime",
     "defaults evaluation prediction loop loop_views model_checks connectors interrupts trial",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
-    "module precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler config seed "
-    "hparams export backends tuner model_summary accelerators flags",
+    "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
+    "config seed hparams export backends tuner model_summary accelerators flags",
     "optim triton",
     "ops",
     "_core",

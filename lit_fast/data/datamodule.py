@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lit_fast.core_hooks import DataHooks
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hparams import HyperparametersMixin, class_only
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _DataModule = TypeVar("_DataModule", bound="LightningDataModule")
 
 
-class LightningDataModule(HyperparametersMixin):
+class LightningDataModule(DataHooks, HyperparametersMixin):
     """Data for a Trainer: define the `*_dataloader` methods that the run needs, and `setup` to make the data
     sets.
 
@@ -46,8 +47,6 @@ class LightningDataModule(HyperparametersMixin):
     name: str | None = None
     # Class attributes too, so that a subclass that forgets super().__init__() works
     trainer: Trainer | None = None
-    prepare_data_per_node = True
-    allow_zero_length_dataloader_with_multiple_devices = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes and ignores any arguments, so that a subclass may pass all of its own on."""
@@ -92,51 +91,6 @@ class LightningDataModule(HyperparametersMixin):
                 loaders = _Loaders(data, batch_size, num_workers, stage)
                 setattr(datamodule, f"{stage}_dataloader", loaders)
         return datamodule
-
-    def prepare_data(self) -> None:
-        """Write what the data sets need to disk. Runs in one process: others do not see what it sets."""
-
-    def setup(self, stage: str) -> None:
-        """Make the data sets. `stage` is "fit", "validate", "test" or "predict"."""
-
-    def teardown(self, stage: str) -> None:
-        """Let go of what `setup` made."""
-
-    def train_dataloader(self) -> Any:
-        """The training data: a loader, or a list or dict of loaders."""
-        raise self._undefined("train")
-
-    def val_dataloader(self) -> Any:
-        """The validation data: a loader, or a list of loaders."""
-        raise self._undefined("val")
-
-    def test_dataloader(self) -> Any:
-        """The test data: a loader, or a list of loaders."""
-        raise self._undefined("test")
-
-    def predict_dataloader(self) -> Any:
-        """The data to predict on: a loader, or a list of loaders."""
-        raise self._undefined("predict")
-
-    def _undefined(self, stage: str) -> MisconfigurationException:
-        return MisconfigurationException(
-            f"{type(self).__name__} has no {stage}_dataloader; define the method, or pass "
-            f"{stage}_dataloaders=... to the Trainer instead of the data module"
-        )
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch before it moves to the device."""
-        return batch
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch; override it for a type that `lit_fast.data.move` does not know how to move."""
-        from lit_fast.data.transfer import move
-
-        return move(batch, device)
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Change a batch on the device."""
-        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """What to keep in checkpoints: tensors, numbers, strings and containers of them."""

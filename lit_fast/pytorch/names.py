@@ -98,6 +98,7 @@ TABLE: dict[str, str | dict[str, str]] = {
         "LightningModule": "lit_fast:LightningModule",
     },
     "pytorch.core.datamodule": "lit_fast.data.datamodule",
+    "pytorch.core.hooks": "lit_fast.core_hooks",
     "pytorch.core.module": "lit_fast.module",
     "pytorch.core.saving": _HPARAMS_FILES,
     "pytorch.core.optimizer": "lit_fast.optim.lightning_optimizer",
