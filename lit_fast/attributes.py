@@ -172,6 +172,15 @@ class Attributes(Runtime):
         return self._defines_loader("val_dataloader")
 
     @property
+    def ckpt_path(self) -> str | None:
+        """The checkpoint that the run began with. Set before a run, it is where runs without a `ckpt_path` begin."""
+        return self._ckpt_path
+
+    @ckpt_path.setter
+    def ckpt_path(self, path: Any) -> None:
+        self._ckpt_path, self._ckpt_path_was_set = path, bool(path)
+
+    @property
     def num_training_batches(self) -> int | float:
         """Batches of a training epoch (inf where unknown)."""
         return float("inf") if self._progress.total is None else self._progress.total

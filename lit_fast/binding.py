@@ -402,7 +402,10 @@ class Binding:
             return ()
 
         def on_train_batch_end(output: Any, batch: Any, batch_idx: int) -> None:
-            outputs = outputs_of(output, losses) if self.automatic else manual_outputs(output)
+            if batch is None:  # it was skipped
+                outputs = None
+            else:
+                outputs = outputs_of(output, losses) if self.automatic else manual_outputs(output)
             for hook in hooks:
                 hook(outputs, batch, batch_idx)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.errors import MisconfigurationException
 
 if TYPE_CHECKING:
+    from lit_fast.binding import StepPlan
     from lit_fast.metrics import MetricLog, Table
     from lit_fast.module import LightningModule
     from lit_fast.progress import Progress
@@ -41,6 +43,21 @@ def module_hook(hook: Callable[..., Any], log: MetricLog, table: Table, fixed: A
         return hook(*args, *fixed)
 
     return call
+
+
+def skip(plan: StepPlan, batch: None, batch_idx: int) -> None:
+    """A batch that is None, which a loader may give for samples that it could not read: only what follows a step."""
+    for receive in plan.receive:
+        batch = receive(batch)
+    plan.log.batch = None
+    warnings.warn(
+        "The training data gave a batch that is None: no step is taken for it. Where it is meant so, ignore this.",
+        stacklevel=2,
+    )
+    for schedule in plan.schedulers:
+        schedule(batch_idx)
+    for hook in plan.on_train_batch_end:
+        hook(None, None, batch_idx)
 
 
 class Called:

@@ -15,6 +15,7 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.binding import SkipEpoch
+from lit_fast.calls import skip
 from lit_fast.config import batch_limit
 from lit_fast.connectors import DataSource
 from lit_fast.data.combined import CombinedLoader, is_collection
@@ -227,7 +228,7 @@ class FitLoop:
         total = progress.total if self.length is not None else None
         for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, total), strict=False):
             progress.batch_idx = batch_idx
-            plan.run(plan, batch, batch_idx)
+            (plan.run if batch is not None else skip)(plan, batch, batch_idx)
             if batch_idx >= progress.boundary and self._visit():
                 return
         self._ended_early()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
-from lit_fast.defaults import check_state_keys, in_order
+from lit_fast.defaults import in_order
 from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError, PossibleUserWarning, TunerExit
 from lit_fast.hooks import is_overridden
 from lit_fast.interrupts import Interrupts
@@ -23,6 +23,7 @@ from lit_fast.model_checks import check_hooks
 from lit_fast.module import LightningModule
 from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.plan import Plans
+from lit_fast.rank_zero import rank_zero_info
 from lit_fast.seed import seed_workers
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
 
@@ -118,6 +119,8 @@ class Runtime(Interrupts):
         datamodule: Any
         _pending_metrics: dict[str, Any] | None
         _pending_rng: dict[str, Any] | None
+        _ckpt_path: str | None
+        _ckpt_path_was_set: bool
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -169,7 +172,16 @@ class Runtime(Interrupts):
     def _prepare(self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None) -> Any:
         """Everything from `configure_callbacks` to a restored model, in Lightning's order; returns the checkpoint."""
         check_hooks(self._trainer, module, self.state.fn)
-        self.ckpt_path = None if ckpt_path is None else str(ckpt_path)  # callbacks look at it in `setup`
+        if self._ckpt_path_was_set and ckpt_path is not None:
+            warnings.warn(
+                f"trainer.ckpt_path was set to {self._ckpt_path!r}, and {self.state.fn}(ckpt_path={ckpt_path!r}) was "
+                f"called: the latter is loaded. Give one of them.",
+                stacklevel=3,
+            )
+            self._ckpt_path_was_set = False
+        elif self._ckpt_path_was_set:
+            ckpt_path = self._ckpt_path
+        self._ckpt_path = None if ckpt_path is None else str(ckpt_path)  # callbacks look at it in `setup`
         self._attach_model_callbacks(module)
         for owner in (self.datamodule, module):
             if owner is not None:
@@ -182,7 +194,7 @@ class Runtime(Interrupts):
         module.configure_sharded_model()
         module.configure_model()
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
-        path = self.ckpt_path = finding.find(self._trainer, ckpt_path)
+        path = self._ckpt_path = finding.find(self._trainer, ckpt_path)
         if path is None:
             return None
         checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
@@ -202,9 +214,14 @@ class Runtime(Interrupts):
                 )
         replaced = tuple({type(callback) for callback in self.callbacks} - {Callback})
         replaced = tuple(kind for kind in replaced if any(isinstance(callback, kind) for callback in own))
+        if replaced:
+            rank_zero_info(
+                "%s.configure_callbacks takes the place of these callbacks of the Trainer: %s.",
+                type(module).__name__,
+                ", ".join(sorted(kind.__name__ for kind in replaced)),
+            )
         kept = [callback for callback in self.callbacks if type(callback) not in replaced]
         self.callbacks = in_order([*kept, *own])
-        check_state_keys(self.callbacks)
         for callback in own:
             callback.log, callback.log_dict = module.log, module.log_dict
 

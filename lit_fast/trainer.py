@@ -144,7 +144,7 @@ class Trainer(Attributes):
         self._pending_rng = None  # of a checkpoint, until the first step is near
         self._pending_metrics = None  # the same, until the sanity check is over
         self._sources: dict[str, Any] = {}
-        self.ckpt_path: str | None = None
+        self.ckpt_path = None
         set_torch_flags(self.config)
         announce(self.config)
 
@@ -331,7 +331,7 @@ class Trainer(Attributes):
 
     def _best_if_no_model(self, model: LightningModule | None, ckpt_path: Any) -> Any:
         """`ckpt_path`, or "best" where neither it nor a model was passed, as in Lightning."""
-        if model is not None or ckpt_path is not None:
+        if model is not None or ckpt_path is not None or self._ckpt_path_was_set:
             return ckpt_path
         warnings.warn(
             f"trainer.{self.state.fn}() without a model loads the best checkpoint of the last fit. Say so with "
@@ -347,6 +347,21 @@ class Trainer(Attributes):
         self._prepare(module, stage, ckpt_path, weights_only)
         module.to(self.config.device)
         self._log_hyperparameters(module)
+
+    def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        """A context that builds a module right where, and in the dtype in which, it will run.
+
+        Args:
+            empty_init: leave the memory of new weights as it is, for a module whose weights are loaded next.
+
+        Example::
+
+            trainer = Trainer(precision="bf16-true")
+            with trainer.init_module(empty_init=True):
+                model = Model()  # bfloat16, on the trainer's device
+            trainer.fit(model, ckpt_path="model.ckpt")
+        """
+        return self.strategy.tensor_init_context(empty_init=empty_init)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None

@@ -547,11 +547,6 @@ def a_generator_over_two_epochs(L: Any) -> None:
 
 
 @program
-def a_batch_that_is_none(L: Any) -> None:
-    fit(L, train=[torch.ones(2, 4), None])
-
-
-@program
 def too_small_a_fraction(L: Any) -> None:
     fit(L, limit_train_batches=0.1)
 

@@ -148,3 +148,81 @@ def test_validation_is_enabled_where_there_is_everything_for_it() -> None:
     assert not fitted(Validates(), batches(1), [batches(1)], max_epochs=1, limit_val_batches=0).enable_validation
     made = fitted(Validates(), batches(1), [batches(3)], max_epochs=1)
     assert made.enable_validation and made.num_val_batches == [3] and made.num_sanity_val_batches == [2]
+
+
+# -- where a run begins
+
+
+class Begins(Plain):
+    def setup(self, stage: str) -> None:
+        self.began = [self.trainer.ckpt_path]
+
+    def on_train_start(self) -> None:
+        self.began.append(self.trainer.global_step)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> str:
+    made = fitted(Plain(), batches(4), max_steps=2)
+    made.save_checkpoint(tmp_path / "two.ckpt")
+    return str(tmp_path / "two.ckpt")
+
+
+def test_a_path_that_was_set_is_where_runs_begin(saved: str) -> None:
+    model, made = Begins(), trainer(max_steps=4)
+    made.ckpt_path = saved
+    made.fit(model, batches(4))
+    assert (model.began, made.global_step, made.ckpt_path) == ([saved, 2], 4, saved)
+    model = Begins()
+    made.validate(model, batches(1))  # it stays set
+    assert torch.equal(model.net[0].weight, torch.load(saved)["state_dict"]["net.0.weight"])
+    made.validate(dataloaders=batches(1))  # and is what a run without a model loads
+    made.ckpt_path = None
+    made.validate(model, batches(1))
+    assert made.ckpt_path is None
+
+
+def test_a_path_that_is_passed_goes_before_the_one_that_was_set(saved: str) -> None:
+    model, made = Begins(), trainer(max_steps=3)
+    made.ckpt_path = "another.ckpt"
+    with pytest.warns(UserWarning, match=r"was set to 'another.ckpt'.*the latter is loaded"):
+        made.fit(model, batches(4), ckpt_path=saved)
+    assert model.began == [saved, 2] and made.ckpt_path == saved
+    made.validate(model, batches(1))  # what was passed holds for its run alone
+    assert made.ckpt_path is None
+
+
+# -- callbacks that come later
+
+
+class Stateful(lit_fast.Callback):
+    def __init__(self, name: str) -> None:
+        self.name, self.started = name, False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.started = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+
+def test_a_callback_of_the_module_takes_the_place_of_one_of_its_class(caplog: Any) -> None:
+    class Own(Plain):
+        def configure_callbacks(self) -> Any:
+            return Stateful("own")
+
+    with caplog.at_level("INFO", logger="lit_fast"):
+        made = fitted(Own(), batches(1), max_epochs=1, callbacks=[Stateful("given")])
+    assert [callback.name for callback in made.callbacks] == ["own"]
+    assert "Own.configure_callbacks takes the place of these callbacks of the Trainer: Stateful." in caplog.messages
+
+
+def test_callbacks_that_are_appended_may_share_a_name_in_checkpoints() -> None:
+    made = trainer(max_epochs=1)
+    made.callbacks += [Stateful("a"), Stateful("b")]
+    made.fit(Plain(), batches(1))
+    assert all(callback.started for callback in made.callbacks) and len(made.callbacks) == 2
+    with pytest.raises(MisconfigurationException, match="state_key 'Stateful'"):
+        trainer(callbacks=[Stateful("a"), Stateful("b")])

@@ -96,7 +96,6 @@ ERRORS: dict[str, tuple[str, str]] = {
     "a_checkpoint_callback_that_is_switched_off": ("MisconfigurationException", "enable_checkpointing=False"),
     "configure_callbacks_returns_text": ("MisconfigurationException", "configure_callbacks returned str"),
     "a_generator_over_two_epochs": ("DataError", "generator.*no batch in epoch 1.*max_epochs=1"),
-    "a_batch_that_is_none": ("TypeError", "NoneType"),
     "too_small_a_fraction": ("MisconfigurationException", "limit_train_batches=0.1.*0.333"),
     "a_fraction_of_data_without_length": ("MisconfigurationException", "limit_train_batches=0.5.*no length"),
     "validation_rarer_than_an_epoch": ("MisconfigurationException", "val_check_interval=10.*never validate"),

@@ -302,3 +302,54 @@ def test_validation_by_the_clock(every: Any, monkeypatch: pytest.MonkeyPatch) ->
         num_sanity_val_steps=0,
     )  # fmt: skip
     assert model.validated == [6, 9], "only in the epochs that validate at all"
+
+
+# -- batches that are None
+
+
+class Watched(Plain):
+    """What is called for each batch, as Lightning 2.6.6 calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[Any] = []
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.called.append(("transfer", batch is None))
+        return batch
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.called.append(("start", batch_idx))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.called.append(("end", batch_idx, outputs is None, batch is None, self.trainer.global_step))
+
+
+@pytest.mark.parametrize("window,steps", [(1, [1, 1, 2, 2, 3]), (2, [0, 0, 0, 0, 1])])
+def test_a_batch_that_is_none_is_skipped(window: int, steps: list[int]) -> None:
+    first, second, third = batches(3)
+    model = Watched()
+    with pytest.warns(UserWarning, match="a batch that is None") as heard:
+        made = fitted(model, [first, None, second, None, third], max_epochs=1, accumulate_grad_batches=window)
+    assert [("returned None" in str(warning.message)) for warning in heard].count(True) == 0
+    expected: list[Any] = []
+    for index, (nothing, taken) in enumerate(zip([False, True, False, True, False], steps, strict=True)):
+        expected += [("transfer", nothing), *([] if nothing else [("start", index)])]
+        expected.append(("end", index, nothing, nothing, taken))
+    assert model.called == expected and made.global_step == steps[-1]
+    if window == 1:
+        reference = Plain()
+        fitted(reference, [first, second, third], max_epochs=1)
+        assert torch.equal(model.net[0].weight, reference.net[0].weight)
+
+
+def test_schedulers_step_also_after_a_batch_that_is_none() -> None:
+    class Scheduled(Plain):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    with pytest.warns(UserWarning, match="is None"):
+        made = fitted(Scheduled(), [batches(1)[0], None, None], max_epochs=1)
+    assert made.optimizers[0].param_groups[0]["lr"] == 0.125

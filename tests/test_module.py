@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -159,3 +160,60 @@ def test_a_compiled_module_is_restored_after_an_error() -> None:
     with pytest.raises(KeyError, match="broken"):
         trainer(max_epochs=1).fit(compiled, batches(1))
     assert "training_step" not in model.__dict__ and "log" not in model.__dict__
+
+
+# -- how modules are written
+
+
+class Extra:
+    """Comes before the module among the bases, takes part in its construction, and overrides what it wants."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ended = 0
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.ended += 1
+
+
+class OneLayer:
+    """No module by itself: steps and an optimizer for one that comes after it among the bases."""
+
+    layer: torch.nn.Linear
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.layer.parameters(), lr=0.1)
+
+
+class Mixed(Extra, OneLayer, lit_fast.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 1)
+
+
+@dataclass(eq=False)
+class AsDataclass(OneLayer, lit_fast.LightningModule):
+    width: int = 8
+    lr: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = torch.nn.Linear(self.width, 1)
+
+
+def test_a_mixin_overrides_steps_and_hooks() -> None:
+    model = Mixed()
+    assert fitted(model, batches(3), max_epochs=1).global_step == model.ended == 3
+
+
+def test_a_module_may_be_a_dataclass(tmp_path: Any) -> None:
+    model = AsDataclass(lr=0.25)
+    made = fitted(model, batches(2), max_epochs=1)
+    assert made.global_step == 2 and dict(model.hparams) == {"width": 8, "lr": 0.25}
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    again = AsDataclass.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert again.lr == 0.25 and torch.equal(again.layer.weight, model.layer.weight)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from lit_fast.checkpoint.plugins import CheckpointIO, TorchCheckpointIO
 
@@ -16,6 +18,21 @@ if TYPE_CHECKING:
     from lit_fast.module import LightningModule
     from lit_fast.optim.configure import LRSchedulerConfig
     from lit_fast.optim.lightning_optimizer import LightningOptimizer
+
+
+class SkipInit(TorchFunctionMode):
+    """Inside, the functions of `torch.nn.init` that can be intercepted leave tensors as they were allocated.
+
+    The time for values that a checkpoint overwrites is saved, and no random number is drawn for them.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 class SingleDeviceStrategy:
@@ -66,6 +83,16 @@ class SingleDeviceStrategy:
 
     def connect(self, model: LightningModule) -> None:
         self.lightning_module = model
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Tensors made inside are on this device, in the dtype of the precision; see `Trainer.init_module`."""
+        with ExitStack() as stack:
+            stack.enter_context(self.root_device)
+            stack.enter_context(self.precision_plugin.tensor_init_context())
+            if empty_init:
+                stack.enter_context(SkipInit())
+            yield
 
     def model_to_device(self) -> None:
         assert self.lightning_module is not None, "no model is connected"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
-from heart_models import Plain, batches, fitted
+from heart_models import Plain, batches, fitted, trainer
 
 import lit_fast
 from lit_fast.strategies import SingleDeviceStrategy
@@ -50,3 +51,45 @@ def test_what_a_callback_finds_in_a_fit() -> None:
     made.strategy.load_model_state_dict(checkpoint)
     made.strategy.load_optimizer_state_dict(checkpoint)
     assert torch.equal(model.net[0].weight, Plain().net[0].weight)
+
+
+@pytest.mark.parametrize(
+    "precision,dtype",
+    [
+        ("32-true", torch.float32),
+        ("64-true", torch.float64),
+        ("bf16-true", torch.bfloat16),
+        ("16-true", torch.float16),
+        ("bf16-mixed", torch.float32),
+    ],
+)
+def test_modules_are_made_in_the_dtype_of_the_precision(precision: str, dtype: torch.dtype) -> None:
+    with trainer(precision=precision).init_module():
+        made = torch.nn.Linear(2, 2)
+    assert (made.weight.dtype, torch.get_default_dtype()) == (dtype, torch.float32)
+
+
+def test_modules_are_made_on_the_device_of_the_trainer() -> None:
+    made = trainer()
+    made.strategy.root_device = torch.device("meta")
+    with made.init_module():
+        assert torch.nn.Linear(2, 2).weight.is_meta
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
+def test_weights_that_are_loaded_next_need_no_values() -> None:
+    def made(empty: bool | None) -> torch.nn.Module:
+        torch.manual_seed(3)
+        with trainer().init_module(empty_init=empty):
+            return torch.nn.Linear(4, 4)
+
+    torch.manual_seed(3)
+    usual, drawn = torch.nn.Linear(4, 4), torch.get_rng_state()
+    assert torch.equal(made(False).weight, usual.weight) and torch.equal(made(None).weight, usual.weight)
+    made(True)
+    assert not torch.equal(torch.get_rng_state(), drawn)
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(3).get_state())
+    with trainer().init_module(empty_init=True):
+        kept = torch.full((3,), 7.0)
+        assert torch.nn.init.constant_(kept, 5.0) is kept and torch.nn.init.constant_(tensor=kept, val=5.0) is kept
+    assert kept.tolist() == [7.0, 7.0, 7.0]
