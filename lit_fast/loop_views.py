@@ -2,7 +2,7 @@
 
 Nothing is counted here. Each number is worked out, when somebody reads it, from the few that `Progress` keeps and from
 the hook that runs: a batch, say, counts as started once its `on_train_batch_start` hooks are through. What programs
-write (the epoch or the step to go on from) goes into `Progress`.
+write (the epoch or the step to go on from) goes into `Progress`. Checkpoints hold the same numbers.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ _PLACES = {
     "lr_scheduler_step": STEPPED,
     "on_train_batch_end": BATCH_END,
 }
+
+
+ALL = ("ready", "completed", "started", "processed")
+DONE = ("ready", "completed")  # what is counted of things that only happen or do not
+BEGUN = (*DONE, "started")
 
 
 class Count:
@@ -69,12 +74,17 @@ class Tracker:
 class ProgressView:
     """`total` counts over the whole fit, `current` over the running epoch (or run)."""
 
-    def __init__(self, total: Tracker, current: Tracker | None = None) -> None:
+    def __init__(self, total: Tracker, current: Tracker | None = None, counted: tuple[str, ...] = ALL) -> None:
         self.total = total
         self.current = total if current is None else current
+        self.counted = counted
 
     def reset(self) -> None:
         self.total.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        trackers = {"total": self.total, "current": self.current}
+        return {when: {name: tracker.read(name) for name in self.counted} for when, tracker in trackers.items()}
 
     def __repr__(self) -> str:
         return f"total: {self.total}; current: {self.current}"
@@ -90,6 +100,9 @@ class BatchProgressView(ProgressView):
     @property
     def is_last_batch(self) -> bool:
         return self._is_last_batch()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "is_last_batch": self.is_last_batch}
 
 
 class Namespace(SimpleNamespace):
@@ -189,7 +202,7 @@ class Counters:
     def scheduler_progress(self) -> ProgressView:
         progress = self.progress
         return ProgressView(
-            Tracker(self.schedulings), Tracker(lambda name: self.schedulings(name) - progress.scheduled_before)
+            Tracker(self.schedulings), Tracker(lambda name: self.schedulings(name) - progress.scheduled_before), DONE
         )
 
     def automatic_optimization(self) -> Namespace:
@@ -199,13 +212,14 @@ class Counters:
             return Tracker(lambda name: max(0, count(name) - progress.stepped_before))
 
         optimizer = Namespace(
-            step=ProgressView(Tracker(self.steps, self.set_steps), in_epoch(self.steps)),
-            zero_grad=ProgressView(Tracker(self.zeroings), in_epoch(self.zeroings)),
+            step=ProgressView(Tracker(self.steps, self.set_steps), in_epoch(self.steps), DONE),
+            zero_grad=ProgressView(Tracker(self.zeroings), in_epoch(self.zeroings), BEGUN),
         )
         return Namespace(optim_progress=OptimizationView(optimizer))
 
     def manual_optimization(self) -> Namespace:
-        return Namespace(optim_step_progress=ProgressView(Tracker(self.manual_steps, self.set_steps)))
+        steps = Tracker(self.manual_steps, self.set_steps)
+        return Namespace(optim_step_progress=ProgressView(steps, steps, DONE))
 
 
 class OptimizationView:
@@ -217,6 +231,9 @@ class OptimizationView:
     @property
     def optimizer_steps(self) -> int:
         return int(self.optimizer.step.total.completed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizer": {name: view.state_dict() for name, view in vars(self.optimizer).items()}}
 
 
 class EpochLoop:
@@ -279,3 +296,28 @@ class EpochLoop:
     def _should_accumulate(self) -> bool:
         """Whether the running batch only gathers gradients."""
         return not self._accumulated_batches_reached() and not self._num_ready_batches_reached()
+
+    def state_of_loops(self) -> dict[str, Any]:
+        """The counters of every loop under the keys that Lightning's checkpoints have; loops outside a fit are idle."""
+        automatic, manual = self.automatic_optimization.optim_progress, self.manual_optimization.optim_step_progress
+        validated = self.val_loop.batches_run
+        fit = {
+            "state_dict": {},
+            "epoch_loop.state_dict": {"_batches_that_stepped": self._batches_that_stepped},
+            "epoch_loop.batch_progress": self.batch_progress.state_dict(),
+            "epoch_loop.scheduler_progress": self.scheduler_progress.state_dict(),
+            "epoch_loop.automatic_optimization.state_dict": {},
+            "epoch_loop.automatic_optimization.optim_progress": automatic.state_dict(),
+            "epoch_loop.manual_optimization.state_dict": {},
+            "epoch_loop.manual_optimization.optim_step_progress": manual.state_dict(),
+            "epoch_loop.val_loop.state_dict": {},
+            "epoch_loop.val_loop.batch_progress": {**_batches(validated), "is_last_batch": validated > 0},
+            "epoch_progress": self._fit_loop.epoch_progress.state_dict(),
+        }
+        idle = {"state_dict": {}, "batch_progress": {**_batches(0), "is_last_batch": False}}
+        predict = {"state_dict": {}, "batch_progress": _batches(0)}
+        return {"fit_loop": fit, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
+
+
+def _batches(current: int) -> dict[str, Any]:
+    return {"total": dict.fromkeys(ALL, 0), "current": dict.fromkeys(ALL, current)}

@@ -52,3 +52,27 @@ def test_what_only_the_loop_counts_cannot_be_set() -> None:
     with pytest.raises(AttributeError, match="'ready' of this progress follows from what the loop does"):
         progress.current.ready = 3
     assert repr(progress).startswith("total: ready=0, started=0, processed=0, completed=0; current: ready=0")
+
+
+def test_a_checkpoint_holds_the_same_numbers() -> None:
+    class Compares(lit_fast.Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+            held, loop = checkpoint["loops"]["fit_loop"], trainer.fit_loop.epoch_loop
+            steps = held["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+            assert steps["total"] == {"ready": trainer.global_step, "completed": trainer.global_step}
+            batches = held["epoch_loop.batch_progress"]
+            assert batches["is_last_batch"] == trainer.is_last_batch
+            for name, number in batches["total"].items():
+                assert number == getattr(loop.batch_progress.total, name)
+            seen.append((*batches["current"].values(), held["epoch_progress"]["current"]["started"]))
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            trainer._checkpoint_connector.dump_checkpoint()
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer._checkpoint_connector.dump_checkpoint()
+
+    seen: list[tuple[int, ...]] = []
+    fitted(Plain(), batches(2), max_epochs=1, callbacks=Compares())
+    # ready, completed, started, processed; epochs begun
+    assert seen == [(1, 0, 0, 0, 1), (1, 0, 1, 1, 1), (2, 1, 1, 1, 1), (2, 1, 2, 2, 1)]

@@ -46,7 +46,7 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_FORMAT,
         "state_dict": module.state_dict(),
-        "loops": _loops(trainer),
+        "loops": trainer.fit_loop.epoch_loop.state_of_loops(),
     }
     if not weights_only:
         states = {}
@@ -116,67 +116,6 @@ def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
         return {}
     parameters = trainer.lightning_module.named_parameters()
     return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
-
-
-def _loops(trainer: Trainer) -> dict[str, Any]:
-    """The counters of every loop as Lightning writes them, derived from the few that we keep."""
-    progress = trainer._progress
-    done = progress.batch_idx + 1
-    total = progress.total_before + done
-    steps = progress.global_step
-    inside = progress.stage in (
-        "batch",
-        "broken",
-    )  # Lightning counts a batch as completed, and as stepped, only afterwards
-    stepped = trainer.fit_loop.windows_completed()
-    stepped -= progress.stage in ("batch", "broken", "stepped", "validated") and stepped > progress.stepped_before
-    in_epoch = max(0, trainer.fit_loop.windows_completed() - progress.stepped_before)
-    ended = progress.stage == "start" and done > 0
-    started = progress.epoch + (0 if ended or done == 0 else 1)
-    processed = progress.epoch + (progress.stage == "epoch_end")
-
-    def counts(value: int, *names: str) -> dict[str, int]:
-        return dict.fromkeys(names or ("ready", "completed", "started", "processed"), value)
-
-    def batch_counts(overall: int, current: int, open_batches: int = 0, last: bool = False) -> dict[str, Any]:
-        total, now = counts(overall), counts(current)
-        total["completed"] -= open_batches
-        now["completed"] -= open_batches
-        return {"total": total, "current": now, "is_last_batch": last}
-
-    def pair(overall: int, current: int, *names: str) -> dict[str, Any]:
-        return {"total": counts(overall, *names), "current": counts(current, *names)}
-
-    validated = trainer.fit_loop.epoch_loop.val_loop.batches_run
-    automatic = trainer.lightning_module.automatic_optimization
-    epochs = {"ready": started, "completed": progress.epoch, "started": started, "processed": processed}
-    fit_loop = {
-        "state_dict": {},
-        "epoch_loop.state_dict": {"_batches_that_stepped": stepped},
-        "epoch_loop.batch_progress": batch_counts(total, done, inside, trainer.is_last_batch),
-        "epoch_loop.scheduler_progress": pair(
-            progress.scheduled, progress.scheduled - progress.scheduled_before, "ready", "completed"
-        ),
-        "epoch_loop.automatic_optimization.state_dict": {},
-        "epoch_loop.automatic_optimization.optim_progress": {
-            "optimizer": {
-                "step": pair(steps if automatic else 0, in_epoch if automatic else 0, "ready", "completed"),
-                "zero_grad": pair(
-                    steps if automatic else 0, in_epoch if automatic else 0, "ready", "completed", "started"
-                ),
-            }
-        },
-        "epoch_loop.manual_optimization.state_dict": {},
-        "epoch_loop.manual_optimization.optim_step_progress": pair(
-            0 if automatic else steps, 0 if automatic else steps, "ready", "completed"
-        ),
-        "epoch_loop.val_loop.state_dict": {},
-        "epoch_loop.val_loop.batch_progress": batch_counts(0, validated, last=validated > 0),
-        "epoch_progress": {"total": dict(epochs), "current": epochs},
-    }
-    idle = {"state_dict": {}, "batch_progress": batch_counts(0, 0)}
-    predict = {"state_dict": {}, "batch_progress": {"total": counts(0), "current": counts(0)}}
-    return {"fit_loop": fit_loop, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
 
 
 def _loadable(hparams: Mapping[str, Any]) -> dict[str, Any]:
