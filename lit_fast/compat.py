@@ -12,6 +12,7 @@ What does not exist in lit_fast yet raises ModuleNotFoundError, or ImportError f
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 from lit_fast.errors import MisconfigurationException
@@ -46,6 +47,9 @@ def install() -> None:
         )
     for root, key in ROOTS.items():
         names.FINDER.serve(root, key)
+    # torch imports it (a second or so) when the first optimizer is made, in the middle of a program's `fit`. Where
+    # Lightning is imported it has been paid for by then, and programs that time their `fit` expect that.
+    importlib.import_module("torch._dynamo")
 
 
 def uninstall() -> None:
