@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,13 +23,14 @@ from typing import Any
 import progress_bar_program
 import pytest
 import torch
+from callback_programs import Names, make_module, make_trainer
 from callback_standins import StandInTrainer
 
 from lit_fast.callbacks import RichProgressBar
 from lit_fast.callbacks.progress import bar_line
 from lit_fast.callbacks.progress.bar_line import Look, Track, metric_texts, render, render_plain
 from lit_fast.callbacks.progress.live_area import HIDE_CURSOR, SHOW_CURSOR, Above, LiveArea
-from lit_fast.errors import MisconfigurationException
+from lit_fast.callbacks.progress.rich_progress import RichProgressBarTheme
 
 TERMINAL = {"TERM": "xterm-256color", "LANG": "C.UTF-8"}
 UNWANTED = ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
@@ -227,13 +229,55 @@ def test_refresh_rate_zero_or_disable_shows_nothing(tmp_path: Path) -> None:
     assert bar.is_enabled
 
 
-def test_columns_of_a_subclass_are_refused() -> None:
-    class Mine(RichProgressBar):
-        def configure_columns(self, trainer: Any) -> list[Any]:
-            return []
+@pytest.mark.parametrize("method", ["validate", "test", "predict"])
+def test_the_other_methods_with_two_loaders(tmp_path: Path, method: str) -> None:
+    class Bar(RichProgressBar):
+        def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+            assert pl_module is module and trainer.progress_bar_callback is self
+            return {"mine": 0.25}
 
-    with pytest.raises(MisconfigurationException, match="get_metrics"):
-        Mine()
+    names = Names("lit_fast.pytorch")
+    module = make_module(names)
+    loader = module.val_dataloader()
+    for step in ("validation_step", "test_step", "predict_step"):
+        setattr(type(module), step, lambda self, batch, batch_idx, dataloader_idx=0: None)
+    file = io.StringIO()
+    bar = Bar(console_kwargs={"file": file, "force_terminal": True, "no_color": True})
+    trainer = make_trainer(names, str(tmp_path), callbacks=bar, enable_progress_bar=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a prediction of None
+        getattr(trainer, method)(module, [loader, loader])
+    name = {"validate": "Validation", "test": "Testing", "predict": "Predicting"}[method]
+    assert re.fullmatch(rf"{name} ━+ 2/2 0:00:0\d • 0:00:00 \S+it/s mine=0.250", screen_of(file.getvalue())[-2])
+    plain = io.StringIO()
+    trainer = make_trainer(
+        names, str(tmp_path), callbacks=Bar(console_kwargs={"file": plain}), enable_progress_bar=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        getattr(trainer, method)(module, loader)
+    assert re.fullmatch(rf"{name}: 100% 2/2 in 0:00:0\d, \S+it/s, mine=0.250\n", plain.getvalue())
+
+
+def test_the_theme_shows(tmp_path: Path) -> None:
+    theme = RichProgressBarTheme(
+        description="red", progress_bar="green", batch_progress="blue", time="cyan", processing_speed="magenta",
+        metrics="yellow", metrics_text_delimiter=" / ", metrics_format=".1e",
+    )  # fmt: skip
+    file = io.StringIO()
+    bar = RichProgressBar(
+        theme=theme, console_kwargs={"file": file, "force_terminal": True, "color_system": "standard"}
+    )
+    trainer = StandInTrainer(tmp_path, num_training_batches=10, progress_bar_metrics={"a": 0.5, "b": 2})
+    bar.setup(trainer, None, "fit")
+    bar.on_train_start(trainer, None)
+    trainer.fit_loop.epoch_loop.batch_idx = 4
+    bar.on_train_epoch_start(trainer, None)
+    until(lambda: bar.redraws > 0)
+    bar.teardown(trainer, None, "fit")
+    text = file.getvalue()
+    for part in ("31mEpoch 0/9", "32m━", "34m 5/10", "36m0:00:0", "35m", "33ma=5.0e-01 / b=2"):
+        assert f"\x1b[{part}" in text, part
 
 
 def test_a_debugger_prompt_is_not_overwritten(tmp_path: Path) -> None:

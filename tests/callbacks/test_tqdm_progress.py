@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import pickle
 import statistics
 import time
@@ -84,6 +86,39 @@ def test_counts_by_refresh_rate_and_draws_by_the_clock(monkeypatch: pytest.Monke
         drawn.append((bar._counts(track, batches), track.n))
     assert [n for _, n in drawn] == [0, 0, 3, 3, 3, 6, 6, 8]
     assert [draws for draws, _ in drawn] == [False, False, True, False, False, False, False, True]
+
+
+def test_a_file_gets_few_drawings_and_a_terminal_many() -> None:
+    terminal = SimpleNamespace(isatty=lambda: True)
+    assert (tqdm_progress._interval(io.StringIO()), tqdm_progress._interval(terminal)) == (5.0, 0.1)
+    assert [tqdm_progress.convert_inf(n) for n in (3, math.inf, math.nan, None)] == [3, None, None, None]
+
+
+def test_bars_of_a_user_that_are_disabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Quiet(TQDMProgressBar):
+        def init_validation_tqdm(self) -> Any:
+            return Tqdm(disable=True)
+
+        init_sanity_tqdm = init_validation_tqdm
+
+    fit(tmp_path, Quiet())
+    out = capsys.readouterr().out
+    assert "Epoch 1: 100%" in out and "10/10" in out and "Validation" not in out
+
+
+def test_a_loader_without_a_length_and_an_early_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What stands there in the end is where training stopped, however fast it was."""
+
+    class Loader:
+        def __iter__(self) -> Any:
+            return iter(make_module(NAMES, rows=40).train_dataloader())
+
+    module = make_module(NAMES, rows=40)
+    module.train_dataloader = Loader
+    bar = TQDMProgressBar()
+    make_trainer(NAMES, str(tmp_path), callbacks=bar, enable_progress_bar=True, max_steps=7, max_epochs=3).fit(module)
+    assert bar.train_progress_bar.n == 7 and bar.train_progress_bar.total is None
+    assert "7/?" in capsys.readouterr().out.split("\r")[-1]
 
 
 def test_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

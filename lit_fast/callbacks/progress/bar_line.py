@@ -102,8 +102,7 @@ def render(track: Track, metrics: dict[str, Any], look: Look, width: int) -> str
     from rich.cells import cell_len, set_cell_size
 
     dot, more = (" • ", "…") if look.unicode else (" | ", "~")
-    total = f"{track.total:.0f}" if math.isfinite(track.total) else "--"
-    count = f"{track.completed:>{len(total)}}/{total}"  # padded, so that the line does not jump
+    count = count_text(track)
     clock = f"{duration(track.elapsed)}{dot}{duration(track.remaining)}"
     speed = speed_text(track.speed)
     values = look.delimiter.join(metric_texts(metrics, look.metrics_format))
@@ -174,6 +173,12 @@ def metric_texts(metrics: dict[str, Any], number_format: str) -> list[str]:
             text = format(value, ".2e")  # a small number is not zero
         texts.append(f"{name}={text}")
     return texts
+
+
+def count_text(track: Track) -> str:
+    """Batches begun and in all, padded so that the line does not jump."""
+    total = f"{track.total:.0f}" if math.isfinite(track.total) else "--"
+    return f"{track.completed:>{len(total)}}/{total}"
 
 
 def speed_text(speed: float | None) -> str:

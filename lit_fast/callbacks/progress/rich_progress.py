@@ -8,12 +8,14 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lit_fast.callbacks.progress.bar_line import Look, Track, render, render_plain
+from lit_fast.callbacks.progress.bar_line import Look, Track, metric_texts, render, render_plain
 from lit_fast.callbacks.progress.live_area import LiveArea, columns, is_terminal
 from lit_fast.callbacks.progress.progress_bar import ProgressBar, get_standard_metrics
-from lit_fast.errors import MisconfigurationException
+
+if TYPE_CHECKING:
+    from lit_fast.callbacks.progress.rich_columns import ColumnLines
 
 # More than this per second nobody sees, and a redraw takes 0.25 ms, most of it under the interpreter lock.
 MAX_REFRESH_RATE = 10.0
@@ -21,6 +23,15 @@ MAX_REFRESH_RATE = 10.0
 PLAIN_INTERVAL, PLAIN_EPOCH_INTERVAL = 60.0, 1.0
 
 _DEBUGGERS = {"bdb", "pdb", "code"}
+_COLUMNS = {"BatchesProcessedColumn", "CustomBarColumn", "CustomTimeColumn", "ProcessingSpeedColumn"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _COLUMNS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lit_fast.callbacks.progress import rich_columns  # imports rich
+
+    return getattr(rich_columns, name)
 
 
 @dataclass
@@ -45,7 +56,8 @@ class RichProgressBar(ProgressBar):
     Drawing happens in a daemon thread that reads the Trainer's counters and `get_metrics`; no hook of a
     batch is used, so a step pays nothing for the bar. What is printed meanwhile appears above it. Where the
     output is not a terminal (a pipe, CI), a plain line is written after an epoch (at most one a second) and
-    every minute within one.
+    every minute within one. A subclass whose `configure_columns` returns columns of `rich.progress` gets these on the
+    terminal, its metrics behind them.
 
     Args:
         refresh_rate: redraws per second, at most 10; 0 switches the bar off.
@@ -55,9 +67,6 @@ class RichProgressBar(ProgressBar):
 
     Attributes:
         redraws: frames written to the terminal so far.
-
-    Raises:
-        MisconfigurationException: a subclass defines `configure_columns`, which this bar does not use.
 
     Example::
 
@@ -74,11 +83,6 @@ class RichProgressBar(ProgressBar):
         console_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if hasattr(type(self), "configure_columns"):
-            raise MisconfigurationException(
-                f"{type(self).__name__}.configure_columns would not be called: this bar has fixed columns. "
-                f"Override get_metrics to show other values, or pass a theme."
-            )
         self._refresh_rate = refresh_rate
         self._leave = leave
         self.theme = theme or RichProgressBarTheme()
@@ -94,6 +98,8 @@ class RichProgressBar(ProgressBar):
         self._stopped = threading.Event()
         self._area: LiveArea | None = None
         self._look: Look | None = None
+        self._own_columns: list[Any] | None = None
+        self._columns: ColumnLines | None = None
         self._module: Any = None
         self._shown: dict[str, Any] = {}
         self._watched_thread = 0
@@ -139,6 +145,19 @@ class RichProgressBar(ProgressBar):
     def refresh(self, hard: bool = False) -> None:
         """Draw now, without waiting for the thread."""
         self._redraw()
+
+    def configure_columns(self, trainer: Any) -> list[Any]:
+        """The columns of a line, but for the metrics. Override it to show others; called when a run begins.
+
+        Example::
+
+            class Short(RichProgressBar):
+                def configure_columns(self, trainer):
+                    return [TextColumn("{task.description}"), MofNCompleteColumn()]
+        """
+        from lit_fast.callbacks.progress.rich_columns import standard_columns
+
+        return standard_columns(self.theme)
 
     # -- hooks: beginnings and ends only, never a batch
 
@@ -210,6 +229,9 @@ class RichProgressBar(ProgressBar):
             return
         self._trainer, self._module = trainer, pl_module
         get_standard_metrics(trainer)  # a logger settles its version here, not in two threads at once
+        overridden = type(self).configure_columns is not RichProgressBar.configure_columns
+        if overridden or "\n" in self.theme.metrics_text_delimiter:  # a cell of several lines is rich's to lay out
+            self._own_columns = self.configure_columns(trainer)
         self._watched_thread = threading.get_ident()
         self._line_written_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lit_fast progress bar", daemon=True)
@@ -281,6 +303,10 @@ class RichProgressBar(ProgressBar):
                 parsed = Style.parse(style) if isinstance(style, str) else style
                 before, _, after = parsed.render("x", color_system=ColorSystem[name]).partition("x")
                 look.codes[part] = (before, after)
+        if self._own_columns is not None:
+            from lit_fast.callbacks.progress.rich_columns import ColumnLines
+
+            self._columns = ColumnLines(self._own_columns, console, theme.metrics)
         return LiveArea(stream), look
 
     def _redraw(self) -> None:
@@ -294,9 +320,28 @@ class RichProgressBar(ProgressBar):
         self._shown = metrics
         tracks = [track for track in self._observe() if track is not None]
         width = columns(area.stream) - 1  # the last column would wrap on some terminals
-        lines = [render(track, metrics if track is tracks[0] else {}, look, width) for track in tracks]
+        lines = self._lines_in_columns(tracks, metrics, look, width)
+        if lines is None:
+            lines = [render(track, metrics if track is tracks[0] else {}, look, width) for track in tracks]
         if area.draw(lines):
             self.redraws += 1
+
+    def _lines_in_columns(
+        self, tracks: list[Track], metrics: dict[str, Any], look: Look, width: int
+    ) -> list[str] | None:
+        if self._columns is None:
+            return None
+        try:
+            values = look.delimiter.join(metric_texts(metrics, look.metrics_format))
+            return self._columns.lines(tracks, values, width)
+        except Exception as error:
+            self._columns = None
+            self._complain(
+                "The progress bar goes on with its own columns",
+                f"a column of {type(self).__name__}.configure_columns",
+                error,
+            )
+            return None
 
     def _observe(self) -> tuple[Track | None, Track | None]:
         train, evaluation, trainer = self._train, self._evaluation, self._trainer
@@ -315,17 +360,16 @@ class RichProgressBar(ProgressBar):
         except RuntimeError as error:
             if "changed size" in str(error):  # a new name was logged just now; the next frame has it
                 return {}
-            self._complain(error)
+            self._complain("The progress bar shows no metrics", f"{type(self).__name__}.get_metrics", error)
         except Exception as error:
-            self._complain(error)
+            self._complain("The progress bar shows no metrics", f"{type(self).__name__}.get_metrics", error)
         return {}
 
-    def _complain(self, error: Exception) -> None:
+    def _complain(self, outcome: str, source: str, error: Exception) -> None:
         if not self._complained:
             self._complained = True
             warnings.warn(
-                f"The progress bar shows no metrics: {type(self).__name__}.get_metrics raised "
-                f"{type(error).__name__}: {error}",
+                f"{outcome}: {source} raised {type(error).__name__}: {error}",
                 stacklevel=2,
             )
 

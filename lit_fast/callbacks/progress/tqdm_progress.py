@@ -21,9 +21,11 @@ except ModuleNotFoundError as error:
         name="tqdm",
     ) from error
 
+from lit_fast.callbacks.progress.live_area import is_terminal
 from lit_fast.callbacks.progress.progress_bar import ProgressBar
 
 _WIDTH = 5  # letters of a number beside the bar, so that the line does not jump
+_LOG_INTERVAL = 5.0  # seconds between two drawings into a file or a pipe
 
 
 class Tqdm(_tqdm):  # type: ignore[misc]
@@ -48,8 +50,9 @@ class TQDMProgressBar(ProgressBar):
     """One bar for training, one below it for a running validation, on standard output.
 
     Every `refresh_rate` batches the bar counts. It is drawn, and `get_metrics` asked, only where it was last drawn at
-    least tqdm's `mininterval` ago (0.1 s unless `init_train_tqdm` says otherwise): a drawing takes 0.2 ms, which would
-    be most of a short step. The ends of epochs and runs are shown in any case.
+    least tqdm's `mininterval` ago (0.1 s on a terminal, 5 s in a file or a pipe, unless `init_train_tqdm` says
+    otherwise): a drawing takes 0.2 ms, which would be most of a short step. The ends of epochs and runs are shown in
+    any case.
 
     Args:
         refresh_rate: batches between two counts; 0 switches the bar off.
@@ -191,6 +194,7 @@ class TQDMProgressBar(ProgressBar):
             leave=leave,
             dynamic_ncols=True,
             file=sys.stdout,
+            mininterval=_interval(sys.stdout),
             bar_format=self.BAR_FORMAT,
             **options,
         )
@@ -318,11 +322,21 @@ class TQDMProgressBar(ProgressBar):
 
 
 def _restart(bar: Any, description: str, total: float) -> None:
-    """From 0 of `total` batches (inf or nan: unknown); drawn once."""
-    bar.total = total if math.isfinite(total) else None
+    """From 0 of `total` batches; drawn once."""
+    bar.total = convert_inf(total)
     bar.initial = 0
     bar.set_description(description, refresh=False)
     bar.reset()
+
+
+def convert_inf(total: float | None) -> float | None:
+    """A number of batches as tqdm takes it: None where it is unknown (inf, nan)."""
+    return total if total is not None and math.isfinite(total) else None
+
+
+def _interval(stream: Any) -> float:
+    """Seconds between two drawings: as tqdm has it where they replace each other, more where a file keeps them all."""
+    return 0.1 if is_terminal(stream) or "ipykernel" in sys.modules else _LOG_INTERVAL
 
 
 def _resolved(refresh_rate: int) -> int:
