@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from lit_fast.attach import attach_model, borrow_model
 from lit_fast.attributes import Attributes
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
@@ -26,7 +27,6 @@ from lit_fast.module import LightningModule
 from lit_fast.plan import Plans
 from lit_fast.prediction import PredictionLoop
 from lit_fast.progress import Progress
-from lit_fast.runtime import attach_model, borrow_model
 from lit_fast.states import TrainerFn, TrainerState
 from lit_fast.strategies import SingleDeviceStrategy
 from lit_fast.trial import Trial, trying

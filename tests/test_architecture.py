@@ -24,7 +24,7 @@ FLOORS = [
     "demos models",
     "trainer",
     "attributes",
-    "runtime",
+    "runtime attach",
     "defaults evaluation prediction loop loop_views model_checks connectors interrupts trial",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
