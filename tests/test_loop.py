@@ -281,7 +281,8 @@ class Clock:
 @pytest.mark.parametrize("every", [{"seconds": 10}, "00:00:00:10", timedelta(seconds=10)])
 def test_validation_by_the_clock(every: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    monkeypatch.setattr("lit_fast.loop.time", clock)
+    for room in ("loop", "schedule"):
+        monkeypatch.setattr(f"lit_fast.{room}.time", clock)
 
     class Slow(Plain):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
