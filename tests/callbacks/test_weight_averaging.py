@@ -214,5 +214,5 @@ def test_it_never_looks_at_gradients() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made = trainer(max_epochs=1, callbacks=[EMAWeightAveraging()], gradient_clip_val=1.0)
-        made.fit(Validated(), batches(2))
+        made.fit(Validated(), batches(2), batches(2))
     assert "in registers" in made.explain()
