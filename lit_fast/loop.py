@@ -194,13 +194,13 @@ class FitLoop(Schedule):
         progress = self.progress
         start = progress.batch_idx + 1
         batches = self._batches(start)
+        self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
         if progress.stage in ("batch", "stepped") and self._visit():  # resumed between a step and what was due after it
             return
         if progress.stage == "validated" and not self._window_is_open():  # ... or after its validation
             self.step_plateau_schedulers("step", self.trainer)
         if progress.is_last_batch:
             return
-        self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
         self._go_on()
         total = progress.total if self.length is not None else None
         for batch_idx, batch, plan in zip(count(start), batches, self.plans.windows(start, total), strict=False):

@@ -354,3 +354,34 @@ def test_schedulers_step_also_after_a_batch_that_is_none() -> None:
     with pytest.warns(UserWarning, match="is None"):
         made = fitted(Scheduled(), [batches(1)[0], None, None], max_epochs=1)
     assert made.optimizers[0].param_groups[0]["lr"] == 0.125
+
+
+@pytest.mark.parametrize("saved_after", [0, 1])
+def test_what_is_due_after_the_step_of_a_checkpoint_sees_that_steps_values(saved_after: int, tmp_path: Path) -> None:
+    """Saved in `on_train_batch_end`, so that the resumed run begins with the row and the plateau scheduler."""
+
+    class Watched(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("loss", float(batch_idx), on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt")
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+            watch = {"scheduler": scheduler, "monitor": "loss_step", "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": watch}
+
+    def finish(folder: str, ckpt_path: Path | None) -> tuple[float, list[tuple[str, str]]]:
+        logger, model = CSVLogger(tmp_path / folder), Watched()
+        made = trainer(max_epochs=1, logger=logger, log_every_n_steps=1)
+        made.fit(model, batches(4), ckpt_path=ckpt_path)
+        with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
+            rows = [(row["step"], row["loss_step"]) for row in csv.DictReader(file) if row["loss_step"]]
+        return made.optimizers[0].param_groups[0]["lr"], rows
+
+    rate, rows = finish("whole", None)
+    assert rate == 0.125  # worse after each step but the first
+    assert finish("resumed", tmp_path / f"{saved_after}.ckpt") == (rate, rows[saved_after:])
