@@ -38,6 +38,11 @@ class LightningOptimizer:
         """The wrapped optimizer."""
         return self._optimizer
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The wrapped optimizer's class, which `isinstance` asks for: schedulers take nothing but an Optimizer."""
+        return type(self._optimizer)
+
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """One optimizer step; the closure, where given, runs first (and again, if the optimizer asks for it).
 

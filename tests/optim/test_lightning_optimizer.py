@@ -8,6 +8,8 @@ import pytest
 import torch
 from heart_models import Plain, batches, fitted
 
+from lit_fast.optim.lightning_optimizer import LightningOptimizer
+
 
 class Manual(Plain):
     def __init__(self, optimizer: Any = None) -> None:
@@ -93,3 +95,17 @@ def test_what_is_wrapped_shows_through() -> None:
                 _ = optimizer.nothing_of_that_name
 
     fitted(Steps(), batches(1), max_epochs=1)
+
+
+def test_it_passes_for_the_wrapped_optimizer() -> None:
+    """As a scheduler asks, and an `optimizer_step` that treats some optimizers differently."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.4)
+    wrapped = LightningOptimizer(optimizer)
+    assert isinstance(wrapped, LightningOptimizer)
+    assert isinstance(wrapped, torch.optim.Optimizer)
+    assert isinstance(wrapped, torch.optim.SGD)
+    assert not isinstance(wrapped, torch.optim.LBFGS)
+    scheduler = torch.optim.lr_scheduler.StepLR(wrapped, step_size=1, gamma=0.5)
+    wrapped.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.2
