@@ -86,7 +86,7 @@ class DataSource(View):
         given = self.trainer._sources.get(self.name)
         if given is not None:
             return given
-        return self.trainer.datamodule if self.trainer.datamodule is not None else self.trainer.lightning_module
+        return self.trainer.lightning_module if self.trainer._data_owner is None else self.trainer._data_owner
 
     def is_defined(self) -> bool:
         return self.trainer.lightning_module is not None and self.trainer._defines_loader(self.name)

@@ -60,7 +60,7 @@ def check_hooks(trainer: Trainer, module: LightningModule, fn: TrainerFn) -> Non
     for hook in TRANSFER:
         if trainer._datamodule_overrides(hook) and is_overridden(hook, module, LightningModule):
             warnings.warn(
-                f"Both {name} and {type(trainer.datamodule).__name__} define {hook}; the datamodule's is called.",
+                f"Both {name} and {type(trainer._data_owner).__name__} define {hook}; the datamodule's is called.",
                 stacklevel=4,
             )
 

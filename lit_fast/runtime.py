@@ -36,6 +36,7 @@ class Runtime(Interrupts):
     if TYPE_CHECKING:
         callbacks: list[Any]
         datamodule: Any
+        _data_owner: Any
         _pending_metrics: dict[str, Any] | None
         _pending_rng: dict[str, Any] | None
         _ckpt_path: str | None
@@ -80,8 +81,9 @@ class Runtime(Interrupts):
     def _use_data(self, module: LightningModule, datamodule: Any, **sources: Any) -> None:
         if datamodule is not None and any(source is not None for source in sources.values()):
             raise MisconfigurationException("Both a datamodule and dataloaders were passed; pass one of them.")
-        self.datamodule = datamodule
+        self._data_owner = datamodule  # whose loaders and transfer hooks this run takes
         if datamodule is not None:
+            self.datamodule = datamodule  # stays, with its other hooks, in later runs that are given loaders
             datamodule.trainer = self
         self._sources = sources
         self.fit_loop.loader = None
@@ -320,11 +322,11 @@ class Runtime(Interrupts):
     # -- data
 
     def _datamodule_overrides(self, name: str) -> bool:
-        if self.datamodule is None:
+        if self._data_owner is None:
             return False
         from lit_fast.data.datamodule import LightningDataModule
 
-        return is_overridden(name, self.datamodule, LightningDataModule)
+        return is_overridden(name, self._data_owner, LightningDataModule)
 
     def _defines_loader(self, name: str) -> bool:
         """Whether there is data of that name: passed, or from the datamodule or the module."""
@@ -337,7 +339,7 @@ class Runtime(Interrupts):
     def _request_loader(self, name: str) -> Any:
         source = self._sources.get(name)
         if source is None:
-            owner = self.datamodule if self._datamodule_overrides(name) else self.lightning_module
+            owner = self._data_owner if self._datamodule_overrides(name) else self.lightning_module
             source = getattr(owner, name)()
         seed_workers(source, self._trainer.global_rank)
         return source
@@ -345,7 +347,7 @@ class Runtime(Interrupts):
     def _data_hook(self, name: str) -> Callable[..., Any] | None:
         """A transfer hook, where the datamodule or the module overrides it."""
         if self._datamodule_overrides(name):
-            return cast(Callable[..., Any], getattr(self.datamodule, name))
+            return cast(Callable[..., Any], getattr(self._data_owner, name))
         module = self.lightning_module
         if not is_overridden(name, module, LightningModule):
             return None

@@ -135,7 +135,7 @@ class Trainer(Attributes):
         self.state = TrainerState()
         self.loggers = configure_loggers(loggers, self.config.default_root_dir, self.config.fast_dev_run)
         self.callbacks = configure_callbacks(given_callbacks, self.config)
-        self.datamodule = None
+        self.datamodule = self._data_owner = None
         self._module: LightningModule | None = None
         self._profiler = self._make_profiler()
         self._make_loops()

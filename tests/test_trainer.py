@@ -60,6 +60,31 @@ def test_a_datamodule_and_loaders() -> None:
     assert made.global_step == 2
 
 
+def test_a_datamodule_stays_attached_but_its_loaders_do_not() -> None:
+    """As in Lightning: a later run takes the loaders that it is given, or the module's."""
+    told: list[str] = []
+
+    class Data(lit_fast.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return batches(2)
+
+        def test_dataloader(self) -> Any:
+            raise AssertionError("nobody asked for it")
+
+        def setup(self, stage: str) -> None:
+            told.append(stage)
+
+    class Tested(Plain):
+        def test_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    made, model, data = trainer(max_epochs=1), Tested(), Data()
+    made.fit(model, datamodule=data)
+    made.test(model, batches(3))
+    assert made.datamodule is data and made.num_test_batches == [3] and told == ["fit", "test"]
+    with pytest.raises(MisconfigurationException, match="No test data"):
+        made.test(model)
+
+
 def test_what_is_not_there() -> None:
     with pytest.raises(MisconfigurationException, match="needs a model"):
         trainer().save_checkpoint("a.ckpt")
