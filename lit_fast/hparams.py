@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import pickle
 import types
 import warnings
 from argparse import Namespace
@@ -207,6 +208,19 @@ def as_data(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         except NotPlain:
             left_out.append(name)
     return kept, sorted(left_out)
+
+
+def pickled(hparams: Mapping[str, Any], names: Iterable[str]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What `as_data` left out, each value pickled into a uint8 tensor; and the names of those that cannot be."""
+    kept: dict[str, torch.Tensor] = {}
+    lost: list[str] = []
+    values = _container(hparams)
+    for name in names:
+        try:
+            kept[name] = torch.frombuffer(bytearray(pickle.dumps(values[name])), dtype=torch.uint8)
+        except Exception:  # a lambda, a lock, an open file: classes refuse to be pickled with any exception
+            lost.append(name)
+    return kept, lost
 
 
 def as_given(value: Any) -> Any:

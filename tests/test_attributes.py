@@ -12,7 +12,7 @@ from heart_models import NoLength, Plain, batches, fitted, trainer
 
 import lit_fast
 from lit_fast.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.loggers import CSVLogger, DummyLogger
 
 
@@ -226,3 +226,13 @@ def test_callbacks_that_are_appended_may_share_a_name_in_checkpoints() -> None:
     assert all(callback.started for callback in made.callbacks) and len(made.callbacks) == 2
     with pytest.raises(MisconfigurationException, match="state_key 'Stateful'"):
         trainer(callbacks=[Stateful("a"), Stateful("b")])
+
+
+def test_an_open_file_is_no_place_to_begin(saved: str) -> None:
+    with open(saved, "rb") as file:
+        with pytest.raises(CheckpointError, match="BufferedReader; a run begins from a path"):
+            trainer(max_steps=4).fit(Plain(), batches(4), ckpt_path=file)
+        loaded = Plain.load_from_checkpoint(file)
+    assert torch.equal(loaded.net[0].weight, torch.load(saved)["state_dict"]["net.0.weight"])
+    with pytest.raises(CheckpointError, match=r"'http://nowhere/a\.ckpt' is remote"):
+        trainer(max_steps=4).fit(Plain(), batches(4), ckpt_path="http://nowhere/a.ckpt")

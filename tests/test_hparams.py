@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+import warnings
 from argparse import Namespace
 from dataclasses import dataclass
 from enum import Enum
@@ -99,11 +100,46 @@ def test_in_the_checkpoint(tmp_path: Path) -> None:
     assert Keeps.load_from_checkpoint(tmp_path / "a.ckpt", name="b").hparams == {"width": 4, "rate": 0.1, "name": "b"}
 
 
-def test_what_would_need_pickle_is_left_out_and_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", [False, True])
+def test_what_needs_pickle_is_kept_apart_for_who_trusts_the_file(weights: bool, tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
     made = fitted(Keeps(4, function=print), batches(1), max_epochs=1)
     with pytest.warns(UserWarning, match="would execute pickled code: function"):
+        made.save_checkpoint(path, weights_only=weights)
+    held = torch.load(path, weights_only=True)
+    assert "function" not in held["hyper_parameters"]
+    with pytest.warns(UserWarning, match=r"without the hyperparameters function, .*weights_only=False") as heard:
+        assert "function" not in Keeps.load_from_checkpoint(path).hparams
+    assert heard[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Keeps.load_from_checkpoint(path, function=len).hparams.function is len
+        again = Keeps.load_from_checkpoint(path, weights_only=False)
+        assert again.hparams == {"width": 4, "rate": 0.1, "name": "a", "function": print}
+        assert Keeps.load_from_checkpoint(path, weights_only=False, function=len).hparams.function is len
+
+
+def test_what_cannot_be_pickled_is_named(tmp_path: Path) -> None:
+    made = fitted(Keeps(4, function=lambda: None), batches(1), max_epochs=1)
+    with pytest.warns(UserWarning, match="cannot be pickled: function"):
         made.save_checkpoint(tmp_path / "a.ckpt")
-    assert "function" not in torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+    assert Keeps.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=False).hparams == {
+        "width": 4,
+        "rate": 0.1,
+        "name": "a",
+    }
+
+
+def test_pickled_code_that_is_gone_is_named(tmp_path: Path) -> None:
+    made = fitted(Keeps(4, function=print), batches(1), max_epochs=1)
+    with pytest.warns(UserWarning, match="function"):
+        made.save_checkpoint(tmp_path / "a.ckpt")
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    code = torch.frombuffer(bytearray(b"cgone\nmissing\n."), dtype=torch.uint8)
+    held["lit_fast"]["pickled_hyper_parameters"]["hyper_parameters"]["function"] = code
+    torch.save(held, tmp_path / "b.ckpt")
+    with pytest.raises(CheckpointError, match=r"'function' cannot be unpickled.*function=\.\.\."):
+        Keeps.load_from_checkpoint(tmp_path / "b.ckpt", weights_only=False)
 
 
 def test_to_the_logger(tmp_path: Path) -> None:

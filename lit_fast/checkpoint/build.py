@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import csv
 import inspect
+import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from lit_fast.module import LightningModule
 
 Owner = TypeVar("Owner")
+
+OURS = "lit_fast"  # the key of a checkpoint under which we keep what Lightning's files do not have
+PICKLED = "pickled_hyper_parameters"  # ... and in there, hyperparameters that are no plain data
 
 _OF_THE_CLI = ("_instantiator", "_class_path")  # how Lightning's command line would build it; never followed
 
@@ -42,7 +46,7 @@ def load_module(
     checkpoint = io.load(path, map_location or where_it_was, weights_only is not False)
     if "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} holds no model ('state_dict' is missing); pass a checkpoint of a Trainer's.")
-    module: Any = build(cls, checkpoint, path, hparams_file, overrides)
+    module: Any = build(cls, checkpoint, path, hparams_file, overrides, trusted=weights_only is False)
     chosen = module.__dict__.get("_strict_loading")
     if strict is not None and chosen is not None and strict != chosen:
         raise MisconfigurationException(
@@ -94,9 +98,17 @@ def _some(names: list[str]) -> str:
 
 
 def build(
-    cls: type[Owner], checkpoint: dict[str, Any], path: Any, hparams_file: Any, overrides: dict[str, Any]
+    cls: type[Owner],
+    checkpoint: dict[str, Any],
+    path: Any,
+    hparams_file: Any,
+    overrides: dict[str, Any],
+    trusted: bool = False,
 ) -> Owner:
     """An instance of `cls`, made from the hyperparameters in a checkpoint, or in a file, and from `overrides`.
+
+    Args:
+        trusted: take also those that were pickled, which executes whatever code they hold.
 
     Raises:
         CheckpointError: the class needs arguments that are not there.
@@ -105,6 +117,9 @@ def build(
     described: Any = cls
     kept = checkpoint.get(described.CHECKPOINT_HYPER_PARAMS_KEY, {}) if hparams_file is None else read(hparams_file)
     hparams = as_given(kept if type(kept) is dict else dict(kept))
+    if hparams_file is None:
+        apart = checkpoint.get(OURS, {}).get(PICKLED, {}).get(described.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        hparams.update(_unpickled({k: v for k, v in apart.items() if k not in overrides}, cls, path, trusted))
     for name in _OF_THE_CLI:
         hparams.pop(name, None)
     hparams.update(overrides)
@@ -123,6 +138,28 @@ def build(
             f"{', '.join(hparams) or 'none'}: {error}. Call save_hyperparameters() in its __init__, or pass what is "
             f"missing: load_from_checkpoint(path, name=value)."
         ) from error
+
+
+def _unpickled(apart: dict[str, torch.Tensor], cls: type, path: Any, trusted: bool) -> dict[str, Any]:
+    if not trusted:
+        if apart:
+            warnings.warn(
+                f"{cls.__name__} is built without the hyperparameters {', '.join(apart)}, which {path} holds as "
+                f"pickled code. Pass them, load_from_checkpoint(path, {next(iter(apart))}=...), or weights_only=False if you "
+                f"trust the file.",
+                stacklevel=5,
+            )
+        return {}
+    values: dict[str, Any] = {}
+    for name, data in apart.items():
+        try:
+            values[name] = pickle.loads(bytes(data.tolist()))
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: the hyperparameter {name!r} cannot be unpickled ({error}). Pass it: "
+                f"load_from_checkpoint(path, {name}=...)."
+            ) from error
+    return values
 
 
 def read(path: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_fast.errors import CheckpointNotFoundError, MisconfigurationException
+from lit_fast.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException
 from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> str | None:
         return _best(trainer)
     if ckpt_path == "hpc":
         return _requeued(trainer)
+    if not isinstance(ckpt_path, str | os.PathLike):
+        raise CheckpointError(
+            f"ckpt_path={ckpt_path!r} is a {type(ckpt_path).__name__}; a run begins from a path (str or pathlib.Path). "
+            f"An open file is read by load_from_checkpoint."
+        )
     name = os.path.expanduser(os.fspath(ckpt_path))
     if name.startswith("registry"):
         raise MisconfigurationException(

@@ -124,11 +124,11 @@ def save(payload: Mapping[str, Any], path: PathLike) -> None:
         )
 
 
-def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
+def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """Read a checkpoint written by `save`, by Lightning or by `torch.save`, after checking every byte of it.
 
     Args:
-        path: File to read.
+        path: File to read; or an open one that can seek, which stays open.
         map_location: As for `torch.load`; the default puts every tensor into CPU memory.
         weights_only: True builds only tensors, containers, numbers, strings and allow-listed classes. False
             runs whatever code the file holds: only for a file whose maker one trusts. True narrows what a
@@ -149,9 +149,12 @@ def load(path: PathLike, map_location: Any = "cpu", weights_only: bool = True) -
         Traceback (most recent call last):
         lit_fast.errors.CheckpointNotFoundError: there is no checkpoint 'nowhere.ckpt'; ...
     """
-    source = _local_path(path)
+    if isinstance(path, str | os.PathLike):
+        source, given = _local_path(path), None
+    else:
+        source, given = str(getattr(path, "name", type(path).__name__)), path
     try:
-        with open(source, "rb") as file:
+        with contextlib.nullcontext(given) if given is not None else open(source, "rb") as file:
             _check_records(file, source)
             file.seek(0)
             with torch.serialization.safe_globals(_HARMLESS):
@@ -334,7 +337,8 @@ def _checksums_on() -> Iterator[None]:
 
 def _check_records(file: Any, source: str) -> None:
     """Compare every record with its checksum; raise CheckpointError at the first that differs."""
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     if size == 0:
         raise CheckpointError(f"the checkpoint {source!r} is empty (0 bytes); take an earlier one")
     magic = file.read(4)

@@ -16,15 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_fast.checkpoint import finding, rng
-from lit_fast.checkpoint.build import load_weights
+from lit_fast.checkpoint.build import OURS, PICKLED, load_weights
 from lit_fast.data.position import count_only
 from lit_fast.errors import CheckpointError, MisconfigurationException
-from lit_fast.hparams import as_data
+from lit_fast.hparams import as_data, pickled
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
-OURS = "lit_fast"
 FORMAT = 1
 LIGHTNING_FORMAT = "2.6.6"  # the version of Lightning whose layout the file has; Lightning migrates by it
 
@@ -66,7 +65,11 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         if owner is not None and owner.__dict__.get("_hparams"):
             if hasattr(owner, "_hparams_name"):  # not where hparams was written to without save_hyperparameters
                 checkpoint[owner.CHECKPOINT_HYPER_PARAMS_NAME] = owner._hparams_name
-            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = _loadable(owner.hparams)
+            kept, apart = _loadable(owner.hparams)
+            checkpoint[owner.CHECKPOINT_HYPER_PARAMS_KEY] = kept
+            if apart:
+                ours = checkpoint.setdefault(OURS, {})
+                ours.setdefault(PICKLED, {})[owner.CHECKPOINT_HYPER_PARAMS_KEY] = apart
     if trainer.datamodule is not None:
         data_state = trainer.datamodule.state_dict()
         if data_state:
@@ -118,16 +121,24 @@ def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
 
 
-def _loadable(hparams: Mapping[str, Any]) -> dict[str, Any]:
-    """The hyperparameters that load without executing code; the others are left out, and named."""
+def _loadable(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The hyperparameters that load without executing code; and the others, pickled, for who trusts the file."""
     kept, left_out = as_data(hparams)
-    if left_out:
+    apart, lost = pickled(hparams, left_out)
+    if apart:
         warnings.warn(
-            f"Not saved with the checkpoint, because loading them would execute pickled code: {', '.join(left_out)}. "
-            f"Leave them out with save_hyperparameters(ignore={left_out}).",
+            f"Saved apart from the other hyperparameters, because loading them would execute pickled code: "
+            f"{', '.join(apart)}. load_from_checkpoint(path, weights_only=False) takes them too; or leave them out "
+            f"with save_hyperparameters(ignore={list(apart)}).",
             stacklevel=2,
         )
-    return kept
+    if lost:
+        warnings.warn(
+            f"Not saved with the checkpoint, because they cannot be pickled: {', '.join(lost)}. Leave them out with "
+            f"save_hyperparameters(ignore={lost}).",
+            stacklevel=2,
+        )
+    return kept, apart
 
 
 def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> None:

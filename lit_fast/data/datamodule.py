@@ -126,7 +126,7 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
         from lit_fast.checkpoint import build, io
 
         checkpoint = io.load(checkpoint_path, map_location or build.where_it_was, weights_only is not False)
-        datamodule = build.build(cls, checkpoint, checkpoint_path, hparams_file, kwargs)
+        datamodule = build.build(cls, checkpoint, checkpoint_path, hparams_file, kwargs, trusted=weights_only is False)
         if cls.__qualname__ in checkpoint:
             datamodule.load_state_dict(checkpoint[cls.__qualname__])
         return datamodule

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from io import BytesIO
 
 import pytest
 import torch
@@ -364,3 +365,15 @@ def test_two_threads_may_save_in_one_directory(tmp_path: pathlib.Path) -> None:
     for i in range(3):
         step = io.load(tmp_path / f"{i}.ckpt")["global_step"]
         assert step % 3 == i and _same(io.load(tmp_path / f"{i}.ckpt"), _payload(step))
+
+
+def test_open_files(tmp_path: pathlib.Path) -> None:
+    io.save({"a": torch.arange(3)}, tmp_path / "a.ckpt")
+    with open(tmp_path / "a.ckpt", "rb") as file:
+        assert torch.equal(io.load(file)["a"], torch.arange(3)) and not file.closed
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    assert torch.equal(io.load(BytesIO(whole))["a"], torch.arange(3))
+    with pytest.raises(CheckpointError, match="'BytesIO'"):
+        io.load(BytesIO(whole[:-30]))
+    with pytest.raises(CheckpointError, match="'BytesIO' is empty"):
+        io.load(BytesIO())
