@@ -145,3 +145,49 @@ assert len(copies) == 1, copies
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from lightning import Fabric as Kind",
+        "from lightning.fabric import Fabric as Kind",
+        "from lightning.fabric.strategies import DDPStrategy as Kind",
+        "from lightning.pytorch.loggers import WandbLogger as Kind",
+        "from lightning.pytorch.loggers.wandb import WandbLogger as Kind",
+        "from pytorch_lightning.loggers import MLFlowLogger as Kind",
+        "from pytorch_lightning.loggers import CometLogger as Kind",
+        "from pytorch_lightning.strategies import DDPStrategy as Kind",
+        "from pytorch_lightning.strategies.ddp import DDPStrategy as Kind",
+        "from pytorch_lightning.strategies import FSDPStrategy as Kind",
+    ],
+)
+def test_classes_that_are_not_built_can_be_asked_for(installed: None, line: str) -> None:
+    names_of: dict[str, type] = {}
+    exec(line, names_of)
+    kind = names_of["Kind"]
+    trainer = lit_fast.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    assert not isinstance(trainer.logger, kind) and not isinstance(trainer.strategy, kind)
+    with pytest.raises(MisconfigurationException, match=rf"^{kind.__name__} is not built yet; "):
+        kind(project="a")
+    with pytest.raises(MisconfigurationException, match=rf"^{kind.__name__} is not built yet; "):
+        type("Own", (kind,), {})()
+
+
+@pytest.mark.parametrize(
+    "name", ["cli.LightningCLI", "profilers.SimpleProfiler", "plugins.environments.SLURMEnvironment"]
+)
+def test_rooms_that_are_not_built_are_named(installed: None, name: str) -> None:
+    home, _, kind = name.rpartition(".")
+    with pytest.raises(ImportError, match=rf"has no lightning\.pytorch\.{home} yet"):
+        exec(f"from lightning.pytorch.{home} import {kind}")
+
+
+def test_a_name_that_a_room_does_not_have(installed: None) -> None:
+    from lightning.pytorch.loops import _FitLoop
+
+    import lit_fast.loop
+
+    assert _FitLoop is lit_fast.loop.FitLoop
+    with pytest.raises(ImportError, match="NeptuneLogger"):
+        exec("from lightning.pytorch.loggers import NeptuneLogger")

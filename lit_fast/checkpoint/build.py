@@ -145,8 +145,8 @@ def _unpickled(apart: dict[str, torch.Tensor], cls: type, path: Any, trusted: bo
         if apart:
             warnings.warn(
                 f"{cls.__name__} is built without the hyperparameters {', '.join(apart)}, which {path} holds as "
-                f"pickled code. Pass them, load_from_checkpoint(path, {next(iter(apart))}=...), or weights_only=False if you "
-                f"trust the file.",
+                f"pickled code. Pass them, load_from_checkpoint(path, {next(iter(apart))}=...), or "
+                f"weights_only=False if you trust the file.",
                 stacklevel=5,
             )
         return {}

@@ -86,13 +86,36 @@ _HPARAMS_FILES = {
     name: f"lit_fast.pytorch.functions:{name}" for name in ("load_hparams_from_yaml", "save_hparams_to_yaml")
 }
 
+_LOOPS = {
+    "_EvaluationLoop": "lit_fast.evaluation:EvaluationLoop",
+    "_FitLoop": "lit_fast.loop:FitLoop",
+    "_PredictionLoop": "lit_fast.prediction:PredictionLoop",
+    "_TrainingEpochLoop": "lit_fast.loop_views:EpochLoop",
+}
+
+
+def _not_built(name: str) -> dict[str, str]:
+    return {name: f"lit_fast.not_built:{name}"}
+
+
 TABLE: dict[str, str | dict[str, str]] = {
-    "": _CORE,
+    "": {**_CORE, **_not_built("Fabric")},
     "pytorch": "lit_fast.pytorch",
     "pytorch.accelerators": _ACCELERATORS,
+    "pytorch.accelerators.cpu": {"CPUAccelerator": _ACCELERATORS["CPUAccelerator"]},
+    "pytorch.accelerators.cuda": {"CUDAAccelerator": _ACCELERATORS["CUDAAccelerator"]},
+    "pytorch.accelerators.mps": {"MPSAccelerator": _ACCELERATORS["MPSAccelerator"]},
     "pytorch.callbacks": "lit_fast.callbacks",
     "pytorch.demos": "lit_fast.demos",
     "pytorch.loggers": "lit_fast.loggers",
+    "pytorch.loggers.comet": _not_built("CometLogger"),
+    "pytorch.loggers.mlflow": _not_built("MLFlowLogger"),
+    "pytorch.loggers.wandb": _not_built("WandbLogger"),
+    "pytorch.loops": _LOOPS,
+    "pytorch.loops.evaluation_loop": {"_EvaluationLoop": _LOOPS["_EvaluationLoop"]},
+    "pytorch.loops.fit_loop": {"_FitLoop": _LOOPS["_FitLoop"]},
+    "pytorch.loops.prediction_loop": {"_PredictionLoop": _LOOPS["_PredictionLoop"]},
+    "pytorch.loops.training_epoch_loop": {"_TrainingEpochLoop": _LOOPS["_TrainingEpochLoop"]},
     "pytorch.core": {
         "LightningDataModule": "lit_fast:LightningDataModule",
         "LightningModule": "lit_fast:LightningModule",
@@ -110,6 +133,11 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.plugins.io.checkpoint_plugin": _CHECKPOINT_IO,
     "pytorch.plugins.io.torch_plugin": _CHECKPOINT_IO,
     "pytorch.strategies": "lit_fast.strategies",
+    "pytorch.strategies.ddp": _not_built("DDPStrategy"),
+    "pytorch.strategies.deepspeed": _not_built("DeepSpeedStrategy"),
+    "pytorch.strategies.fsdp": _not_built("FSDPStrategy"),
+    "pytorch.strategies.model_parallel": _not_built("ModelParallelStrategy"),
+    "pytorch.strategies.parallel": _not_built("ParallelStrategy"),
     "pytorch.trainer": {"Trainer": "lit_fast:Trainer", "seed_everything": "lit_fast:seed_everything"},
     "pytorch.trainer.trainer": "lit_fast.trainer",
     "pytorch.trainer.states": "lit_fast.states",
@@ -137,12 +165,17 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.utilities.model_summary": "lit_fast.model_summary",
     "pytorch.utilities.combined_loader": {"CombinedLoader": "lit_fast.data.combined:CombinedLoader"},
     "pytorch.utilities.exceptions": _EXCEPTIONS,
+    "pytorch.utilities.parameter_tying": {
+        name: _FUNCTIONS[name] for name in ("find_shared_parameters", "set_shared_parameters")
+    },
     "pytorch.utilities.parsing": _PARSING,
     "pytorch.utilities.rank_zero": "lit_fast.rank_zero",
     "pytorch.utilities.seed": "lit_fast.seed",
     "pytorch.utilities.warnings": _WARNINGS,
     "pytorch.utilities.types": "lit_fast.pytorch.types",
-    "fabric": {"seed_everything": "lit_fast:seed_everything"},
+    "fabric": {"seed_everything": "lit_fast:seed_everything", **_not_built("Fabric")},
+    "fabric.fabric": _not_built("Fabric"),
+    "fabric.strategies": {k: v for name in ("DDPStrategy", "FSDPStrategy") for k, v in _not_built(name).items()},
     "fabric.accelerators": _ACCELERATORS,
     "fabric.plugins": _PLUGINS,
     "fabric.plugins.precision": "lit_fast.precision",
@@ -150,7 +183,9 @@ TABLE: dict[str, str | dict[str, str]] = {
     "fabric.plugins.io.checkpoint_io": _CHECKPOINT_IO,
     "fabric.plugins.io.torch_io": _CHECKPOINT_IO,
     "fabric.loggers": {name: f"lit_fast.loggers:{name}" for name in ("CSVLogger", "Logger", "TensorBoardLogger")},
+    "fabric.loggers.csv_logs": "lit_fast.loggers.csv_logs",
     "fabric.loggers.logger": "lit_fast.loggers.logger",
+    "fabric.loggers.tensorboard": "lit_fast.loggers.tensorboard",
     "fabric.utilities": {**_UTILITIES, "Throughput": "lit_fast.profiler.throughput:Throughput"},
     "fabric.utilities.apply_func": {"move_data_to_device": "lit_fast.data.transfer:move"},
     "fabric.utilities.cloud_io": {"get_filesystem": "lit_fast.pytorch.functions:get_filesystem"},

@@ -1,5 +1,13 @@
 """How one model spreads over devices and processes. So far: one device."""
 
+from lit_fast.not_built import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, ParallelStrategy
 from lit_fast.strategies.single_device import SingleDeviceStrategy
 
-__all__ = ["SingleDeviceStrategy"]
+__all__ = [
+    "DDPStrategy",
+    "DeepSpeedStrategy",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+]
