@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import statistics
 import time
 from pathlib import Path
@@ -86,6 +87,23 @@ def test_counts_by_refresh_rate_and_draws_by_the_clock(monkeypatch: pytest.Monke
         drawn.append((bar._counts(track, batches), track.n))
     assert [n for _, n in drawn] == [0, 0, 3, 3, 3, 6, 6, 8]
     assert [draws for draws, _ in drawn] == [False, False, True, False, False, False, False, True]
+    track.total = 9
+    assert [bar._counts(track, batches) for batches in (6, 9)] == [False, True]  # the last one at once
+
+
+def test_while_a_validation_runs_the_bar_of_training_is_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tqdm_progress.time, "monotonic", lambda: 100.0)  # nothing is due but the first drawing
+    shown = []
+
+    class Look(NAMES("callbacks", "Callback")):  # type: ignore[misc]
+        def on_validation_batch_start(self, trainer: Any, *args: Any) -> None:
+            if not trainer.sanity_checking:
+                shown.append(re.findall(r"(\d+)/10 ", capsys.readouterr().out)[-1])
+
+    fit(tmp_path, [TQDMProgressBar(), Look()], val_check_interval=0.3, limit_val_batches=1, max_epochs=1)
+    assert shown == ["3", "6", "9"]
 
 
 def test_a_file_gets_few_drawings_and_a_terminal_many() -> None:

@@ -51,8 +51,8 @@ class TQDMProgressBar(ProgressBar):
 
     Every `refresh_rate` batches the bar counts. It is drawn, and `get_metrics` asked, only where it was last drawn at
     least tqdm's `mininterval` ago (0.1 s on a terminal, 5 s in a file or a pipe, unless `init_train_tqdm` says
-    otherwise): a drawing takes 0.2 ms, which would be most of a short step. The ends of epochs and runs are shown in
-    any case.
+    otherwise): a drawing takes 0.2 ms, which would be most of a short step. Where a validation begins, and at the
+    ends of epochs and runs, what is shown is up to date in any case.
 
     Args:
         refresh_rate: batches between two counts; 0 switches the bar off.
@@ -233,8 +233,12 @@ class TQDMProgressBar(ProgressBar):
         self.train_progress_bar.close()
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.sanity_checking:
-            self.val_progress_bar = self.init_validation_tqdm()
+        if trainer.sanity_checking:
+            return
+        main = self._train_progress_bar
+        if trainer.state.fn == "fit" and main is not None and not main.disable:  # it stands still for a while
+            main.set_postfix(self.get_metrics(trainer, pl_module))
+        self.val_progress_bar = self.init_validation_tqdm()
 
     def on_validation_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -315,7 +319,7 @@ class TQDMProgressBar(ProgressBar):
             return False
         bar.n = batches
         now = time.monotonic()
-        if now < self._next_draw:
+        if now < self._next_draw and batches != bar.total:
             return False
         self._next_draw = now + bar.mininterval
         return True
