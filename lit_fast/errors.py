@@ -18,6 +18,10 @@ class MisconfigurationTypeError(MisconfigurationException, TypeError):
     """Something of a type that cannot be meant. A TypeError too, which programs for Lightning catch."""
 
 
+class MissingMetricError(MisconfigurationException, RuntimeError):
+    """A metric is watched that nobody logs. A RuntimeError too, which programs for Lightning catch."""
+
+
 class RemovedHookError(MisconfigurationException, NotImplementedError):
     """A hook of Lightning 1.x that nothing calls any more; the message names its successor."""
 

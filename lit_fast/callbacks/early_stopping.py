@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_fast.callbacks.callback import Callback
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import MisconfigurationException, MissingMetricError
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class EarlyStopping(Callback):
         log_rank_zero_only: only the first process logs the lines that `verbose` asks for.
 
     Raises:
-        MisconfigurationException: `mode` is neither "min" nor "max"; or, at a check, the metric is missing.
+        MisconfigurationException: `mode` is neither "min" nor "max".
+        MissingMetricError: at a check, the metric is missing.
 
     Example::
 
@@ -144,7 +145,7 @@ class EarlyStopping(Callback):
             f"one of the logged ones, or pass strict=False to skip the check."
         )
         if self.strict:
-            raise MisconfigurationException(message)
+            raise MissingMetricError(message)
         if self.verbose:
             warnings.warn(message, RuntimeWarning, stacklevel=2)
         return False

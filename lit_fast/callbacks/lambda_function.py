@@ -6,14 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from lit_fast.callbacks.callback import HOOK_NAMES, Callback
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import MisconfigurationTypeError
 
 
 class LambdaCallback(Callback):
     """Takes any hook of `Callback` as a keyword argument: a function of that hook's arguments without `self`.
 
     Raises:
-        MisconfigurationException: a name that is no hook.
+        MisconfigurationTypeError: a name that is no hook.
 
     Example::
 
@@ -24,7 +24,7 @@ class LambdaCallback(Callback):
     def __init__(self, **hooks: Callable[..., Any] | None) -> None:
         unknown = sorted(set(hooks) - set(HOOK_NAMES))
         if unknown:
-            raise MisconfigurationException(
+            raise MisconfigurationTypeError(
                 f"LambdaCallback({unknown[0]}=...) names no hook; hooks are: {', '.join(sorted(HOOK_NAMES))}."
             )
         for name, function in hooks.items():

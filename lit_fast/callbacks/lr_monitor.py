@@ -100,7 +100,10 @@ class LearningRateMonitor(Callback):
 
     def _values(self, name: str, group: dict[str, Any]) -> dict[str, float]:
         values = {name: float(group["lr"])}
-        self.lrs.setdefault(name, []).append(values[name])
+        if name not in self.lrs:
+            # an optimizer that had one group has got more: what was logged of it belongs to the first
+            self.lrs[name] = self.lrs.pop(name.removesuffix("/pg1"), [])
+        self.lrs[name].append(values[name])
         if self.log_momentum:
             momentum = group["betas"][0] if "betas" in group else group.get("momentum", 0)
             values[f"{name}-momentum"] = self.last_momentum_values[f"{name}-momentum"] = momentum
