@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from lit_fast.data.loader_iterator import EndOfData, LoaderIterator, hook_of, st
 from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
 from lit_fast.data.position import tell_epoch
 from lit_fast.data.randomness import length_of
+from lit_fast.data.worker_signals import left_to_parent
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import Table, to_float
@@ -146,12 +148,20 @@ class StageLoop:
         if combined.mode != "sequential":
             combined.limits = self.max_batches
             self.dataloader_idx = 0
-            yield 0, islice((batch for batch, _, _ in combined), combined.length)
+            with self.workers_spared(combined.flattened):
+                walk = map(itemgetter(0), combined)
+            yield 0, islice(walk, combined.length)
             return
         for index, (loader, limit) in enumerate(zip(combined.flattened, self.max_batches, strict=True)):
             self.batches_before, self.batch_idx, self.dataloader_idx = self.batches_run, -1, index
             tell_epoch(loader, self.trainer._progress.epoch)
-            yield index, iter(loader) if limit == math.inf else islice(loader, int(limit))
+            with self.workers_spared([loader]):
+                batches = iter(loader)
+            yield index, batches if limit == math.inf else islice(batches, int(limit))
+
+    def workers_spared(self, loaders: list[Any]) -> AbstractContextManager[None]:
+        """In a fit, whose signals wait until a checkpoint is saved, workers wait too."""
+        return left_to_parent(loaders) if self.trainer.state.fn == TrainerFn.FITTING else nullcontext()
 
     # -- around the batches
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
 import torch
 from heart_models import NoLength, Plain, batches, fitted, trainer
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
+from lit_fast.data import worker_signals
+from lit_fast.data.combined import CombinedLoader
 from lit_fast.errors import DataError, MisconfigurationException
 
 
@@ -216,3 +220,41 @@ def test_between_two_steps_that_nobody_hooks_no_python_function_runs() -> None:
     made.validate(model, [batches(50)], verbose=False)
     assert called.count("<lambda>") == 50
     assert len(called) <= 50 + 5, f"once for the loader, not for each batch: {sorted(set(called))}"
+
+
+# -- signals
+
+
+class Handlers(Dataset[Any]):
+    """Each row says whether its worker leaves SIGTERM to the training process."""
+
+    own = 0.0
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([float(signal.getsignal(signal.SIGTERM) is worker_signals._last_orders), self.own])
+
+
+def own_init(worker_id: int) -> None:
+    torch.utils.data.get_worker_info().dataset.own = 1.0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_workers_of_a_validation_in_a_fit_leave_signals_to_it(several: bool) -> None:
+    class Collects(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[Any] = []
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.rows += batch[0].tolist() if several else batch.tolist()
+
+    model, loader = Collects(), DataLoader(Handlers(), 2, num_workers=1, worker_init_fn=own_init)
+    data = CombinedLoader([loader], "min_size") if several else loader
+    made = fitted(model, batches(1), data, max_epochs=1, num_sanity_val_steps=0)
+    assert model.rows == [[1.0, 1.0]] * 4 and loader.worker_init_fn is own_init
+    model.rows = []
+    made.validate(model, data, verbose=False)
+    assert model.rows == [[0.0, 1.0]] * 4

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 GRACE_SECONDS = 60.0  # after SIGTERM: for a step and a checkpoint; then the worker ends without being asked
 
@@ -32,3 +36,28 @@ def _last_orders(number: int, frame: Any) -> None:
 
 def _end(number: int, frame: Any) -> None:
     os._exit(0)  # as torch's own handler does
+
+
+class _Init:
+    """A loader's `worker_init_fn`, and `leave_to_parent` before it."""
+
+    def __init__(self, own: Callable[[int], Any] | None) -> None:
+        self.own = own
+
+    def __call__(self, worker_id: int) -> None:
+        leave_to_parent()
+        if self.own is not None:
+            self.own(worker_id)
+
+
+@contextmanager
+def left_to_parent(loaders: list[Any]) -> Iterator[None]:
+    """Workers that these loaders start inside leave signals to this process; afterwards the loaders are as before."""
+    own = [(loader, loader.worker_init_fn) for loader in loaders if isinstance(loader, DataLoader)]
+    for loader, init in own:
+        loader.worker_init_fn = _Init(init)
+    try:
+        yield
+    finally:
+        for loader, init in own:
+            loader.worker_init_fn = init
