@@ -31,6 +31,8 @@ INTENDED = {
     "uneven_window": "the last, shorter accumulation window is divided by its real length",
     "open_window": "a checkpoint written inside an accumulation window holds the gradients gathered so far, and a "
     "resumed run has them; Lightning loses them, and steps with the rest of the window alone",
+    "rounding": "Adam rounds as torch's fused one, which Lightning's programs do not ask for by default; weights in 16 "
+    "bits are updated in float32 and rounded once",
     "more_keys": "our checkpoints hold every key of Lightning's, and more (random states, place in the data)",
 }
 
@@ -127,7 +129,8 @@ def test_same_as_lightning(name: str, framework: lightning_recorder.Framework, l
     if name == "losses_sgd_accumulate_uneven":
         return  # INTENDED["uneven_window"]; test_uneven_window_is_divided_by_its_length has the truth
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
-    eps = 0.0 if live is not None else torch.finfo(dtype).eps
+    rounds_alike = name not in ("losses_adam_clip_norm", "losses_bf16_true")  # INTENDED["rounding"]
+    eps = 0.0 if live is not None and rounds_alike else torch.finfo(dtype).eps
     for part in ("losses", "grad_norms"):
         assert_floats(theirs.get(part, []), ours.get(part, []), eps)
 
