@@ -20,7 +20,7 @@ PACKAGE = ROOT / "lit_fast"
 
 # Rooms from the top to the bottom, as docs/architecture.md has them; a room imports its own floor and below.
 FLOORS = [
-    "cli compat fabric pytorch",
+    "cli compat pytorch",
     "demos models",
     "trainer",
     "attributes",
@@ -28,12 +28,11 @@ FLOORS = [
     "defaults evaluation prediction loop schedule loop_views model_checks connectors interrupts trial",
     "step plan binding calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
-    "config seed hparams export backends tuner model_summary accelerators flags",
-    "optim triton",
+    "config seed hparams export tuner model_summary accelerators flags",
+    "optim",
     "ops",
     "_core",
-    "rank_zero",
-    "not_built",
+    "rank_zero not_built",
     "errors hooks states progress",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
@@ -77,6 +76,18 @@ def room(module: str) -> str:
 def test_every_file_stands_on_a_floor() -> None:
     unknown = {room(name) for name in MODULES} - {""} - set(FLOOR)
     assert not unknown, f"put {sorted(unknown)} on a floor here and in docs/architecture.md"
+
+
+def test_the_page_has_the_same_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    plan = page.partition("Imports run downward only")[2].partition("## ")[0]
+    floors: list[set[str]] = []
+    for number, rooms in re.findall(r"^    ([ 0-9]{2})  (\w.*?)  ", plan, re.MULTILINE):
+        if number.strip():
+            floors.append(set())
+        floors[-1] |= set(rooms.split(", "))
+    assert floors == [set(rooms.split()) for rooms in FLOORS if rooms != "_core"]
+    assert set(FLOOR) - {"_core"} == {room(name) for name in MODULES} - {""}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name)])
