@@ -77,6 +77,14 @@ class FitLoop(Schedule):
     def _data_source(self) -> DataSource:
         return DataSource(self.trainer, "train_dataloader")
 
+    @property
+    def _combined_loader(self) -> CombinedLoader | None:
+        """The training data as Lightning holds it: combined also where it is a single loader."""
+        loader = self.loader
+        return (
+            loader if loader is None or isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
+        )
+
     def setup_data(self) -> None:
         """Ask for the training data where there is none yet, or it is due anew; settle how much of it an epoch uses.
 

@@ -49,4 +49,7 @@ def test_where_data_comes_from() -> None:
     train, val = made.fit_loop._data_source, made.fit_loop.epoch_loop.val_loop._data_source
     assert train.is_defined() and train.instance is train.dataloader() is data
     assert val.is_defined() and val.instance is model and len(val.dataloader()) == 1
+    combined = made.fit_loop._combined_loader
+    assert combined is not None and combined.flattened == [data] and combined.iterables is data
+    assert trainer().fit_loop._combined_loader is None
     assert not made.test_loop._data_source.is_defined() and made.test_loop._combined_loader is None
