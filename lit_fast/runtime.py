@@ -78,7 +78,7 @@ class Runtime(Interrupts):
         if loop.min_epochs is None:
             loop.min_epochs = 0 if loop.min_steps is None else 1  # min_steps holds back a stop before the first step
 
-    def _use_data(self, module: LightningModule, datamodule: Any, **sources: Any) -> None:
+    def _use_data(self, datamodule: Any, **sources: Any) -> None:
         if datamodule is not None and any(source is not None for source in sources.values()):
             raise MisconfigurationException("Both a datamodule and dataloaders were passed; pass one of them.")
         self._data_owner = datamodule  # whose loaders and transfer hooks this run takes
@@ -303,7 +303,6 @@ class Runtime(Interrupts):
         """The live hooks of a batch of `stage`, bound once per loader."""
         log, module = self._metric_log, self.lightning_module
         table = log.table(name, stage, suffix)
-        bound: list[Callable[..., Any]] = []
 
         def bind(hook: Callable[..., Any], *fixed: Any) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
@@ -312,9 +311,8 @@ class Runtime(Interrupts):
 
             return call
 
-        for callback in self.callbacks:
-            if name in callback.live_hooks(self):
-                bound.append(bind(getattr(callback, name), self, module))
+        listening = (callback for callback in self.callbacks if name in callback.live_hooks(self))
+        bound = [bind(getattr(callback, name), self, module) for callback in listening]
         if is_overridden(name, module, LightningModule):
             bound.append(bind(getattr(module, name)))
         return tuple(bound)

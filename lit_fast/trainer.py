@@ -202,7 +202,7 @@ class Trainer(Attributes):
         if hasattr(train_dataloaders, "prepare_data"):
             train_dataloaders, datamodule = None, train_dataloaders
         with attach_model(self, model, TrainerFn.FITTING) as module:
-            self._use_data(module, datamodule, train_dataloader=train_dataloaders, val_dataloader=val_dataloaders)
+            self._use_data(datamodule, train_dataloader=train_dataloaders, val_dataloader=val_dataloaders)
             check_fit(self, module)
             warn_of_half_a_validation(self, module)
             checkpoint = self._prepare(module, "fit", ckpt_path, weights_only)
@@ -285,7 +285,7 @@ class Trainer(Attributes):
                     f"{type(module).__name__} defines neither predict_step(batch, batch_idx) nor forward(batch); "
                     f"predict() needs one of them."
                 )
-            self._use_data(module, datamodule, predict_dataloader=dataloaders)
+            self._use_data(datamodule, predict_dataloader=dataloaders)
             self._prepare_evaluation(module, "predict", self._best_if_no_model(given, ckpt_path), weights_only)
             predictions = self.predict_loop.run()
             self._tear_down(module, "predict")
@@ -308,7 +308,7 @@ class Trainer(Attributes):
                 raise MisconfigurationException(
                     f"{type(module).__name__} defines no {names.step}(batch, batch_idx); {fn}() needs it."
                 )
-            self._use_data(module, datamodule, **{f"{names.data}_dataloader": dataloaders})
+            self._use_data(datamodule, **{f"{names.data}_dataloader": dataloaders})
             self._prepare_evaluation(module, names.stage, self._best_if_no_model(given, ckpt_path), weights_only)
             results = loop.run()
             if loop.verbose:
