@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
-from lit_fast.defaults import in_order
+from lit_fast.defaults import in_order, is_kind
 from lit_fast.errors import MisconfigurationException, PossibleUserWarning
 from lit_fast.hooks import is_overridden
 from lit_fast.interrupts import Interrupts
@@ -66,7 +66,7 @@ class Runtime(Interrupts):
         """Limits that were left open: 1,000 epochs, unless something else ends the fit."""
         loop = self.fit_loop
         if loop.max_epochs is None:
-            ends = loop.max_steps != -1 or any(type(callback).__name__ == "Timer" for callback in self.callbacks)
+            ends = loop.max_steps != -1 or any(is_kind(callback, "Timer") for callback in self.callbacks)
             loop.max_epochs = -1 if ends else 1000
             if not ends:
                 warnings.warn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from datetime import timedelta
@@ -61,6 +62,7 @@ class Timer(Callback):
         self._start_time: dict[str, float] = {}
         self._end_time: dict[str, float] = {}
         self._offset = 0.0
+        self._deadline = -math.inf  # by the monotonic clock; before training there is none to wait for
 
     def live_hooks(self, trainer: Any = None) -> set[str]:
         unused = ["on_fit_start", "on_train_batch_end", "on_train_epoch_end"] if self._duration is None else []
@@ -112,7 +114,7 @@ class Timer(Callback):
         self._end_time["test"] = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._interval is Interval.step and self._duration is not None:
+        if time.monotonic() >= self._deadline and self._interval is Interval.step and self._duration is not None:
             self._check_time_remaining(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -124,10 +126,13 @@ class Timer(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._offset = state_dict.get("time_elapsed", {}).get("train", 0.0)
+        self._deadline = -math.inf
 
     def _begin(self, stage: str) -> None:
         self._end_time.pop(stage, None)
         self._start_time[stage] = time.monotonic()
+        if stage == "train" and self._duration is not None:
+            self._deadline = self._start_time[stage] + self._duration - self._offset
 
     def _check_time_remaining(self, trainer: Any) -> None:
         assert self._duration is not None

@@ -79,6 +79,10 @@ class LightningOptimizer:
             for parameter in changed:
                 parameter.requires_grad = True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled, it is the wrapper of an optimizer that no Trainer has bound yet."""
+        return LightningOptimizer, (self._optimizer,)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_optimizer"], name)
 

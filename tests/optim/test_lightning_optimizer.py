@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -109,3 +111,14 @@ def test_it_passes_for_the_wrapped_optimizer() -> None:
     wrapped.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.2
+
+
+def test_a_copy_is_bound_to_no_trainer() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2))
+    wrapper = LightningOptimizer(torch.optim.SGD([parameter], lr=0.5))
+    wrapper.bind(lambda closure=None: pytest.fail("the Trainer's step ran"), lambda: None, [wrapper.optimizer])
+    for copied in (copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
+        own = copied.param_groups[0]["params"][0]
+        own.grad = torch.ones(2)
+        copied.step()
+        assert own.tolist() == [0.5, 0.5] and parameter.tolist() == [1.0, 1.0]
