@@ -273,7 +273,16 @@ class Attributes(Runtime):
 
     @property
     def profiler(self) -> Any:
-        return self._profiler
+        """The profiler that was asked for, or one that records nothing, so that user code can always call it."""
+        if self._shown_profiler is None:
+            from lit_fast.profiler.profiler import PassThroughProfiler
+
+            self._shown_profiler = PassThroughProfiler()
+        return self._shown_profiler
+
+    @profiler.setter
+    def profiler(self, profiler: Any) -> None:
+        self._use_profiler(profiler)
 
     @property
     def checkpoint_callbacks(self) -> list[Any]:

@@ -48,6 +48,7 @@ from lit_fast.optim.clip import step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.precision.amp import scaled_step
+from lit_fast.profiler.actions import recorded
 
 if TYPE_CHECKING:
     from lit_fast.optim.adopt import AdoptedOptimizer
@@ -153,7 +154,7 @@ class Binding:
         plan = replace(
             self.whole,
             losses=losses,
-            backward=self.wrap("backward", backward),
+            backward=self.wrap("backward", self._by_strategy("backward", backward)),
             returned_loss=detached(shown),
             on_train_batch_end=self._bind_batch_end(shown),
         )
@@ -168,7 +169,12 @@ class Binding:
             plan.zero_grad = plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
         if short:
             plan.on_before_optimizer_step = (self._rescale_short_window, *plan.on_before_optimizer_step)
+        plan.run = recorded(self.trainer._actions, "run_training_batch", plan.run)
         return plan
+
+    def _by_strategy(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What Lightning's strategies do, as that action where a profiler records those."""
+        return recorded(self.trainer._actions, self.trainer._strategy_action(name), function)
 
     def _rescale_short_window(self) -> None:
         length = self.progress.batch_idx % self.window + 1
@@ -254,11 +260,13 @@ class Binding:
         table = self.log.table(name, "train")
         for callback in self.trainer.callbacks:
             if name in callback.live_hooks(self.trainer):
-                hook = callback_hook(getattr(callback, name), self.log, table, self.trainer, self.module, fixed)
+                hook = callback_hook(
+                    self.trainer._hook(callback, name), self.log, table, self.trainer, self.module, fixed
+                )
                 bound.append(self.wrap("hooks", hook))
                 self._note(name, type(callback).__name__, "callback")
         if self.overrides(name):
-            bound.append(self.wrap("hooks", module_hook(getattr(self.module, name), self.log, table, fixed)))
+            bound.append(self.wrap("hooks", module_hook(self.trainer._hook(self.module, name), self.log, table, fixed)))
             self._note(name, type(self.module).__name__, "module")
         if name in ("on_train_batch_start", "on_train_batch_end") and takes_iterator(self.module.training_step):
             return tuple(map(hook_of, bound))
@@ -301,7 +309,7 @@ class Binding:
                 return one_argument(batch)
 
         self._note("training_step", who, f"forward in {self.precision.precision}")
-        return self.wrap("forward", self.precision.bind(function))
+        return self.wrap("forward", self._by_strategy("training_step", self.precision.bind(function)))
 
     def _bind_zero_grad(self) -> Bound:
         if not self._steps_inline:
@@ -310,13 +318,16 @@ class Binding:
         hooks = [without_index(hook) for hook in self._hooks("on_before_zero_grad", optimizer)]
         if self.overrides("optimizer_zero_grad"):
             table = self.log.table("optimizer_zero_grad", "train")
-            hook = module_hook(self.module.optimizer_zero_grad, self.log, table)
+            hook = module_hook(self.trainer._hook(self.module, "optimizer_zero_grad"), self.log, table)
             progress = self.progress
             self._note("zero_grad", type(self.module).__name__, "optimizer_zero_grad, overridden")
             return (*hooks, lambda batch_idx: hook(progress.epoch, batch_idx, optimizer))
         release = self.adopted[0].zero_grad
         self._note("zero_grad", "lit_fast", "gradients released (set to None): backward writes them anew")
-        return (*hooks, self.wrap("optimizer", lambda batch_idx: release()))
+        return (
+            *hooks,
+            self.wrap("optimizer", self.trainer._recorded("optimizer_zero_grad", lambda batch_idx: release())),
+        )
 
     def _bind_backward(self, length: int) -> tuple[Callable[[Any], tuple[Tensor, ...]], Callable[[Tensor], None]]:
         """`losses` reads training_step's output; `backward` runs the engine with the weight 1/length of the window."""
@@ -357,7 +368,7 @@ class Binding:
         if self.overrides("configure_gradient_clipping") or self.overrides("clip_gradients"):
             table = self.log.table("configure_gradient_clipping", "train")
             clip = partial(
-                module.configure_gradient_clipping,
+                self.trainer._hook(module, "configure_gradient_clipping"),
                 optimizer,
                 gradient_clip_val=value,
                 gradient_clip_algorithm=algorithm,
@@ -369,14 +380,15 @@ class Binding:
         if self.in_place_clipping:
             self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
             clip = self.precision.clip_gradients
-            return (self.wrap("optimizer", lambda: clip(optimizer, value, algorithm)),)
+            in_place = self.trainer._recorded("configure_gradient_clipping", lambda: clip(optimizer, value, algorithm))
+            return (self.wrap("optimizer", in_place),)
         self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
         return ()
 
     def _bind_update(self) -> Bound:
         adopted = self.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
-        return (self.wrap("optimizer", self._update(adopted)),)
+        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self._update(adopted))),)
 
     def _bind_schedulers(self) -> Bound:
         if not self.automatic:
@@ -425,13 +437,13 @@ class Binding:
                 module.optimizer_step(progress.epoch, batch_idx, optimizer, called)
                 called.check(module)
 
-            return self.wrap("optimizer", checked)
+            return self.wrap("optimizer", self.trainer._recorded("optimizer_step", checked))
 
         def optimizer_step(batch_idx: int, closure: Callable[[], Any]) -> None:
             log.current = table
             module.optimizer_step(progress.epoch, batch_idx, optimizer, closure)
 
-        return self.wrap("optimizer", optimizer_step)
+        return self.wrap("optimizer", self.trainer._recorded("optimizer_step", optimizer_step))
 
     def _user_step(self, index: int) -> Callable[..., Any]:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
@@ -454,4 +466,4 @@ class Binding:
             progress.global_step += 1
             return result
 
-        return counted
+        return recorded(self.trainer._actions, "optimizer_step", counted)

@@ -25,6 +25,7 @@ from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import Table, to_float
 from lit_fast.module import LightningModule
+from lit_fast.profiler.actions import recorded, recorded_batches
 from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -183,6 +184,12 @@ class StageLoop:
         elif not _takes(step, "batch_idx", at_least=2):
             step = _without_index(step)
         step = trainer.precision_plugin.bind(step, names.data)
+        if trainer._actions is not None:
+            step = recorded(trainer._actions, trainer._strategy_action(names.step), step)
+            loop = "_PredictionLoop" if names.stage == "predict" else "_EvaluationLoop"
+            limits, combined = self.max_batches, self.combined
+            length = limits[index] if combined is None or combined.mode == "sequential" else combined.length
+            batches = recorded_batches(trainer._actions, f"[{loop}].{names.data}_next", batches, length)
         table = log.table(names.step, names.stage, suffix)
         return BoundPass(suffix, (index,) if suffix else (), batches, receive, starts, step, table, ends)
 

@@ -26,6 +26,7 @@ from lit_fast.data.position import DataPosition
 from lit_fast.data.randomness import length_of
 from lit_fast.errors import DataError, MisconfigurationException, PossibleUserWarning
 from lit_fast.loop_views import EpochLoop
+from lit_fast.profiler.actions import recorded, recorded_batches
 from lit_fast.progress import NOW
 from lit_fast.rank_zero import WarningCache, rank_zero_info
 from lit_fast.schedule import Schedule
@@ -166,7 +167,7 @@ class FitLoop(Schedule):
             if progress.stage == "start":
                 self._start_epoch()
             try:
-                self.run_epoch()
+                recorded(trainer._actions, "run_training_epoch", self.run_epoch)()
             except (SkipEpoch, EndOfData):
                 progress.batch_idx -= 1  # that batch did not run
                 self._skip_rest_of_epoch()
@@ -231,7 +232,10 @@ class FitLoop(Schedule):
             batches = self._knowing_the_last(batches)
         if self.trainer.config.device.type != "cpu":
             batches = self.trainer._to_device_ahead(batches)
-        return self.trainer._profiler.wrap_batches(batches) if self.trainer._profiler is not None else batches
+        if self.trainer._profiler is not None:
+            return self.trainer._profiler.wrap_batches(batches)
+        left = None if total is None else total - start
+        return recorded_batches(self.trainer._actions, "[_TrainingEpochLoop].train_dataloader_next", batches, left)
 
     def _iterator_for_steps(self, batches: Iterator[Any]) -> Iterator[Any]:
         """For a `training_step(self, dataloader_iter)`, which fetches as many batches as it wants."""

@@ -22,6 +22,7 @@ from lit_fast.model_checks import check_hooks
 from lit_fast.module import LightningModule
 from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.plan import Plans
+from lit_fast.profiler.actions import recorded
 from lit_fast.rank_zero import rank_zero_info
 from lit_fast.seed import seed_workers
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
@@ -60,6 +61,9 @@ class Runtime(Interrupts):
             self._settle_limits()
         if self._profiler is not None:
             self._profiler.start()
+        if self._actions is not None:
+            self._actions._lightning_module = self._module
+            self._actions.setup(stage=str(fn), log_dir=self.log_dir)
         self._metric_log.begin_run(str(self.state.stage))
 
     def _settle_limits(self) -> None:
@@ -108,10 +112,10 @@ class Runtime(Interrupts):
             if owner is not None:
                 owner.prepare_data()
         if self.datamodule is not None:
-            self.datamodule.setup(stage)
+            self._hook(self.datamodule, "setup")(stage)
         for callback in self.callbacks:
-            callback.setup(self, module, stage)
-        module.setup(stage)
+            self._hook(callback, "setup")(self, module, stage)
+        self._hook(module, "setup")(stage)
         module.configure_sharded_model()
         module.configure_model()
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
@@ -125,7 +129,7 @@ class Runtime(Interrupts):
     def _attach_model_callbacks(self, module: LightningModule) -> None:
         for callback in self.callbacks:
             callback.log, callback.log_dict = module.log, module.log_dict
-        own = module.configure_callbacks()
+        own = self._hook(module, "configure_callbacks")()
         own = [own] if isinstance(own, Callback) else list(own or [])
         for callback in own:
             if not isinstance(callback, Callback):
@@ -192,13 +196,15 @@ class Runtime(Interrupts):
 
     def _tear_down(self, module: LightningModule, stage: str) -> None:
         if self.datamodule is not None:
-            self.datamodule.teardown(stage)
+            self._hook(self.datamodule, "teardown")(stage)
         for callback in self.callbacks:
-            callback.teardown(self, module, stage)
-        module.teardown(stage)
+            self._hook(callback, "teardown")(self, module, stage)
+        self._hook(module, "teardown")(stage)
         self.precision_plugin.teardown()
         for logger in self.loggers:
             logger.finalize("success")
+        if self._actions is not None:
+            self._actions.describe()
 
     def _failed(self, error: BaseException) -> None:
         """An exception ends the run: whoever asked is told, and what was logged is written."""
@@ -207,14 +213,14 @@ class Runtime(Interrupts):
             self.fit_loop.note_exception(error)
         module = self._module
         for callback in self.callbacks:
-            callback.on_exception(self, module, error)
+            self._hook(callback, "on_exception")(self, module, error)
         if self.datamodule is not None:
             self.datamodule.on_exception(error)
         for logger in self.loggers:
             logger.finalize("failed")
 
     def _configure_optimizers(self, module: LightningModule) -> None:
-        returned = module.configure_optimizers()
+        returned = self._hook(module, "configure_optimizers")()
         optimizers, schedulers = parse_optimizers(returned, module.automatic_optimization)
         self.strategy.optimizers, self.strategy.lr_scheduler_configs = optimizers, schedulers
         if not self.optimizers and module.automatic_optimization:
@@ -241,13 +247,13 @@ class Runtime(Interrupts):
                 module.lr_scheduler_step(scheduler, metric)
                 progress.scheduled += 1
 
-            return overridden
+            return self._recorded("lr_scheduler_step", overridden)
 
         def advance(metric: Any = None) -> None:
             scheduler.step() if metric is None else scheduler.step(metric)
             progress.scheduled += 1
 
-        return advance
+        return self._recorded("lr_scheduler_step", advance)
 
     def _keep_freed_memory(self) -> str:
         if not self.config.keep_freed_memory:
@@ -265,6 +271,29 @@ class Runtime(Interrupts):
             lines.append(f"  {'resume':<26} {'DataPosition':<24} {position.explain()}")
         return lines
 
+    # -- what a profiler of named actions is told
+
+    def _hook(self, owner: Any, name: str) -> Callable[..., Any]:
+        """A method of the module, the datamodule or a callback, as an action where a profiler records those."""
+        method: Callable[..., Any] = getattr(owner, name)
+        return method if self._actions is None else recorded(self._actions, self._action(owner, name), method)
+
+    def _action(self, owner: Any, name: str) -> str:
+        if owner is self._module:
+            return f"[LightningModule]{type(owner).__name__}.{name}"
+        if owner is self.datamodule:
+            return f"[LightningDataModule]{type(owner).__name__}.{name}"
+        return f"[Callback]{owner.state_key}.{name}"
+
+    def _recorded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What stands for the module's hook `name`, as that action."""
+        return (
+            function if self._actions is None else recorded(self._actions, self._action(self._module, name), function)
+        )
+
+    def _strategy_action(self, name: str) -> str:
+        return f"[Strategy]{type(self.strategy).__name__}.{name}"
+
     # -- hooks outside the step
 
     def _call(self, name: str, *args: Any) -> None:
@@ -277,12 +306,12 @@ class Runtime(Interrupts):
         for callback in self.callbacks:
             if (only is None or only(callback)) and name in callback.live_hooks(self):
                 log.current = log.table(name)
-                getattr(callback, name)(self, self._module, *args)
+                self._hook(callback, name)(self, self._module, *args)
 
     def _call_module(self, name: str, *args: Any) -> None:
         log = self._metric_log
         log.current = log.table(name)
-        getattr(self._module, name)(*args)
+        self._hook(self._module, name)(*args)
 
     def _call_epoch_end(self, name: str) -> None:
         """Callbacks that watch a metric come after the module, which may log it in this very hook."""
@@ -312,9 +341,9 @@ class Runtime(Interrupts):
             return call
 
         listening = (callback for callback in self.callbacks if name in callback.live_hooks(self))
-        bound = [bind(getattr(callback, name), self, module) for callback in listening]
+        bound = [bind(self._hook(callback, name), self, module) for callback in listening]
         if is_overridden(name, module, LightningModule):
-            bound.append(bind(getattr(module, name)))
+            bound.append(bind(self._hook(module, name)))
         return tuple(bound)
 
     # -- data
@@ -338,18 +367,18 @@ class Runtime(Interrupts):
         source = self._sources.get(name)
         if source is None:
             owner = self._data_owner if self._datamodule_overrides(name) else self.lightning_module
-            source = getattr(owner, name)()
+            source = self._hook(owner, name)()
         seed_workers(source, self._trainer.global_rank)
         return source
 
     def _data_hook(self, name: str) -> Callable[..., Any] | None:
         """A transfer hook, where the datamodule or the module overrides it."""
         if self._datamodule_overrides(name):
-            return cast(Callable[..., Any], getattr(self._data_owner, name))
+            return self._hook(self._data_owner, name)
         module = self.lightning_module
         if not is_overridden(name, module, LightningModule):
             return None
-        return cast(Callable[..., Any], getattr(module, name))
+        return self._hook(module, name)
 
     def _batch_receivers(self, log: MetricLog, stage: str, dataloader_idx: int = 0) -> tuple[Callable[[Any], Any], ...]:
         """What happens to a batch between the loader and the step: nothing, on the CPU in full precision."""
@@ -433,21 +462,32 @@ class Runtime(Interrupts):
             logger.log_graph(module)
             logger.save()
 
-    def _make_profiler(self) -> Any:
-        given = self.config.profiler
+    def _use_profiler(self, given: Any) -> None:
+        """`_profiler` times the phases of the step, `_actions` is told of named actions: one of them, or neither."""
+        self._profiler = self._actions = self._shown_profiler = None
         if given is None:
-            return None
-        from lit_fast.profiler.step import StepProfiler
+            return
+        from lit_fast import profiler as room
 
-        if isinstance(given, StepProfiler):
-            return given
-        if given == "step":
-            return StepProfiler()
-        later = "is not built yet" if given in ("simple", "advanced", "pytorch", "xla") else "is unknown"
-        raise MisconfigurationException(
-            f"Trainer(profiler={given!r}) {later}; allowed: None, 'step' (where the time of a step goes), or a "
-            f"StepProfiler."
-        )
+        kinds: dict[Any, Any] = {
+            "simple": room.SimpleProfiler,
+            "advanced": room.AdvancedProfiler,
+            "pytorch": room.PyTorchProfiler,
+            "step": room.StepProfiler,
+        }
+        kind = kinds.get(given.lower()) if isinstance(given, str) else None
+        made = given if kind is None else kind()
+        if isinstance(made, room.StepProfiler):
+            self._profiler = made
+        elif isinstance(made, room.Profiler):
+            self._actions = None if type(made) is room.PassThroughProfiler else made
+        else:
+            later = "is not built" if given == "xla" else "is unknown"
+            raise MisconfigurationException(
+                f"Trainer(profiler={given!r}) {later}; allowed: None, 'step' (where the time of a step goes), "
+                f"'simple', 'advanced', 'pytorch', or an instance of a lit_fast.profiler.Profiler."
+            )
+        self._shown_profiler = made
 
     # -- resuming
 

@@ -26,6 +26,7 @@ from lit_fast.model_checks import check_fit, warn_of_half_a_validation
 from lit_fast.module import LightningModule
 from lit_fast.plan import Plans
 from lit_fast.prediction import PredictionLoop
+from lit_fast.profiler.actions import recorded
 from lit_fast.progress import Progress
 from lit_fast.states import TrainerFn, TrainerState
 from lit_fast.strategies import SingleDeviceStrategy
@@ -56,7 +57,8 @@ class Trainer(Attributes):
             then weighted by its real length.
         gradient_clip_val, gradient_clip_algorithm: clip by "norm" (default) or "value"; None or 0 switches it off.
         inference_mode: validate under `torch.inference_mode` (else `torch.no_grad`).
-        profiler: "step" for a table of where the time of a step went.
+        profiler: "step" for where the time of a step goes; "simple", "advanced", "pytorch" or a `Profiler` for named
+            actions, as in Lightning.
         default_root_dir: where logs and checkpoints go; the working directory by default.
         keep_freed_memory: on the CPU, ask the allocator to keep freed memory between steps, since page faults cost
             more than every kernel here. It holds for the process and stays on after the fit.
@@ -137,7 +139,7 @@ class Trainer(Attributes):
         self.callbacks = configure_callbacks(given_callbacks, self.config)
         self.datamodule = self._data_owner = None
         self._module: LightningModule | None = None
-        self._profiler = self._make_profiler()
+        self._use_profiler(self.config.profiler)
         self._make_loops()
         self._should_stop = False
         self._interrupt = None  # a signal that waits for the end of the running step
@@ -379,7 +381,8 @@ class Trainer(Attributes):
         if self._module is None:
             raise MisconfigurationException("save_checkpoint needs a model: call it during or after fit or validate.")
         with self._profiler.phase("checkpoint") if self._profiler is not None else nullcontext():
-            checkpoint_state.save(self, filepath, bool(weights_only), storage_options)
+            save = recorded(self._actions, "save_checkpoint", checkpoint_state.save)
+            save(self, filepath, bool(weights_only), storage_options)
 
     def explain(self, model: LightningModule | None = None) -> str:
         """Everything that a training step does, in order: what is bound, who asked for it, how it is done.

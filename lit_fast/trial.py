@@ -93,7 +93,7 @@ class Trial:
             from lit_fast.loggers import DummyLogger
 
             trainer.loggers = [DummyLogger()]
-        trainer._profiler = None
+        trainer._profiler = trainer._actions = None
         trainer._should_stop = False
         trainer._make_loops()
         assert trainer.state.fn is not None

@@ -71,7 +71,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"enable_checkpointing": "yes"}, "enable_checkpointing='yes'"),
     ({"model_registry": "team/model"}, "model_registry='team/model'.*litmodels.*best_model_path"),
     ({"default_root_dir": 3}, "default_root_dir=3.*path"),
-    ({"profiler": "pytorch"}, "profiler='pytorch'.*'step'"),
+    ({"profiler": "xla"}, "profiler='xla'.*not built.*'step'"),
     ({"callbacks": [object()]}, "object.*derives from lit_fast.Callback"),
     ({"callbacks": lit_fast.callbacks.ModelCheckpoint()}, "enable_checkpointing=False.*contradicts"),
     ({"max_epoch": 3}, "no option 'max_epoch'; did you mean max_epochs"),

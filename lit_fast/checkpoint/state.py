@@ -76,8 +76,8 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             checkpoint[type(trainer.datamodule).__qualname__] = data_state
     if not weights_only:
         for callback in trainer.callbacks:
-            callback.on_save_checkpoint(trainer, module, checkpoint)
-    module.on_save_checkpoint(checkpoint)
+            trainer._hook(callback, "on_save_checkpoint")(trainer, module, checkpoint)
+    trainer._hook(module, "on_save_checkpoint")(checkpoint)
     return checkpoint
 
 
@@ -153,7 +153,7 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> No
             f"{path} holds no model: it has the keys {', '.join(map(str, list(checkpoint)[:8]))}, and 'state_dict' is "
             f"missing. Pass a checkpoint written by a Trainer."
         )
-    module.on_load_checkpoint(checkpoint)
+    trainer._hook(module, "on_load_checkpoint")(checkpoint)
     load_weights(module, checkpoint["state_dict"], path, module.strict_loading)
     datamodule = trainer.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
@@ -176,7 +176,7 @@ def _restore_callbacks(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             stacklevel=3,
         )
     for callback in trainer.callbacks:
-        callback.on_load_checkpoint(trainer, trainer.lightning_module, checkpoint)
+        trainer._hook(callback, "on_load_checkpoint")(trainer, trainer.lightning_module, checkpoint)
     for callback in trainer.callbacks:
         state = states.get(callback.state_key)
         if state:

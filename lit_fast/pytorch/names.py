@@ -132,6 +132,7 @@ TABLE: dict[str, str | dict[str, str]] = {
     "pytorch.plugins.io": _CHECKPOINT_IO,
     "pytorch.plugins.io.checkpoint_plugin": _CHECKPOINT_IO,
     "pytorch.plugins.io.torch_plugin": _CHECKPOINT_IO,
+    "pytorch.profilers": "lit_fast.profiler",
     "pytorch.strategies": "lit_fast.strategies",
     "pytorch.strategies.ddp": _not_built("DDPStrategy"),
     "pytorch.strategies.deepspeed": _not_built("DeepSpeedStrategy"),

@@ -11,6 +11,7 @@ import torch
 from heart_models import QUIET, NoLength, Plain, batches, fitted, shuffled
 
 import lit_fast
+from lit_fast.profiler.profiler import PassThroughProfiler
 from lit_fast.profiler.step import PHASES, StepProfiler
 
 
@@ -73,7 +74,7 @@ def test_losses_are_the_same_with_and_without() -> None:
 def test_switched_off_nothing_is_wrapped() -> None:
     model = Plain()
     made = fitted(model, batches(2), max_epochs=1)
-    assert made.profiler is None
+    assert type(made.profiler) is PassThroughProfiler
     assert made.fit_loop.plans.whole.training_step == model.training_step
 
 

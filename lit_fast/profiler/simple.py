@@ -1,0 +1,73 @@
+"""How long each action took, and how often it ran."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from pathlib import Path
+from time import perf_counter
+
+from lit_fast.profiler.profiler import Profiler
+
+
+class SimpleProfiler(Profiler):
+    """Mean and total wall time of every action, in seconds.
+
+    Args:
+        dirpath, filename: where the report goes (see `Profiler`).
+        extended: with the number of calls and the share of the time since the profiler was made. Actions nest, so
+            that shares add up to more than 100 %.
+
+    Attributes:
+        recorded_durations: the seconds of each call, by action.
+
+    Raises:
+        ValueError: an action starts that runs already, or stops without having started.
+    """
+
+    def __init__(self, dirpath: str | Path | None = None, filename: str | None = None, extended: bool = True) -> None:
+        super().__init__(dirpath, filename)
+        self.extended = extended
+        self.current_actions: dict[str, float] = {}
+        self.recorded_durations: dict[str, list[float]] = defaultdict(list)
+        self.start_time = perf_counter()
+
+    def start(self, action_name: str) -> None:
+        if action_name in self.current_actions:
+            raise ValueError(f"The action {action_name!r} has already started; stop it before it starts again.")
+        self.current_actions[action_name] = perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        now = perf_counter()
+        if action_name not in self.current_actions:
+            raise ValueError(f"The action {action_name!r} was never started, so it cannot stop.")
+        self.recorded_durations[action_name].append(now - self.current_actions.pop(action_name))
+
+    def summary(self) -> str:
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table
+
+        elapsed = perf_counter() - self.start_time
+        columns = ["mean (s)", "total (s)", *(["calls", "% of time"] if self.extended else [])]
+        table = Table("action", title=self._title(), title_justify="left", box=SIMPLE)
+        for column in columns:
+            table.add_column(column, justify="right")
+        rows = [(name, sum(durations), len(durations)) for name, durations in self.recorded_durations.items()]
+        rows.sort(key=lambda row: row[1] if self.extended else row[1] / row[2], reverse=True)
+        if self.extended:
+            rows.insert(0, ("in all", elapsed, sum(calls for _, _, calls in rows)))
+        for name, total, calls in rows:
+            mean = f"{total / calls:.5g}" if calls and name != "in all" else "-"
+            more = [str(calls), f"{100 * total / elapsed:.4g}"] if self.extended else []
+            table.add_row(_literal(name), mean, f"{total:.5g}", *more)
+        width = max((len(name) for name, _, _ in rows), default=0) + 80
+        written = io.StringIO()
+        Console(file=written, width=width, color_system=None).print(table)
+        return "\n".join(line.rstrip() for line in written.getvalue().splitlines()) + "\n"
+
+
+def _literal(name: str) -> str:
+    from rich.markup import escape
+
+    return escape(name)
