@@ -301,6 +301,9 @@ class EpochLoop:
         """The counters of every loop under the keys that Lightning's checkpoints have; loops outside a fit are idle."""
         automatic, manual = self.automatic_optimization.optim_progress, self.manual_optimization.optim_step_progress
         validated = self.val_loop.batches_run
+        epochs = self._fit_loop.epoch_progress.state_dict()
+        for counts in epochs.values():
+            counts["ready"] = counts["started"]  # else Lightning, going on from there, would leave that epoch out
         fit = {
             "state_dict": {},
             "epoch_loop.state_dict": {"_batches_that_stepped": self._batches_that_stepped},
@@ -312,7 +315,7 @@ class EpochLoop:
             "epoch_loop.manual_optimization.optim_step_progress": manual.state_dict(),
             "epoch_loop.val_loop.state_dict": {},
             "epoch_loop.val_loop.batch_progress": {**_batches(validated), "is_last_batch": validated > 0},
-            "epoch_progress": self._fit_loop.epoch_progress.state_dict(),
+            "epoch_progress": epochs,
         }
         idle = {"state_dict": {}, "batch_progress": {**_batches(0), "is_last_batch": False}}
         predict = {"state_dict": {}, "batch_progress": _batches(0)}
