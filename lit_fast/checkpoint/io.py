@@ -295,30 +295,30 @@ def _sweep(directory: str, now: float, keep: str) -> None:
                 continue
             with contextlib.suppress(OSError):
                 if host is not None and match["host"] == host["host"]:
-                    abandoned = _is_abandoned(entry.path, int(match["pid"]))
-                else:
-                    abandoned = now - entry.stat().st_mtime > _OTHER_HOST_SECONDS
-                if abandoned:
+                    _remove_if_abandoned(entry.path, int(match["pid"]))
+                elif now - entry.stat().st_mtime > _OTHER_HOST_SECONDS:
                     os.unlink(entry.path)
 
 
-def _is_abandoned(path: str, pid: int) -> bool:
-    """A free lock decides; process ids repeat (in a container it is nearly always the same one)."""
+def _remove_if_abandoned(path: str, pid: int) -> None:
+    """A free lock decides; process ids repeat (in a container it is nearly always the same one).
+
+    The file goes while the lock is held: whoever has made it and waits for the lock sees then that it is gone.
+    """
     fd = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return
     except OSError:  # no locks on this filesystem
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
-            return True
+            os.unlink(path)
         except PermissionError:
-            return False
-        return False
+            pass
     else:
-        return True
+        os.unlink(path)
     finally:
         os.close(fd)
 

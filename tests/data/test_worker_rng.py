@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -10,6 +12,16 @@ import torch
 
 from lit_fast.checkpoint import rng
 from lit_fast.data.worker_rng import WorkerWatch, pack, unpack
+
+
+@pytest.fixture(autouse=True)
+def own_signals() -> Iterator[None]:
+    """This process plays the worker, and a worker's answers to signals are not its own."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_a_packed_state_is_the_whole_state() -> None:
