@@ -212,6 +212,7 @@ def in_terminal(command: Sequence[str], cwd: Path | None = None) -> tuple[int, b
     leader, follower = pty.openpty()
     around = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
     around["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    around.pop("PYTHONDONTWRITEBYTECODE", None)  # set where nothing may be left behind; a user's imports are cached
     process = subprocess.Popen(
         command, stdin=follower, stdout=follower, stderr=follower, cwd=cwd, env=around, close_fds=True
     )

@@ -174,9 +174,7 @@ def test_classes_that_are_not_built_can_be_asked_for(installed: None, line: str)
         type("Own", (kind,), {})()
 
 
-@pytest.mark.parametrize(
-    "name", ["cli.LightningCLI", "profilers.SimpleProfiler", "plugins.environments.SLURMEnvironment"]
-)
+@pytest.mark.parametrize("name", ["cli.LightningCLI", "plugins.environments.SLURMEnvironment"])
 def test_rooms_that_are_not_built_are_named(installed: None, name: str) -> None:
     home, _, kind = name.rpartition(".")
     with pytest.raises(ImportError, match=rf"has no lightning\.pytorch\.{home} yet"):
