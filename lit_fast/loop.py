@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from itertools import count, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lit_fast.binding import SkipEpoch
 from lit_fast.calls import skip
@@ -233,7 +233,7 @@ class FitLoop(Schedule):
         if self.trainer.config.device.type != "cpu":
             batches = self.trainer._to_device_ahead(batches)
         if self.trainer._profiler is not None:
-            return self.trainer._profiler.wrap_batches(batches)
+            return cast("Iterator[Any]", self.trainer._profiler.wrap_batches(batches))
         left = None if total is None else total - start
         return recorded_batches(self.trainer._actions, "[_TrainingEpochLoop].train_dataloader_next", batches, left)
 
