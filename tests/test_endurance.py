@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,8 +103,10 @@ def test_a_run_leaves_nothing_behind(data: str, end: type[BaseException] | None,
     del made, module, train
     gc.collect()
     assert {name for name, reference in alive.items() if reference() is not None} == set()
-    assert threading.active_count() == threads
-    assert endurance_program.open_files() == files
+    deadline = time.monotonic() + 10  # a queue that is closed lets its thread end a moment later
+    while (threading.active_count(), endurance_program.open_files()) != (threads, files):
+        assert time.monotonic() < deadline, [thread.name for thread in threading.enumerate()]
+        time.sleep(0.01)
 
 
 def test_validate_holds_no_batch() -> None:
