@@ -80,9 +80,9 @@ def detached(losses: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Ten
 def outputs_of(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict[str, Any]:
     """What `on_train_batch_end` gets: the detached loss (not a copy, which would cost more than the hook itself), and
     whatever else the step's dict held."""
+    if type(output) is Tensor and losses is read_losses:  # what nearly every step returns
+        return {"loss": output.detach()}
     for loss in losses(output):
-        if type(output) is Tensor:
-            return {"loss": loss.detach()}
         extra = {key: value for key, value in output.items() if key != "loss"} if hasattr(output, "items") else {}
         return {"loss": loss.detach(), **extra}
     return {}

@@ -30,9 +30,8 @@ from lit_fast.calls import (
     Bound,
     Called,
     at_epoch_end,
-    callback_hook,
     every,
-    module_hook,
+    in_table,
     name_of,
     no_closure,
     positional_arguments,
@@ -111,8 +110,8 @@ class Binding:
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
         self.adopted: list[AdoptedOptimizer] = [self._adopt(each, kept.get(id(each))) for each in trainer.optimizers]
-        names = ("on_before_backward", "on_after_backward", "on_before_optimizer_step")
-        self.step_hooks = {name: self._hooks(name) for name in names}
+        arguments = {"on_before_backward": 1, "on_after_backward": 0, "on_before_optimizer_step": 1}
+        self.step_hooks = {name: self._hooks(name, count) for name, count in arguments.items()}
         self._plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
         # Hooks that `backward` itself has to call: what they see is not what `losses` gives, or a plugin calls them.
         self._hooks_in_backward = self._plugin_backward or self.scaler is not None
@@ -254,23 +253,23 @@ class Binding:
             wrappers.append(wrapper)
         return wrappers
 
-    def _hooks(self, name: str, *fixed: Any) -> Bound:
-        """Every live hook of that name, callbacks first, ready to be called with the hook's own arguments."""
-        bound: list[Callable[..., Any]] = []
+    def _hooks(self, name: str, arguments: int) -> Bound:
+        """Every live hook of that name, callbacks first, ready to be called with that many arguments of the hook's."""
         table = self.log.table(name, "train")
-        for callback in self.trainer.callbacks:
-            if name in callback.live_hooks(self.trainer):
-                hook = callback_hook(
-                    self.trainer._hook(callback, name), self.log, table, self.trainer, self.module, fixed
-                )
-                bound.append(self.wrap("hooks", hook))
-                self._note(name, type(callback).__name__, "callback")
-        if self.overrides(name):
-            bound.append(self.wrap("hooks", module_hook(self.trainer._hook(self.module, name), self.log, table, fixed)))
-            self._note(name, type(self.module).__name__, "module")
+        bound = [self.wrap("hooks", in_table(hook, self.log, table, arguments)) for hook in self._live_hooks(name)]
         if name in ("on_train_batch_start", "on_train_batch_end") and takes_iterator(self.module.training_step):
             return tuple(map(hook_of, bound))
         return tuple(bound)
+
+    def _live_hooks(self, name: str) -> Iterator[Callable[..., Any]]:
+        """Every live hook of that name, callbacks first, given what comes before a hook's own arguments."""
+        for callback in self.trainer.callbacks:
+            if name in callback.live_hooks(self.trainer):
+                self._note(name, type(callback).__name__, "callback")
+                yield partial(self.trainer._hook(callback, name), self.trainer, self.module)
+        if self.overrides(name):
+            self._note(name, type(self.module).__name__, "module")
+            yield self.trainer._hook(self.module, name)
 
     def _bind_receive(self) -> Bound:
         """How a batch gets to the device; nothing at all on the CPU in full precision."""
@@ -282,7 +281,7 @@ class Binding:
         return tuple(self.wrap("data", function) for function in receivers)
 
     def _bind_batch_start(self) -> Bound:
-        hooks = self._hooks("on_train_batch_start")
+        hooks = self._hooks("on_train_batch_start", 2)
         if not self.overrides("on_train_batch_start"):
             return hooks
         module_hook = hooks[-1]
@@ -315,10 +314,14 @@ class Binding:
         if not self._steps_inline:
             return ()
         optimizer = self.trainer.optimizers[0]
-        hooks = [without_index(hook) for hook in self._hooks("on_before_zero_grad", optimizer)]
+        before = self.log.table("on_before_zero_grad", "train")
+        hooks = [
+            self.wrap("hooks", without_index(partial(hook, optimizer), self.log, before))
+            for hook in self._live_hooks("on_before_zero_grad")
+        ]
         if self.overrides("optimizer_zero_grad"):
             table = self.log.table("optimizer_zero_grad", "train")
-            hook = module_hook(self.trainer._hook(self.module, "optimizer_zero_grad"), self.log, table)
+            hook = in_table(self.trainer._hook(self.module, "optimizer_zero_grad"), self.log, table, 3)
             progress = self.progress
             self._note("zero_grad", type(self.module).__name__, "optimizer_zero_grad, overridden")
             return (*hooks, lambda batch_idx: hook(progress.epoch, batch_idx, optimizer))
@@ -348,7 +351,7 @@ class Binding:
         else:
             losses, backward = read_losses, engine_backward(1.0 / length, device)
         if own:
-            backward = module_hook(module.backward, self.log, self.log.table("backward", "train"))
+            backward = in_table(module.backward, self.log, self.log.table("backward", "train"), 1)
         if self.scaler is None:
             return losses, backward
         scale = self.scaler.scale
@@ -374,7 +377,7 @@ class Binding:
                 gradient_clip_algorithm=algorithm,
             )
             self._note("clip", type(module).__name__, "its own gradient clipping")
-            return (self.wrap("optimizer", module_hook(clip, self.log, table)),)
+            return (self.wrap("optimizer", in_table(clip, self.log, table, 0)),)
         if not value:
             return ()
         if self.in_place_clipping:
@@ -407,7 +410,7 @@ class Binding:
 
     def _bind_batch_end(self, losses: Callable[[Any], tuple[Tensor, ...]], note: bool = False) -> Bound:
         before = len(self.rows)
-        hooks = self._hooks("on_train_batch_end")
+        hooks = self._hooks("on_train_batch_end", 3)
         if not note:
             del self.rows[before:]
         if not hooks:

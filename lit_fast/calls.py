@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lit_fast.metrics import MetricLog, Table
     from lit_fast.module import LightningModule
     from lit_fast.progress import Progress
-    from lit_fast.trainer import Trainer
 
 Bound = tuple[Callable[..., Any], ...]
 
@@ -27,22 +26,29 @@ def run_all(functions: Bound) -> None:
 def no_closure() -> None: ...
 
 
-def callback_hook(
-    hook: Callable[..., Any], log: MetricLog, table: Table, trainer: Trainer, module: LightningModule, fixed: Any
-) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
+def in_table(hook: Callable[..., Any], log: MetricLog, table: Table, arguments: int) -> Callable[..., Any]:
+    """`hook` of that many positional arguments, for whose time `self.log` writes by the rules of `table`.
+
+    Spelled out by number: a call through `*args` takes 0.27 us where one of these takes 0.10.
+    """
+
+    def none() -> Any:
         log.current = table
-        return hook(trainer, module, *args, *fixed)
+        return hook()
 
-    return call
-
-
-def module_hook(hook: Callable[..., Any], log: MetricLog, table: Table, fixed: Any = ()) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
+    def one(a: Any) -> Any:
         log.current = table
-        return hook(*args, *fixed)
+        return hook(a)
 
-    return call
+    def two(a: Any, b: Any) -> Any:
+        log.current = table
+        return hook(a, b)
+
+    def three(a: Any, b: Any, c: Any) -> Any:
+        log.current = table
+        return hook(a, b, c)
+
+    return (none, one, two, three)[arguments]
 
 
 def skip(plan: StepPlan, batch: None, batch_idx: int) -> None:
@@ -81,8 +87,14 @@ class Called:
             )
 
 
-def without_index(hook: Callable[..., Any]) -> Callable[[int], Any]:
-    return lambda batch_idx: hook()
+def without_index(hook: Callable[..., Any], log: MetricLog, table: Table) -> Callable[[int], Any]:
+    """`in_table` for a hook without arguments, at a point of the step that gives the batch's index."""
+
+    def call(batch_idx: int) -> Any:
+        log.current = table
+        return hook()
+
+    return call
 
 
 def every(frequency: int, advance: Callable[[], None]) -> Callable[[int], None]:
