@@ -149,20 +149,16 @@ class StageLoop:
         if combined.mode != "sequential":
             combined.limits = self.max_batches
             self.dataloader_idx = 0
-            with self.workers_spared(combined.flattened):
+            with left_to_parent(combined.flattened):
                 walk = map(itemgetter(0), combined)
             yield 0, islice(walk, combined.length)
             return
         for index, (loader, limit) in enumerate(zip(combined.flattened, self.max_batches, strict=True)):
             self.batches_before, self.batch_idx, self.dataloader_idx = self.batches_run, -1, index
             tell_epoch(loader, self.trainer._progress.epoch)
-            with self.workers_spared([loader]):
+            with left_to_parent([loader]):
                 batches = iter(loader)
             yield index, batches if limit == math.inf else islice(batches, int(limit))
-
-    def workers_spared(self, loaders: list[Any]) -> AbstractContextManager[None]:
-        """In a fit, whose signals wait until a checkpoint is saved, workers wait too."""
-        return left_to_parent(loaders) if self.trainer.state.fn == TrainerFn.FITTING else nullcontext()
 
     # -- around the batches
 

@@ -26,8 +26,12 @@ class Interrupts:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM wait for the running step, then a checkpoint is written; a second Ctrl-C does not wait."""
-        if threading.current_thread() is not threading.main_thread() or self.state.fn != TrainerFn.FITTING:
+        """Ctrl-C and SIGTERM wait for the running step, then a checkpoint is written; a second Ctrl-C does not wait.
+
+        Outside a fit there is nothing to save: Ctrl-C ends the run at once, SIGTERM after the running batch. Whoever
+        handled SIGTERM before still hears of it.
+        """
+        if threading.current_thread() is not threading.main_thread():
             yield
             return
 
@@ -42,8 +46,12 @@ class Interrupts:
                 raise KeyboardInterrupt
             self._interrupt = number
             self._progress.boundary = NOW
+            earlier = before.get(signal.SIGTERM) if number == signal.SIGTERM else None
+            if callable(earlier):
+                earlier(number, frame)
 
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        waiting = (signal.SIGINT, signal.SIGTERM) if self.state.fn == TrainerFn.FITTING else (signal.SIGTERM,)
+        before = {number: signal.getsignal(number) for number in waiting}
         for number in before:
             if before[number] is not signal.SIG_IGN:
                 signal.signal(number, wait_for_step)
@@ -56,10 +64,11 @@ class Interrupts:
             signal.raise_signal(self._interrupt)
 
     def _raise_interrupt(self) -> None:
-        """End the run between two steps: save first, say how to go on."""
+        """End the run between two steps; a fit saves first and says how to go on."""
         number, self._interrupt = self._interrupt, None
         self._terminated = number == signal.SIGTERM
-        path = None if self.sanity_checking else finding.interrupt_path(self._trainer)
+        saves = self.state.fn == TrainerFn.FITTING and not self.sanity_checking
+        path = finding.interrupt_path(self._trainer) if saves else None
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)

@@ -135,7 +135,7 @@ class PredictionLoop(StageLoop):
     def _run_loader(
         self, bound: BoundPass, notes: tuple[Callable[[int], None], ...], keep: Callable[[Any], None] | None
     ) -> None:
-        log = self.trainer._metric_log
+        trainer, log = self.trainer, self.trainer._metric_log
         _, where, batches, receive, starts, step, table, ends = bound
         cpu = torch.device("cpu")
         for batch_idx, given in enumerate(batches):
@@ -154,6 +154,8 @@ class PredictionLoop(StageLoop):
                 hook(output, batch, batch_idx, *where)
             if keep is not None:
                 keep(move(output, cpu))
+            if trainer._interrupt is not None:
+                trainer._raise_interrupt()
 
     def _say_none(self) -> None:
         self._said_none = True

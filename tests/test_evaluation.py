@@ -242,7 +242,7 @@ def own_init(worker_id: int) -> None:
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_workers_of_a_validation_in_a_fit_leave_signals_to_it(several: bool) -> None:
+def test_workers_of_a_validation_leave_signals_to_it(several: bool) -> None:
     class Collects(Plain):
         def __init__(self) -> None:
             super().__init__()
@@ -257,4 +257,4 @@ def test_workers_of_a_validation_in_a_fit_leave_signals_to_it(several: bool) -> 
     assert model.rows == [[1.0, 1.0]] * 4 and loader.worker_init_fn is own_init
     model.rows = []
     made.validate(model, data, verbose=False)
-    assert model.rows == [[0.0, 1.0]] * 4
+    assert model.rows == [[1.0, 1.0]] * 4

@@ -1,7 +1,8 @@
-"""Loader workers leave Ctrl-C and SIGTERM to the training process.
+"""Loader workers leave Ctrl-C and SIGTERM to the process that runs the trainer.
 
-A terminal, and a job scheduler, send them to the whole process group. The training process finishes its step and saves
-a checkpoint, for which it may still need a batch; torch's workers would die at once, and the run with an error.
+A terminal, and a job scheduler, send them to the whole process group. That process finishes its step and saves a
+checkpoint, for which it may still need a batch; torch's workers would die at once, the run with an error, and the
+folders of their sockets would stay.
 """
 
 from __future__ import annotations
