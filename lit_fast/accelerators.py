@@ -93,6 +93,45 @@ class MPSAccelerator(Accelerator):
         return 1
 
 
+def is_cuda_available() -> bool:
+    """Whether this torch sees a CUDA device."""
+    return num_cuda_devices() > 0
+
+
+def num_cuda_devices() -> int:
+    """How many CUDA devices this torch sees."""
+    return torch.cuda.device_count()
+
+
+def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
+    """Indices of CUDA devices that a tensor can be put on now: not those that another process has to itself.
+
+    Args:
+        num_devices: how many are wanted; -1 for all.
+
+    Raises:
+        MisconfigurationException: there are not that many.
+    """
+    if num_devices == 0:
+        return []
+    there = num_cuda_devices()
+    usable: list[int] = []
+    for index in range(there):
+        if len(usable) == num_devices:
+            break
+        try:
+            torch.zeros(1, device=torch.device("cuda", index))
+        except RuntimeError:  # in exclusive mode, and taken
+            continue
+        usable.append(index)
+    if not there or len(usable) < num_devices:
+        raise MisconfigurationException(
+            f"find_usable_cuda_devices({num_devices}): of {there} CUDA devices that this torch ({torch.__version__}) "
+            f"sees, {len(usable)} are free; ask for at most that many, or run on accelerator='cpu'."
+        )
+    return usable
+
+
 ACCELERATORS: dict[str, type[Accelerator]] = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "gpu": CUDAAccelerator}
 # Strategies that are the plain step where there is one device; the others change the step itself.
 ONE_DEVICE_STRATEGIES = ("auto", "single_device")

@@ -64,5 +64,12 @@ class LightningDeprecationWarning(DeprecationWarning):
     """Something that works and should be written otherwise. Named as in Lightning."""
 
 
+class SIGTERMException(SystemExit):
+    """SIGTERM ended the run. Named as in Lightning; left alone, it ends the program with exit code 143."""
+
+    def __init__(self) -> None:
+        super().__init__(143)
+
+
 class TunerExit(LitFastError):
     """Not an error: a search is done, and the run that was begun for it ends. The Trainer catches it."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.checkpoint import finding
+from lit_fast.errors import SIGTERMException
 from lit_fast.progress import NOW
 from lit_fast.states import TrainerFn
 
@@ -77,5 +78,5 @@ class Interrupts:
                 f"Go on from there with trainer.fit(model, ckpt_path={os.fspath(path)!r})."
             )
         if number == signal.SIGTERM:
-            raise SystemExit(143)
+            raise SIGTERMException
         raise KeyboardInterrupt

@@ -34,6 +34,9 @@ class LitLogger(_Logger): ...
 class MLFlowLogger(_Logger): ...
 
 
+class NeptuneLogger(_Logger): ...
+
+
 class WandbLogger(_Logger): ...
 
 
@@ -42,6 +45,9 @@ class ParallelStrategy(NotBuilt):
 
 
 class DDPStrategy(ParallelStrategy): ...
+
+
+class DataParallelStrategy(ParallelStrategy): ...
 
 
 class DeepSpeedStrategy(DDPStrategy): ...
@@ -53,5 +59,126 @@ class FSDPStrategy(ParallelStrategy): ...
 class ModelParallelStrategy(ParallelStrategy): ...
 
 
+class SingleDeviceXLAStrategy(ParallelStrategy): ...
+
+
+class XLAFSDPStrategy(ParallelStrategy): ...
+
+
+class XLAStrategy(DDPStrategy): ...
+
+
+class XLAAccelerator(NotBuilt):
+    instead = "allowed are accelerator='cpu', 'gpu' and 'auto'."
+
+    @staticmethod
+    def is_available() -> bool:
+        return False
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 0
+
+
+class _Precision(NotBuilt):
+    instead = "allowed are the names that Trainer(precision=...) takes, and classes that derive from Precision."
+
+
+class BitsandbytesPrecision(_Precision): ...
+
+
+class DeepSpeedPrecision(_Precision): ...
+
+
+class FSDPPrecision(_Precision): ...
+
+
+class TransformerEnginePrecision(_Precision): ...
+
+
+class XLAPrecision(_Precision): ...
+
+
+class XLACheckpointIO(NotBuilt):
+    instead = "allowed are TorchCheckpointIO, AsyncCheckpointIO, and classes of your own that derive from CheckpointIO."
+
+
+class XLAProfiler(NotBuilt):
+    instead = "allowed are SimpleProfiler, AdvancedProfiler, PyTorchProfiler, and classes that derive from Profiler."
+
+
+class _Environment(NotBuilt):
+    instead = "the Trainer runs in one process so far: leave it out of plugins, or pass LightningEnvironment()."
+
+    @staticmethod
+    def detect() -> bool:
+        """False: nothing that such a cluster starts would be joined."""
+        return False
+
+
+class KubeflowEnvironment(_Environment): ...
+
+
+class LSFEnvironment(_Environment): ...
+
+
+class MPIEnvironment(_Environment): ...
+
+
+class SLURMEnvironment(_Environment): ...
+
+
+class TorchElasticEnvironment(_Environment): ...
+
+
+class XLAEnvironment(_Environment): ...
+
+
+class _Collective(NotBuilt):
+    instead = "the Trainer runs in one process so far; torch.distributed is there for a program's own processes."
+
+
+class DistributedSamplerWrapper(_Collective): ...
+
+
+class SingleDeviceCollective(_Collective): ...
+
+
+class TorchCollective(_Collective): ...
+
+
+class UnrepeatedDistributedSampler(_Collective): ...
+
+
+class UnrepeatedDistributedSamplerWrapper(_Collective): ...
+
+
+class _CommandLine(NotBuilt):
+    instead = "make the Trainer, the module and the data module in the program, with arguments from argparse."
+
+
+class LightningArgumentParser(_CommandLine): ...
+
+
+class LightningCLI(_CommandLine): ...
+
+
+class SaveConfigCallback(_CommandLine): ...
+
+
+class DeepSpeedSummary(NotBuilt):
+    instead = "allowed is ModelSummary."
+
+
+class MNISTDataModule(NotBuilt):
+    instead = "allowed is a LightningDataModule of your own around torchvision.datasets.MNIST."
+
+
 class Fabric(NotBuilt):
     instead = "allowed is the Trainer with a LightningModule (automatic_optimization = False for a loop of your own)."
+
+
+class ThroughputMonitor(Fabric):
+    """Fabric's; the Trainer's is a callback."""
+
+    instead = "allowed is the callback of that name with a Trainer, or Throughput by itself."

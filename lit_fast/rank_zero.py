@@ -25,6 +25,15 @@ def rank() -> int:
     return 0
 
 
+def rank_prefixed_message(message: str, rank: int | None) -> str:
+    """The message with the rank that says it, where there is one.
+
+    >>> rank_prefixed_message("saved", 1), rank_prefixed_message("saved", None)
+    ('[rank: 1] saved', 'saved')
+    """
+    return message if rank is None else f"[rank: {rank}] {message}"
+
+
 def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:
     """Returns a function that calls `function` where the rank is 0 and returns None elsewhere.
 

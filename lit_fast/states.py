@@ -4,9 +4,56 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class _Name(str, Enum):
+class LightningEnum(str, Enum):
+    """An enumeration of texts that are compared without regard to upper and lower case. Named as in Lightning.
+
+    Example:
+        >>> Kind = LightningEnum("Kind", {"MEAN": "mean"})
+        >>> Kind.from_str("Mean"), Kind.MEAN == "MEAN", Kind.try_from_str("sum")
+        (<Kind.MEAN: 'mean'>, True, None)
+    """
+
+    def __eq__(self, other: object) -> bool:
+        text = other.value if isinstance(other, Enum) else other
+        return isinstance(text, str) and str(self.value).lower() == text.lower()
+
+    def __hash__(self) -> int:
+        return hash(str(self.value).lower())
+
+    @classmethod
+    def from_str(cls, value: str, source: Literal["key", "value", "any"] = "key") -> Self:
+        """The member whose name ("key"), value, or either ("any") is `value`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        for member in cls:
+            texts = {"key": (member.name,), "value": (str(member.value),), "any": (member.name, str(member.value))}
+            if value.lower() in map(str.lower, texts[source]):
+                return member
+        raise ValueError(f"{value!r} is no {cls.__name__}; allowed are {', '.join(cls.__members__)}.")
+
+    @classmethod
+    def try_from_str(cls, value: str, source: Literal["key", "value", "any"] = "key") -> Self | None:
+        """The same, or None where there is none."""
+        try:
+            return cls.from_str(value, source)
+        except ValueError:
+            return None
+
+
+class _Name(LightningEnum):
+    """Compared as the texts they are: the Trainer does so all the time."""
+
+    __eq__ = str.__eq__
+    __hash__ = str.__hash__
+
     def __str__(self) -> str:
         return str(self.value)
 
@@ -29,7 +76,7 @@ class TrainerStatus(_Name):
     INTERRUPTED = "interrupted"
 
 
-class GradClipAlgorithmType(str, Enum):
+class GradClipAlgorithmType(LightningEnum):
     """How gradients are clipped; equal to its value, so "norm" and "value" compare with it."""
 
     VALUE = "value"

@@ -33,7 +33,7 @@ FLOORS = [
     "ops",
     "_core",
     "rank_zero not_built",
-    "errors hooks states progress",
+    "errors hooks states progress lazy",
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}
 

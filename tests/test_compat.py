@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 import lit_fast
-from lit_fast import compat
+from lit_fast import compat, not_built
 from lit_fast.errors import MisconfigurationException
 from lit_fast.pytorch import names
 
@@ -174,11 +174,84 @@ def test_classes_that_are_not_built_can_be_asked_for(installed: None, line: str)
         type("Own", (kind,), {})()
 
 
-@pytest.mark.parametrize("name", ["cli.LightningCLI", "plugins.environments.SLURMEnvironment"])
-def test_rooms_that_are_not_built_are_named(installed: None, name: str) -> None:
-    home, _, kind = name.rpartition(".")
-    with pytest.raises(ImportError, match=rf"has no lightning\.pytorch\.{home} yet"):
-        exec(f"from lightning.pytorch.{home} import {kind}")
+def places() -> list[tuple[str, str]]:
+    """Every module and name of the table that leads to a class that is not built."""
+    entries = [(key, entry) for key, entry in names.TABLE.items() if isinstance(entry, dict)]
+    return [(key, name) for key, e in entries for name, place in e.items() if place.startswith("lit_fast.not_built:")]
+
+
+def test_each_class_that_is_not_built_says_so(installed: None) -> None:
+    assert len(places()) > 80
+    for key, name in places():
+        kind = getattr(importlib.import_module(f"lightning.{key}".rstrip(".")), name)
+        assert issubclass(kind, not_built.NotBuilt)
+        with pytest.raises(MisconfigurationException, match=r"^\w+ is not built yet; (allowed|the|make) "):
+            kind("anything", of="any kind")
+
+
+def test_every_class_that_is_not_built_has_a_place() -> None:
+    kinds = {name for name, value in vars(not_built).items() if name[0] != "_" and hasattr(value, "instead")}
+    leads = {name.removesuffix("Plugin") for _, name in places()}
+    assert kinds - leads == {"NotBuilt"}
+
+
+def test_a_program_of_the_command_line(installed: None) -> None:
+    program = """
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+class CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.link_arguments("model.width", "data.width")
+CLI(object, save_config_callback=SaveConfigCallback)
+"""
+    with pytest.raises(MisconfigurationException, match="LightningCLI is not built yet; make the Trainer"):
+        exec(program)
+
+
+@pytest.mark.parametrize("environment", ["SLURMEnvironment", "TorchElasticEnvironment", "LSFEnvironment"])
+def test_a_cluster_that_is_not_built_is_not_detected(installed: None, environment: str) -> None:
+    found = importlib.import_module("lightning.pytorch.plugins.environments")
+    assert getattr(found, environment).detect() is False
+
+
+def test_modules_are_attributes_of_their_packages() -> None:
+    program = f"""
+import lit_fast.pytorch as pl
+for path in {PATHS!r}:
+    found = pl
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert type(found).__name__ in ("module", "Gathered"), path
+assert pl.loggers.wandb.WandbLogger is pl.loggers.WandbLogger
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# As programs write them after nothing but `import lightning.pytorch as pl`.
+PATHS = [
+    "loggers.logger",
+    "loggers.csv_logs",
+    "loggers.wandb",
+    "callbacks.model_checkpoint",
+    "callbacks.progress.rich_progress",
+    "callbacks.progress.tqdm_progress",
+    "demos.boring_classes",
+    "profilers.simple",
+    "profilers.base",
+    "plugins.environments",
+    "plugins.precision.amp",
+    "strategies.single_device",
+    "strategies.strategy",
+    "strategies.ddp",
+    "core.module",
+    "tuner.tuning",
+    "tuner.lr_finder",
+    "trainer.states",
+    "trainer.connectors",
+    "utilities.types",
+    "utilities.rank_zero",
+    "utilities.model_summary.model_summary",
+]
 
 
 def test_a_name_that_a_room_does_not_have(installed: None) -> None:
@@ -187,5 +260,5 @@ def test_a_name_that_a_room_does_not_have(installed: None) -> None:
     import lit_fast.loop
 
     assert _FitLoop is lit_fast.loop.FitLoop
-    with pytest.raises(ImportError, match="NeptuneLogger"):
-        exec("from lightning.pytorch.loggers import NeptuneLogger")
+    with pytest.raises(ImportError, match="NoSuchLogger"):
+        exec("from lightning.pytorch.loggers import NoSuchLogger")

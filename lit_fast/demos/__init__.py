@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_fast import lazy
+
 if TYPE_CHECKING:
     from lit_fast.demos.boring_classes import BoringDataModule, BoringModel, DemoModel
     from lit_fast.demos.lstm import LightningLSTM, SequenceSampler, SimpleLSTM
@@ -35,8 +37,4 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return lazy.find(__name__, _HOME, name)

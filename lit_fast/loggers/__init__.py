@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from lit_fast import lazy
 
 _HOME = {
     "CSVLogger": "csv_logs",
@@ -13,7 +14,7 @@ _HOME = {
     "default_logger": "default",
 }
 
-_NOT_BUILT = ("CometLogger", "LitLogger", "MLFlowLogger", "WandbLogger")
+_NOT_BUILT = ("CometLogger", "LitLogger", "MLFlowLogger", "NeptuneLogger", "WandbLogger")
 
 __all__ = ["CSVLogger", "DummyLogger", "Logger", "TensorBoardLogger", "default_logger"]
 
@@ -23,11 +24,7 @@ def __getattr__(name: str) -> Any:
         from lit_fast import not_built
 
         return getattr(not_built, name)
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return lazy.find(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lit_fast import lazy
+
 if TYPE_CHECKING:
     from lit_fast.models.bigram import Bigram
     from lit_fast.models.gpt import GPT
@@ -16,8 +18,4 @@ _HOME = {"GPT": "gpt", "Bigram": "bigram", "LanguageModel": "language_model", "L
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return lazy.find(__name__, _HOME, name)

@@ -10,6 +10,8 @@ from lit_fast.precision.amp import MixedPrecision
 from lit_fast.precision.double import DoublePrecision
 from lit_fast.precision.half import HalfPrecision
 from lit_fast.precision.precision import Precision
+from lit_fast.strategies.environments import ClusterEnvironment
+from lit_fast.strategies.layer_sync import LayerSync
 
 _ALIASES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
 _ALLOWED = ("64-true", "32-true", "16-true", "16-mixed", "bf16-true", "bf16-mixed")
@@ -64,11 +66,13 @@ def precision_plugin(plugins: Any) -> Precision | None:
         MisconfigurationException: several of them, or something that is no plugin.
     """
     given = [] if plugins is None else list(plugins) if isinstance(plugins, list | tuple) else [plugins]
+    # One process has no others to find, and no statistics to share with them.
+    given = [plugin for plugin in given if not isinstance(plugin, ClusterEnvironment | LayerSync)]
     for plugin in given:
         if not isinstance(plugin, Precision):
             raise MisconfigurationException(
                 f"Trainer(plugins=...) was given {type(plugin).__name__}; allowed so far is an object of a class that "
-                f"derives from lit_fast.precision.Precision."
+                f"derives from lit_fast.precision.Precision, CheckpointIO, ClusterEnvironment or LayerSync."
             )
     if len(given) > 1:
         names = ", ".join(type(plugin).__name__ for plugin in given)

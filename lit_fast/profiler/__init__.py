@@ -5,8 +5,9 @@ Each profiler is imported when it is first used.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from lit_fast import lazy
 
 _HOME = {
     "AdvancedProfiler": "advanced",
@@ -21,11 +22,11 @@ __all__ = ["AdvancedProfiler", "PassThroughProfiler", "Profiler", "PyTorchProfil
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    if name == "XLAProfiler":
+        from lit_fast.not_built import XLAProfiler
+
+        return XLAProfiler
+    return lazy.find(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
 """Lightning's names for what lit_fast has: `import lit_fast.pytorch as pl`.
 
 Submodules carry Lightning's names too (`lit_fast.pytorch.callbacks.model_checkpoint`). They are
-lit_fast's own modules under a second name, so that each class exists once. The table is in names.py.
+lit_fast's own modules under a second name, so that each class exists once. The table is in table.py.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from lit_fast import hooks
+from lit_fast.accelerators import CPUAccelerator
 from lit_fast.data.transfer import walk
 from lit_fast.errors import MisconfigurationException, PossibleUserWarning
 
@@ -161,6 +162,28 @@ def sized_len(dataloader: object) -> int | None:
 
 def has_len(dataloader: object) -> bool:
     return sized_len(dataloader) is not None
+
+
+def has_len_all_ranks(
+    dataloader: object, strategy: Any = None, allow_zero_length_dataloader_with_multiple_devices: bool = False
+) -> bool:
+    """The same for all processes, of which there is one."""
+    return has_len(dataloader)
+
+
+def is_shared_filesystem(strategy: Any, path: str | Path | None = None, timeout: int = 3) -> bool:
+    """Whether all processes see the same files under `path`: there is one."""
+    return True
+
+
+def is_wrapped(obj: object) -> bool:
+    """Whether `Fabric.setup` made `obj`: it is not built, and made none."""
+    return False
+
+
+def get_cpu_stats() -> dict[str, float]:
+    """Shares of processor, memory and swap in use, in percent."""
+    return CPUAccelerator().get_device_stats("cpu")
 
 
 def is_picklable(obj: object) -> bool:

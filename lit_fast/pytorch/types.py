@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypedDict
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -15,6 +16,26 @@ from lit_fast.optim.configure import LRSchedulerConfig
 
 STEP_OUTPUT: TypeAlias = Tensor | Mapping[str, Any] | None
 LRSchedulerTypeUnion: TypeAlias = LRScheduler | ReduceLROnPlateau
+
+
+@runtime_checkable
+class Steppable(Protocol):
+    """What can step: an optimizer, or what stands in for one."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any: ...
+
+
+@runtime_checkable
+class Optimizable(Steppable, Protocol):
+    """What has an optimizer's groups and state, too."""
+
+    param_groups: list[dict[Any, Any]]
+    defaults: dict[Any, Any]
+    state: dict[Any, Any]
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
 class LRSchedulerConfigType(TypedDict, total=False):
@@ -54,6 +75,7 @@ TRAIN_DATALOADERS: TypeAlias = Iterable[Any]
 EVAL_DATALOADERS: TypeAlias = Iterable[Any] | Sequence[Iterable[Any]]
 LRSchedulerTypeTuple = (LRScheduler, ReduceLROnPlateau)
 LRSchedulerType: TypeAlias = type[LRScheduler] | type[ReduceLROnPlateau]
+CollectibleGroup: TypeAlias = Any  # torch.distributed's group, which a torch without it does not have
 EPOCH_OUTPUT: TypeAlias = list[STEP_OUTPUT]
 LRSchedulerPLType: TypeAlias = LRSchedulerTypeUnion
 _PATH: TypeAlias = str | Path
@@ -72,13 +94,17 @@ __all__ = [
     "EVAL_DATALOADERS",
     "STEP_OUTPUT",
     "TRAIN_DATALOADERS",
+    "CollectibleGroup",
+    "DistributedDataParallel",
     "LRSchedulerConfig",
     "LRSchedulerConfigType",
     "LRSchedulerPLType",
     "LRSchedulerType",
     "LRSchedulerTypeTuple",
     "LRSchedulerTypeUnion",
+    "Optimizable",
     "OptimizerConfig",
     "OptimizerLRScheduler",
     "OptimizerLRSchedulerConfig",
+    "Steppable",
 ]

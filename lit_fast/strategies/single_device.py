@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lit_fast.checkpoint.plugins import CheckpointIO, TorchCheckpointIO
+from lit_fast.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from lit_fast.module import LightningModule
@@ -35,7 +36,7 @@ class SkipInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class SingleDeviceStrategy:
+class SingleDeviceStrategy(Strategy):
     """The strategy of a Trainer on one device: who holds the model and its optimizers, and what callbacks ask for.
 
     Args:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lit_fast import lazy
+
 __all__ = ["Tuner"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "Tuner":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lit_fast.tuner.tuning import Tuner  # the callbacks that it starts import this package's searches
-
-    globals()[name] = Tuner
-    return Tuner
+    # Not at once: the callbacks that it starts import this package's searches.
+    return lazy.find(__name__, {"Tuner": "tuning"}, name)

@@ -18,20 +18,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_OUT_OF_MEMORY = (
-    ("CUDA", "out of memory"),
-    ("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",),  # how cuDNN may say the same
-    ("DefaultCPUAllocator: can't allocate memory",),
-    ("DefaultCPUAllocator: not enough memory",),  # on Windows
-)
+
+def _says(exception: BaseException, *parts: str) -> bool:
+    return isinstance(exception, RuntimeError) and all(part in str(exception) for part in parts)
+
+
+def is_cuda_out_of_memory(exception: BaseException) -> bool:
+    """Whether a GPU ran out of memory."""
+    return isinstance(exception, torch.cuda.OutOfMemoryError) or _says(exception, "CUDA", "out of memory")
+
+
+def is_cudnn_snafu(exception: BaseException) -> bool:
+    """Whether cuDNN failed in the way in which it says that memory ran out."""
+    return _says(exception, "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.")
+
+
+def is_out_of_cpu_memory(exception: BaseException) -> bool:
+    """Whether the host ran out of memory (torch has another text for it on Windows)."""
+    return _says(exception, "DefaultCPUAllocator: can't allocate memory") or _says(
+        exception, "DefaultCPUAllocator: not enough memory"
+    )
 
 
 def is_oom_error(exception: BaseException) -> bool:
     """Whether a device, or the host, ran out of memory."""
-    if isinstance(exception, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    text = str(exception)
-    return isinstance(exception, RuntimeError) and any(all(part in text for part in parts) for parts in _OUT_OF_MEMORY)
+    kinds = (is_cuda_out_of_memory, is_cudnn_snafu, is_out_of_cpu_memory)
+    return isinstance(exception, MemoryError) or any(is_kind(exception) for is_kind in kinds)
 
 
 def garbage_collection_cuda() -> None:

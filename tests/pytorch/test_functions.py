@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import operator
 import os
 import warnings
 from pathlib import Path
@@ -94,24 +95,59 @@ def test_flags_of_installed_packages() -> None:
     assert not requirements._NO_SUCH_PACKAGE_AVAILABLE
     with pytest.raises(AttributeError, match="_TORCH_GREATER"):
         _ = requirements._TORCH_GREATER
+    assert requirements._TORCH_GREATER_EQUAL_2_0 and requirements._TORCH_LESS_EQUAL_99
+    assert not requirements._TORCH_EQUAL_1_13 and not requirements._TORCH_GREATER_EQUAL_99_0_1
+    assert requirements._PYTHON_GREATER_EQUAL_3_10_0 and not requirements._NOSUCH_GREATER_EQUAL_0_1
+
+
+def test_requirements_of_packages() -> None:
+    cache = requirements.RequirementCache
+    assert [bool(cache(text)) for text in ("torch>=2.0, <99", "torch>99", "torch!=0.1", "no-such>=1")] == [
+        True, False, True, False,
+    ]  # fmt: skip
+    assert cache(module="json") and not cache(module="no_such.module")
+    assert str(cache("no-such>=1")) == "'no-such>=1' is not met; install it: pip install -U 'no-such>=1'"
+    assert requirements.compare_version("torch", operator.ge, "2.0")
+    assert not requirements.compare_version("no_such_package", operator.ge, "0")
+    assert requirements.package_available("torch.nn") and not requirements.package_available("no_such.module")
 
 
 # As programs write them: "from lightning.pytorch.<module> import <names>".
 IMPORTS = {
-    "accelerators": "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator",
+    "accelerators": "Accelerator CPUAccelerator CUDAAccelerator MPSAccelerator XLAAccelerator find_usable_cuda_devices",
+    "accelerators.cuda": "CUDAAccelerator num_cuda_devices is_cuda_available",
+    "cli": "LightningCLI LightningArgumentParser SaveConfigCallback instantiate_class",
+    "loggers": "CSVLogger CometLogger Logger MLFlowLogger NeptuneLogger TensorBoardLogger WandbLogger",
+    "loggers.logger": "DummyLogger Logger rank_zero_experiment",
+    "plugins": "AsyncCheckpointIO BitsandbytesPrecision CheckpointIO ClusterEnvironment DeepSpeedPrecision "
+    "DoublePrecision FSDPPrecision HalfPrecision LayerSync MixedPrecision MixedPrecisionPlugin Precision "
+    "PrecisionPlugin TorchCheckpointIO TorchSyncBatchNorm TransformerEnginePrecision",
+    "plugins.environments": "ClusterEnvironment KubeflowEnvironment LSFEnvironment LightningEnvironment "
+    "MPIEnvironment SLURMEnvironment TorchElasticEnvironment XLAEnvironment",
+    "plugins.layer_sync": "LayerSync TorchSyncBatchNorm",
+    "plugins.precision": "DoublePrecision HalfPrecision MixedPrecision MixedPrecisionPlugin Precision",
+    "plugins.precision.amp": "MixedPrecision",
+    "profilers": "AdvancedProfiler PassThroughProfiler Profiler PyTorchProfiler SimpleProfiler XLAProfiler",
+    "profilers.base": "PassThroughProfiler",
+    "strategies": "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy "
+    "SingleDeviceStrategy SingleDeviceXLAStrategy Strategy XLAStrategy",
+    "strategies.strategy": "Strategy",
     "trainer.states": "RunningStage TrainerFn TrainerState TrainerStatus",
-    "utilities": "AttributeDict CombinedLoader GradClipAlgorithmType grad_norm is_picklable measure_flops "
-    "move_data_to_device rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn "
+    "utilities": "AttributeDict CombinedLoader GradClipAlgorithmType LightningEnum grad_norm is_picklable "
+    "measure_flops move_data_to_device rank_zero_deprecation rank_zero_info rank_zero_only rank_zero_warn "
     "suggested_max_num_workers disable_possible_user_warnings",
-    "utilities.data": "extract_batch_size has_len sized_len",
-    "utilities.enums": "GradClipAlgorithmType",
-    "utilities.exceptions": "MisconfigurationException",
+    "utilities.data": "extract_batch_size has_len has_len_all_ranks sized_len suggested_max_num_workers",
+    "utilities.enums": "GradClipAlgorithmType LightningEnum",
+    "utilities.exceptions": "MisconfigurationException SIGTERMException",
     "utilities.grads": "grad_norm",
-    "utilities.memory": "garbage_collection_cuda is_oom_error recursive_detach",
+    "utilities.memory": "garbage_collection_cuda is_cuda_out_of_memory is_cudnn_snafu is_oom_error "
+    "is_out_of_cpu_memory recursive_detach",
     "utilities.model_helpers": "is_overridden",
     "utilities.model_summary": "LayerSummary ModelSummary get_human_readable_count summarize",
-    "utilities.parsing": "AttributeDict is_picklable",
+    "utilities.parsing": "AttributeDict clean_namespace collect_init_args get_init_args is_picklable lightning_getattr "
+    "lightning_hasattr lightning_setattr parse_class_init_keys save_hyperparameters",
     "utilities.rank_zero": "WarningCache rank_zero_debug rank_zero_info rank_zero_only rank_zero_warn",
+    "utilities.signature_utils": "is_param_in_hook_signature",
     "utilities.seed": "isolate_rng seed_everything",
     "utilities.types": "EVAL_DATALOADERS LRSchedulerConfig LRSchedulerConfigType LRSchedulerPLType "
     "LRSchedulerTypeUnion OptimizerConfig OptimizerLRScheduler OptimizerLRSchedulerConfig STEP_OUTPUT "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
+
+from lit_fast import lazy
 
 _HOME = {
     "ProgressBar": "progress_bar",
@@ -15,11 +16,7 @@ __all__ = ["ProgressBar", "RichProgressBar", "TQDMProgressBar"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return lazy.find(__name__, _HOME, name)
 
 
 def __dir__() -> list[str]:
