@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from numbers import Real
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lit_fast.errors import MisconfigurationException
 
+Losses: TypeAlias = Callable[[Any], tuple[Tensor, ...]]
+
 
 def read_losses(output: Any) -> tuple[Tensor, ...]:
-    """The loss in a tuple, to loop over; empty where `training_step` returned None.
+    """The loss in a tuple, to loop over; empty where `training_step` returned None, or a weight of 0.
 
     Raises:
-        MisconfigurationException: no scalar tensor, and no dict with one under "loss".
+        MisconfigurationException: no scalar tensor, and no dict with one under "loss"; or a weight that is none.
     """
     if type(output) is Tensor and not output.dim():
         return (output,)
+    loss = loss_of(output)
+    return () if loss is None or weighs_nothing(weight_of(output)) else (loss,)
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss, 0-dim; None where `training_step` returned None. Raises as `read_losses`."""
     if output is None:
-        warnings.warn("training_step returned None: that batch is skipped, which is fine if it is meant.", stacklevel=3)
-        return ()
+        warnings.warn("training_step returned None: that batch is skipped, which is fine if it is meant.", stacklevel=4)
+        return None
     if isinstance(output, Tensor):
         loss: Any = output
     elif hasattr(output, "get"):
@@ -42,10 +52,48 @@ def read_losses(output: Any) -> tuple[Tensor, ...]:
         raise MisconfigurationException(
             f"training_step returned a loss of shape {tuple(loss.shape)}; return one number, such as loss.mean()."
         )
-    return (loss.reshape(()),)
+    return loss.reshape(())
 
 
-def losses_over(length: int) -> Callable[[Any], tuple[Tensor, ...]]:
+def weight_of(output: Any) -> float | Tensor | None:
+    """What the micro-batch weighs in its window, or None where `training_step` does not say.
+
+    Returns:
+        A number; or, where it lies on another device than the CPU, a 0-dim float32 tensor there, which nobody waits
+        for: a negative one becomes NaN, since it cannot be refused unread.
+
+    Raises:
+        MisconfigurationException: it is no number of at least 0.
+    """
+    weight = output.get("weight") if hasattr(output, "get") else None
+    if weight is None:
+        return None
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1 or weight.is_complex() or weight.dtype is torch.bool:
+            raise MisconfigurationException(
+                f"training_step returned a weight of shape {tuple(weight.shape)} and {weight.dtype}; the 'weight' "
+                f"beside a loss is one number of at least 0, such as its number of tokens. Give what else you return "
+                f"another name."
+            )
+        weight = weight.detach()
+        if weight.device.type != "cpu":
+            weight = weight.reshape(()).to(torch.float32)
+            return torch.where(weight >= 0.0, weight, torch.nan)
+        weight = weight.item()
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not 0.0 <= float(weight) < math.inf:
+        raise MisconfigurationException(
+            f"training_step returned weight={weight!r}; the 'weight' beside a loss is one number of at least 0, such "
+            f"as its number of tokens (0: this micro-batch counts nothing)."
+        )
+    return float(weight)
+
+
+def weighs_nothing(weight: float | Tensor | None) -> bool:
+    """Whether there is nothing to differentiate; a weight on another device is not waited for."""
+    return isinstance(weight, float) and weight == 0.0
+
+
+def losses_over(length: int) -> Losses:
     if length == 1:
         return read_losses
     return lambda output: tuple(loss / length for loss in read_losses(output))
@@ -68,7 +116,7 @@ def no_losses(output: Any) -> tuple[Tensor, ...]:
 def no_backward(loss: Tensor) -> None: ...
 
 
-def detached(losses: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Tensor | None]:
+def detached(losses: Losses) -> Callable[[Any], Tensor | None]:
     def returned_loss(output: Any) -> Tensor | None:
         for loss in losses(output):
             return loss.detach().clone()
@@ -77,7 +125,7 @@ def detached(losses: Callable[[Any], tuple[Tensor, ...]]) -> Callable[[Any], Ten
     return returned_loss
 
 
-def outputs_of(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict[str, Any]:
+def outputs_of(output: Any, losses: Losses) -> dict[str, Any]:
     """What `on_train_batch_end` gets: the detached loss (not a copy, which would cost more than the hook itself), and
     whatever else the step's dict held."""
     if type(output) is Tensor and losses is read_losses:  # what nearly every step returns
@@ -85,7 +133,7 @@ def outputs_of(output: Any, losses: Callable[[Any], tuple[Tensor, ...]]) -> dict
     for loss in losses(output):
         extra = {key: value for key, value in output.items() if key != "loss"} if hasattr(output, "items") else {}
         return {"loss": loss.detach(), **extra}
-    return {}
+    return {} if output is None else {**output, "loss": output["loss"].detach()}  # its weight is 0
 
 
 def manual_outputs(output: Any) -> dict[str, Any]:

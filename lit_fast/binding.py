@@ -7,25 +7,15 @@ Everything that can be decided before a step is decided here, once. A `Binding` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_fast import step
-from lit_fast.backward import (
-    detached,
-    engine_backward,
-    losses_over,
-    manual_outputs,
-    no_backward,
-    no_losses,
-    outputs_of,
-    read_losses,
-)
+from lit_fast.backward import Losses, detached, manual_outputs, no_backward, no_losses, outputs_of
 from lit_fast.calls import (
     Bound,
     Called,
@@ -48,6 +38,7 @@ from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.precision.amp import scaled_step
 from lit_fast.profiler.actions import recorded
+from lit_fast.window import Place, WindowWeights, bind_backward, bind_mean
 
 if TYPE_CHECKING:
     from lit_fast.optim.adopt import AdoptedOptimizer
@@ -71,7 +62,7 @@ class StepPlan:
     on_train_batch_start: Bound
     training_step: Callable[[Any, int], Any]
     zero_grad: Bound
-    losses: Callable[[Any], tuple[Tensor, ...]]
+    losses: Losses
     on_before_backward: Bound
     backward: Callable[[Tensor], None]
     on_after_backward: Bound
@@ -89,8 +80,8 @@ class Binding:
     """What one run's steps do, decided from the module, the callbacks, the optimizers and the options as they stand.
 
     Args:
-        before: the binding that this one replaces: an optimizer that both have stays adopted, and its
-            `LightningOptimizer` stays the same object.
+        before: the binding that this one replaces: an optimizer that both have stays adopted, its
+            `LightningOptimizer` stays the same object, and losses that came with weights go on doing so.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, before: Binding | None = None) -> None:
@@ -101,20 +92,22 @@ class Binding:
         )
         self.rows: list[tuple[str, str, str]] = []  # (point, who asked, what it does), for explain()
         self.window: int = trainer.accumulate_grad_batches
+        self.weights: WindowWeights | None = before.weights if before is not None else None  # until there is one
+        self.placed: dict[Place, StepPlan] = {}
         self.automatic = module.automatic_optimization
         self.precision = trainer.precision_plugin
         self.scaler = getattr(self.precision, "scaler", None)
         self.trains = not trainer.fit_loop._skip_backward
         self._plugin_step = self.precision.asks_for("optimizer_step")
-        self.in_place_clipping = self._gradients_are_watched()
+        self.in_place_clipping = bool(trainer.gradient_clip_val) and self.gradients_are_watched()
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
         self.adopted: list[AdoptedOptimizer] = [self._adopt(each, kept.get(id(each))) for each in trainer.optimizers]
         arguments = {"on_before_backward": 1, "on_after_backward": 0, "on_before_optimizer_step": 1}
         self.step_hooks = {name: self._hooks(name, count) for name, count in arguments.items()}
-        self._plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
+        self.plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
         # Hooks that `backward` itself has to call: what they see is not what `losses` gives, or a plugin calls them.
-        self._hooks_in_backward = self._plugin_backward or self.scaler is not None
+        self._hooks_in_backward = self.plugin_backward or self.scaler is not None
         self.lightning_optimizers: list[LightningOptimizer] = self._wrap_optimizers(wrapped)
         needs_closure = self._steps_inline and (
             self.overrides("optimizer_step")
@@ -132,9 +125,9 @@ class Binding:
             training_step=self._bind_training_step(),
             zero_grad=self._bind_zero_grad(),
             losses=no_losses,
-            on_before_backward=() if self._hooks_in_backward else self._automatic_hooks("on_before_backward"),
+            on_before_backward=() if self._hooks_in_backward else self.automatic_hooks("on_before_backward"),
             backward=no_backward,
-            on_after_backward=() if self._plugin_backward else self._automatic_hooks("on_after_backward"),
+            on_after_backward=() if self.plugin_backward else self.automatic_hooks("on_after_backward"),
             on_before_optimizer_step=self._before_step(0) if self._steps_inline else (),
             clip=self._bind_clip() if self._steps_inline else (),
             update=self._bind_update() if self._steps_inline else (),
@@ -146,10 +139,14 @@ class Binding:
         )
         self._bind_batch_end(no_losses, note=True)
 
-    def place(self, first: bool, last: bool, length: int, short: bool) -> StepPlan:
-        """The plan of a micro-batch that is the first and/or the last of a window of `length`."""
-        losses, backward = self._bind_backward(length)
-        shown = losses_over(length) if self.automatic else losses  # hooks and closures see the weighted loss
+    def place(self, place: Place) -> StepPlan:
+        """The plan of a micro-batch at that place of its window."""
+        if place not in self.placed:
+            self.placed[place] = self._bind_place(place)
+        return self.placed[place]
+
+    def _bind_place(self, place: Place) -> StepPlan:
+        losses, backward, shown = bind_backward(self, place)
         plan = replace(
             self.whole,
             losses=losses,
@@ -157,31 +154,34 @@ class Binding:
             returned_loss=detached(shown),
             on_train_batch_end=self._bind_batch_end(shown),
         )
-        if not first:
+        if not place.first:
             plan.zero_grad = ()
-        if not last and self.automatic:
+        if place.last and self._steps_inline:
+            bind_mean(self, plan, place)
+        if not place.last and self.automatic:
             plan.run = step.inline
             plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
             plan.steps = 0
         if not self.trains:  # an epoch that only runs forward
             plan.run, plan.losses, plan.steps = step.inline, no_losses, 0
             plan.zero_grad = plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
-        if short:
-            plan.on_before_optimizer_step = (self._rescale_short_window, *plan.on_before_optimizer_step)
         plan.run = recorded(self.trainer._actions, "run_training_batch", plan.run)
         return plan
+
+    def weigh(self) -> WindowWeights:
+        """From here on every loss comes with a weight: bind the plans anew, those too that are in somebody's hands."""
+        weights = self.weights = WindowWeights()
+        for place, plan in self.placed.items():
+            bound = self._bind_place(place)
+            for field in fields(StepPlan):
+                setattr(plan, field.name, getattr(bound, field.name))
+        return weights
 
     def _by_strategy(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """What Lightning's strategies do, as that action where a profiler records those."""
         return recorded(self.trainer._actions, self.trainer._strategy_action(name), function)
 
-    def _rescale_short_window(self) -> None:
-        length = self.progress.batch_idx % self.window + 1
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, self.window / length)
-
-    def _parameters(self) -> Iterator[torch.nn.Parameter]:
+    def parameters(self) -> Iterator[nn.Parameter]:
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 yield from group["params"]
@@ -190,7 +190,7 @@ class Binding:
     def _steps_inline(self) -> bool:
         return self.automatic and bool(self.trainer.optimizers)
 
-    def _automatic_hooks(self, name: str) -> Bound:
+    def automatic_hooks(self, name: str) -> Bound:
         return self.step_hooks[name] if self.automatic else ()
 
     def _before_step(self, index: int) -> Bound:
@@ -204,10 +204,8 @@ class Binding:
     def _note(self, point: str, who: str, what: str) -> None:
         self.rows.append((point, who, what))
 
-    def _gradients_are_watched(self) -> bool:
-        """May something look at `p.grad` after clipping? Then clipped gradients are written back."""
-        if not self.trainer.gradient_clip_val:
-            return False
+    def gradients_are_watched(self) -> bool:
+        """May something look at `p.grad` around the step? Then what the step would do in registers is written back."""
         if self.precision.asks_for("clip_gradients", "clip_grad_by_value", "clip_grad_by_norm", "main_params"):
             return True
         if self._plugin_step or self.scaler is not None or any(map(calls_closure_itself, self.trainer.optimizers)):
@@ -235,7 +233,7 @@ class Binding:
     def _clips_in_registers(self) -> bool:
         return self.automatic and bool(self.trainer.gradient_clip_val) and not self.in_place_clipping
 
-    def _update(self, adopted: AdoptedOptimizer) -> Callable[[], Any]:
+    def update_of(self, adopted: AdoptedOptimizer) -> Callable[[], Any]:
         """The step itself; on the CPU a norm is clipped with torch's bits, on a GPU nobody waits for the norm."""
         trainer = self.trainer
         by_norm = self._clips_in_registers and trainer.gradient_clip_algorithm != "value"
@@ -332,38 +330,6 @@ class Binding:
             self.wrap("optimizer", self.trainer._recorded("optimizer_zero_grad", lambda batch_idx: release())),
         )
 
-    def _bind_backward(self, length: int) -> tuple[Callable[[Any], tuple[Tensor, ...]], Callable[[Tensor], None]]:
-        """`losses` reads training_step's output; `backward` runs the engine with the weight 1/length of the window."""
-        if not self.automatic:
-            return no_losses, no_backward
-        module, device = self.module, self.trainer.config.device
-        if self._plugin_backward:
-            optimizer, strategy = self.trainer.optimizers[0], self.trainer.strategy
-
-            def by_plugin(loss: Tensor) -> None:
-                strategy.backward(loss, optimizer)
-
-            return losses_over(length), by_plugin
-        hooks = self._automatic_hooks("on_before_backward")
-        own = self.overrides("backward")
-        if own or hooks:  # both see the loss as it is differentiated
-            losses, backward = losses_over(length), engine_backward(1.0, device)
-        else:
-            losses, backward = read_losses, engine_backward(1.0 / length, device)
-        if own:
-            backward = in_table(module.backward, self.log, self.log.table("backward", "train"), 1)
-        if self.scaler is None:
-            return losses, backward
-        scale = self.scaler.scale
-
-        def scaled(loss: Tensor) -> None:
-            loss = scale(loss)
-            for hook in hooks:
-                hook(loss)
-            backward(loss)
-
-        return losses, scaled
-
     def _bind_clip(self) -> Bound:
         trainer, module, optimizer = self.trainer, self.module, self.trainer.optimizers[0]
         value, algorithm = trainer.gradient_clip_val, trainer.gradient_clip_algorithm
@@ -391,7 +357,7 @@ class Binding:
     def _bind_update(self) -> Bound:
         adopted = self.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
-        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self._update(adopted))),)
+        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self.update_of(adopted))),)
 
     def _bind_schedulers(self) -> Bound:
         if not self.automatic:
@@ -460,7 +426,7 @@ class Binding:
         elif self.scaler is not None:
             run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), adopted.step)
         else:
-            run_step = plain_step(adopted, self._update(adopted), lambda: run_all(after))
+            run_step = plain_step(adopted, self.update_of(adopted), lambda: run_all(after))
         if self.automatic:
             return run_step
 

@@ -13,6 +13,7 @@ from lit_fast import step
 from lit_fast.binding import Binding, StepPlan
 from lit_fast.hooks import HOOKS
 from lit_fast.module import LightningModule
+from lit_fast.window import Place
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -31,7 +32,6 @@ class Plans:
         self.binding = Binding(self.trainer, self.module, before)
         self.window, self.automatic, self.trains = self.binding.window, self.binding.automatic, self.binding.trains
         self.trainer.strategy._lightning_optimizers = self.binding.lightning_optimizers
-        self._kinds: dict[tuple[bool, bool, int, bool], StepPlan] = {}
 
     def refresh(self) -> None:
         """Bind again where callbacks or the module have changed since what the plans were bound for.
@@ -93,10 +93,7 @@ class Plans:
 
     def kind(self, first: bool, last: bool, length: int, short: bool = False) -> StepPlan:
         """The plan of a micro-batch that is the first and/or the last of a window of `length`."""
-        key = (first, last, length, short)
-        if key not in self._kinds:
-            self._kinds[key] = self.binding.place(first, last, length, short)
-        return self._kinds[key]
+        return self.binding.place(Place(first, last, length, short))
 
     def explain(self) -> str:
         """Every point of the step with what is bound there and who asked for it, in execution order."""
@@ -116,7 +113,9 @@ class Plans:
             if self.binding.overrides("backward"):
                 rows.append(("backward", type(self.module).__name__, "its own backward"))
             else:
-                rows.append(("backward", "lit_fast", "autograd engine, seeded with the micro-batch's weight"))
+                rows.append(
+                    ("backward", "lit_fast", "autograd engine, seeded with the micro-batch's share of its window")
+                )
         for point in order:
             for row_point, who, what in rows:
                 if row_point == point:

@@ -54,7 +54,7 @@ class Trainer(Attributes):
         log_every_n_steps: optimizer steps between two rows in the loggers; 50 by default.
         enable_checkpointing, enable_progress_bar, enable_model_summary: on by default.
         accumulate_grad_batches: micro-batches per optimizer step; the last window of an epoch may be shorter, and is
-            then weighted by its real length.
+            then weighted by its real length. `training_step` may return how much each one weighs, beside its loss.
         gradient_clip_val, gradient_clip_algorithm: clip by "norm" (default) or "value"; None or 0 switches it off.
         inference_mode: validate under `torch.inference_mode` (else `torch.no_grad`).
         profiler: "step" for where the time of a step goes; "simple", "advanced", "pytorch" or a `Profiler` for named

@@ -106,19 +106,21 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         if trainer.validating and stage == "stepped"
         else rng.capture(),
         "metrics": trainer._metric_log.state_dict(trainer.lightning_module),
-        "gradients": _open_gradients(trainer),
+        **_open_window(trainer),
     }
 
 
-def _open_gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+def _open_window(trainer: Trainer) -> dict[str, Any]:
     """What the open accumulation window has gathered so far; empty between two windows, where nobody needs it."""
     plans, progress = trainer.fit_loop.plans, trainer._progress
     if plans is None or progress.batch_idx < 0:
-        return {}
+        return {"gradients": {}}
     if not (progress.batch_idx % plans.window if progress.stage == "broken" else trainer.fit_loop._window_is_open()):
-        return {}
+        return {"gradients": {}}
     parameters = trainer.lightning_module.named_parameters()
-    return {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    weights = plans.binding.weights
+    return {"gradients": gradients} if weights is None else {"gradients": gradients, "weights": weights.state_dict()}
 
 
 def _loadable(hparams: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -235,6 +237,9 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in ours["gradients"]:
             parameter.grad = ours["gradients"][name].to(parameter.device)
+    if "weights" in ours:  # of what those gradients gathered
+        assert trainer.fit_loop.plans is not None
+        trainer.fit_loop.plans.binding.weigh().load_state_dict(ours["weights"])
     trainer._pending_rng = ours["rng"]
 
 

@@ -16,26 +16,31 @@ from lit_fast.optim.adopt import AdoptedOptimizer
 SURELY_BELOW = 0.99
 
 
-def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float) -> Callable[[], None]:
-    """One step on gradients clipped to `max_norm`, which stay unclipped in memory.
+def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float) -> Callable[..., None]:
+    """`step(grad_scale=1.0)`: one on gradients times `grad_scale`, clipped to `max_norm`, that stay in memory as they
+    are.
 
     Most steps of a training are not clipped: the core's norm, one read, says so. Where it is, torch's own norm makes
     the coefficient, so that the weights are those of a loop written with `clip_grad_norm_`, to the last bit.
     """
     optimizer = adopted.optimizer
 
-    def step() -> None:
+    def step(grad_scale: float = 1.0) -> None:
         try:
-            norm = ops.gradient_norm(optimizer.param_groups).item()
+            norm = ops.gradient_norm(optimizer.param_groups, grad_scale).item()
         except KernelError:  # a dtype or layout without a kernel
-            clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if grad_scale != 1.0:
+                torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], grad_scale)
+            clip_grad_norm_(parameters, max_norm)
             adopted.step(clip=False)
             return
         if norm < SURELY_BELOW * max_norm:
-            adopted.step(clip=False)
+            adopted.step(grad_scale=grad_scale, clip=False)
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        coefficient = torch.clamp(max_norm / (get_total_norm(gradients) + 1e-6), max=1.0)
-        adopted.step(grad_scale=coefficient.item(), clip=False)
+        # Both sides of the quotient divided by grad_scale, in double precision: the same bits where it is 1.
+        coefficient = torch.clamp(max_norm / grad_scale / (get_total_norm(gradients) + 1e-6 / grad_scale), max=1.0)
+        adopted.step(grad_scale=coefficient.item() * grad_scale, clip=False)
 
     return step
