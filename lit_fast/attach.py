@@ -21,7 +21,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
 
     A `torch.compile`d module is unwrapped, and its steps are replaced by their compiled versions meanwhile.
     """
-    module = _unwrapped(model, str(fn))
+    module = _unwrapped(model, fn.value)
     restore = _compile_steps(model, module) if model is not module else {}
     trainer._module = module
     trainer.strategy.connect(module)
@@ -32,7 +32,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
             yield module
         trainer.state.status = TrainerStatus.FINISHED
     except TunerExit:
-        trainer._tear_down(module, str(fn))
+        trainer._tear_down(module, fn.value)
         trainer.state.status = TrainerStatus.FINISHED
     except KeyboardInterrupt as interrupt:
         trainer._failed(interrupt)

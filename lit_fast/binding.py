@@ -24,8 +24,10 @@ from lit_fast.calls import (
     in_table,
     name_of,
     no_closure,
+    not_none,
     positional_arguments,
     run_all,
+    unless_none,
     without_index,
 )
 from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
@@ -165,6 +167,8 @@ class Binding:
         if not self.trains:  # an epoch that only runs forward
             plan.run, plan.losses, plan.steps = step.inline, no_losses, 0
             plan.zero_grad = plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
+        if not_none in plan.receive:
+            plan.run = unless_none(plan.run)
         plan.run = recorded(self.trainer._actions, "run_training_batch", plan.run)
         return plan
 
@@ -276,7 +280,9 @@ class Binding:
             receivers = ()  # the step moves what it fetches
         for function in receivers:
             self._note("receive", "data", name_of(function))
-        return tuple(self.wrap("data", function) for function in receivers)
+        bound = tuple(self.wrap("data", function) for function in receivers)
+        hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+        return (*bound, not_none) if bound and any(map(self.trainer._data_hook, hooks)) else bound
 
     def _bind_batch_start(self) -> Bound:
         hooks = self._hooks("on_train_batch_start", 2)

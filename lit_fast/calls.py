@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.errors import MisconfigurationException
@@ -51,13 +52,47 @@ def in_table(hook: Callable[..., Any], log: MetricLog, table: Table, arguments: 
     return (none, one, two, three)[arguments]
 
 
+class NoBatch(Exception):
+    """A hook on a batch's way to the device returned None."""
+
+
+def not_none(batch: Any) -> Any:
+    """Stands behind such hooks."""
+    if batch is None:
+        raise NoBatch
+    return batch
+
+
+def unless_none(run: Callable[..., None]) -> Callable[..., None]:
+    """The step where such hooks are: what they turned into None takes none."""
+
+    def run_received(plan: StepPlan, batch: Any, batch_idx: int) -> None:
+        try:
+            run(plan, batch, batch_idx)
+        except NoBatch:
+            _end_without_step(plan, batch_idx)
+
+    return run_received
+
+
 def skip(plan: StepPlan, batch: None, batch_idx: int) -> None:
     """A batch that is None, which a loader may give for samples that it could not read: only what follows a step."""
-    for receive in plan.receive:
-        batch = receive(batch)
+    try:
+        for receive in plan.receive:
+            batch = receive(batch)
+    except NoBatch:
+        pass
+    else:
+        if batch is not None:  # a hook made one
+            return plan.run(replace(plan, receive=()), batch, batch_idx)
+    _end_without_step(plan, batch_idx)
+
+
+def _end_without_step(plan: StepPlan, batch_idx: int) -> None:
     plan.log.batch = None
     warnings.warn(
-        "The training data gave a batch that is None: no step is taken for it. Where it is meant so, ignore this.",
+        "The training data gave a batch that is None, or a transfer hook made it so: no step is taken for it. Where it "
+        "is meant so, ignore this.",
         stacklevel=2,
     )
     for schedule in plan.schedulers:

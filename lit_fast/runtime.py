@@ -54,7 +54,8 @@ class Runtime(Interrupts):
 
     def _begin(self, fn: TrainerFn) -> None:
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
-        self.state.stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(str(fn))
+        stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(fn.value)
+        self.state.stage = stage
         self._evaluation = self._loop_of(fn)
         self._should_stop, self._interrupt, self._terminated = False, None, False
         if fn == TrainerFn.FITTING:
@@ -63,8 +64,8 @@ class Runtime(Interrupts):
             self._profiler.start()
         if self._actions is not None:
             self._actions._lightning_module = self._module
-            self._actions.setup(stage=str(fn), log_dir=self.log_dir)
-        self._metric_log.begin_run(str(self.state.stage))
+            self._actions.setup(stage=fn.value, log_dir=self.log_dir)
+        self._metric_log.begin_run(stage.value)
 
     def _settle_limits(self) -> None:
         """Limits that were left open: 1,000 epochs, unless something else ends the fit."""
@@ -99,8 +100,8 @@ class Runtime(Interrupts):
         check_hooks(self._trainer, module, self.state.fn)
         if self._ckpt_path_was_set and ckpt_path is not None:
             warnings.warn(
-                f"trainer.ckpt_path was set to {self._ckpt_path!r}, and {self.state.fn}(ckpt_path={ckpt_path!r}) was "
-                f"called: the latter is loaded. Give one of them.",
+                f"trainer.ckpt_path was set to {self._ckpt_path!r}, and {stage}(ckpt_path={ckpt_path!r}) was called: "
+                f"the latter is loaded. Give one of them.",
                 stacklevel=3,
             )
             self._ckpt_path_was_set = False
@@ -501,7 +502,8 @@ class Runtime(Interrupts):
 
     @property
     def _stage(self) -> str:
-        return str(self.state.stage)
+        stage = self.state.stage
+        return "" if stage is None else stage.value
 
     @_stage.setter
     def _stage(self, stage: str) -> None:

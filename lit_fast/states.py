@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal
@@ -20,11 +21,13 @@ class LightningEnum(str, Enum):
     """
 
     def __eq__(self, other: object) -> bool:
-        text = other.value if isinstance(other, Enum) else other
-        return isinstance(text, str) and str(self.value).lower() == text.lower()
+        if self is other:
+            return True
+        text = other._value_ if isinstance(other, Enum) else other
+        return isinstance(text, str) and str(self._value_).lower() == text.lower()
 
     def __hash__(self) -> int:
-        return hash(str(self.value).lower())
+        return hash(str(self._value_).lower())
 
     @classmethod
     def from_str(cls, value: str, source: Literal["key", "value", "any"] = "key") -> Self:
@@ -41,24 +44,15 @@ class LightningEnum(str, Enum):
 
     @classmethod
     def try_from_str(cls, value: str, source: Literal["key", "value", "any"] = "key") -> Self | None:
-        """The same, or None where there is none."""
+        """The same, or None, with a warning, where there is none."""
         try:
             return cls.from_str(value, source)
-        except ValueError:
+        except ValueError as error:
+            warnings.warn(str(error), stacklevel=2)
             return None
 
 
-class _Name(LightningEnum):
-    """Compared as the texts they are: the Trainer does so all the time."""
-
-    __eq__ = str.__eq__
-    __hash__ = str.__hash__
-
-    def __str__(self) -> str:
-        return str(self.value)
-
-
-class TrainerFn(_Name):
+class TrainerFn(LightningEnum):
     """The method that was called."""
 
     FITTING = "fit"
@@ -67,13 +61,17 @@ class TrainerFn(_Name):
     PREDICTING = "predict"
 
 
-class TrainerStatus(_Name):
+class TrainerStatus(LightningEnum):
     """How the last run stands."""
 
     INITIALIZING = "initializing"
     RUNNING = "running"
     FINISHED = "finished"
     INTERRUPTED = "interrupted"
+
+    @property
+    def stopped(self) -> bool:
+        return self in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
 
 
 class GradClipAlgorithmType(LightningEnum):
@@ -82,8 +80,16 @@ class GradClipAlgorithmType(LightningEnum):
     VALUE = "value"
     NORM = "norm"
 
+    @staticmethod
+    def supported_type(val: str) -> bool:
+        return val in GradClipAlgorithmType.supported_types()
 
-class RunningStage(_Name):
+    @staticmethod
+    def supported_types() -> list[str]:
+        return [member.value for member in GradClipAlgorithmType]
+
+
+class RunningStage(LightningEnum):
     """Which loop runs."""
 
     TRAINING = "train"
@@ -95,6 +101,11 @@ class RunningStage(_Name):
     @property
     def evaluating(self) -> bool:
         return self in (RunningStage.VALIDATING, RunningStage.TESTING, RunningStage.SANITY_CHECKING)
+
+    @property
+    def dataloader_prefix(self) -> str:
+        """As in `val_dataloader`."""
+        return "val" if self in (RunningStage.VALIDATING, RunningStage.SANITY_CHECKING) else self.value
 
 
 @dataclass
@@ -111,4 +122,4 @@ class TrainerState:
 
     @property
     def stopped(self) -> bool:
-        return self.status in (TrainerStatus.FINISHED, TrainerStatus.INTERRUPTED)
+        return self.status.stopped

@@ -308,7 +308,7 @@ class Trainer(Attributes):
         with attach_model(self, model, fn) as module:
             if not is_overridden(names.step, module, LightningModule):
                 raise MisconfigurationException(
-                    f"{type(module).__name__} defines no {names.step}(batch, batch_idx); {fn}() needs it."
+                    f"{type(module).__name__} defines no {names.step}(batch, batch_idx); {fn.value}() needs it."
                 )
             self._use_data(datamodule, **{f"{names.data}_dataloader": dataloaders})
             self._prepare_evaluation(module, names.stage, self._best_if_no_model(given, ckpt_path), weights_only)
@@ -335,8 +335,9 @@ class Trainer(Attributes):
         """`ckpt_path`, or "best" where neither it nor a model was passed, as in Lightning."""
         if model is not None or ckpt_path is not None or self._ckpt_path_was_set:
             return ckpt_path
+        method = "" if self.state.fn is None else self.state.fn.value
         warnings.warn(
-            f"trainer.{self.state.fn}() without a model loads the best checkpoint of the last fit. Say so with "
+            f"trainer.{method}() without a model loads the best checkpoint of the last fit. Say so with "
             f"ckpt_path='best' (or 'last'), or pass the model to use its weights as they are.",
             stacklevel=4,
         )

@@ -13,6 +13,7 @@ import torch
 from heart_models import NoLength, Plain, batches, fitted, shuffled, trainer
 
 import lit_fast
+from lit_fast import step
 from lit_fast.errors import DataError, MisconfigurationException
 from lit_fast.loggers import CSVLogger
 
@@ -342,6 +343,27 @@ def test_a_batch_that_is_none_is_skipped(window: int, steps: list[int]) -> None:
         reference = Plain()
         fitted(reference, [first, second, third], max_epochs=1)
         assert torch.equal(model.net[0].weight, reference.net[0].weight)
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"])
+def test_a_batch_that_a_hook_makes_none_is_skipped(hook: str) -> None:
+    """Where the loader gave None and the hook makes a batch of it, a step is taken."""
+    data = batches(3)
+    results = iter([data[0], None, data[2]])
+    model = type("Hooked", (Watched,), {hook: lambda self, batch, *_: next(results)})()
+    with pytest.warns(UserWarning, match="or a transfer hook made it so"):
+        made = fitted(model, [data[0], data[1], None], max_epochs=1)
+    assert [event for event in model.called if event[0] != "transfer"] == [
+        ("start", 0), ("end", 0, False, False, 1), ("end", 1, True, True, 1), ("start", 2), ("end", 2, False, False, 2),
+    ]  # fmt: skip
+    reference = Plain()
+    fitted(reference, [data[0], data[2]], max_epochs=1)
+    assert made.global_step == 2 and torch.equal(model.net[0].weight, reference.net[0].weight)
+
+
+def test_a_step_without_transfer_hooks_has_nothing_to_skip() -> None:
+    made = fitted(Plain(), batches(1), max_epochs=1)
+    assert made.fit_loop.plans.kind(True, True, 1).run is step.inline  # type: ignore[union-attr]
 
 
 def test_schedulers_step_also_after_a_batch_that_is_none() -> None:

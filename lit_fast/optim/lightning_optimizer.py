@@ -4,9 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _OfWrapped:
+    """A name that a wrapper has from the class that it imitates: read from the wrapped optimizer."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __get__(self, wrapper: Any, owner: type | None = None) -> Any:
+        return getattr(self.kind if wrapper is None else wrapper._optimizer, self.name)
+
+
+def _imitating(kind: type) -> type:
+    """`LightningAdamW`, say: by isinstance and issubclass an AdamW, whose every method is the wrapped optimizer's.
+
+    Schedulers take nothing but an Optimizer, and programs ask which one it is. The methods run on the wrapped optimizer
+    itself, since what they assign (`load_state_dict`: the whole state) has to arrive there.
+    """
+    names = {name for name in dir(kind) if not (name.startswith("__") and name.endswith("__"))}
+    forwarded = {name: _OfWrapped(kind, name) for name in names - set(dir(LightningOptimizer))}
+    return type(f"Lightning{kind.__name__}", (LightningOptimizer, kind), forwarded)
 
 
 class LightningOptimizer:
@@ -18,6 +42,10 @@ class LightningOptimizer:
         optimizer: the user's optimizer. Without a Trainer, or before its plan is bound, the wrapper does what the
             optimizer does.
     """
+
+    def __new__(cls, optimizer: Optimizer) -> Self:
+        made: Self = object.__new__(_imitating(type(optimizer)))
+        return made
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
@@ -37,11 +65,6 @@ class LightningOptimizer:
     def optimizer(self) -> Optimizer:
         """The wrapped optimizer."""
         return self._optimizer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """The wrapped optimizer's class, which `isinstance` asks for: schedulers take nothing but an Optimizer."""
-        return type(self._optimizer)
 
     def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         """One optimizer step; the closure, where given, runs first (and again, if the optimizer asks for it).
@@ -87,4 +110,4 @@ class LightningOptimizer:
         return getattr(self.__dict__["_optimizer"], name)
 
     def __repr__(self) -> str:
-        return f"LightningOptimizer({self._optimizer!r})"
+        return f"Lightning{self._optimizer!r}"

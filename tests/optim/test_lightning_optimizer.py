@@ -122,3 +122,43 @@ def test_a_copy_is_bound_to_no_trainer() -> None:
         own.grad = torch.ones(2)
         copied.step()
         assert own.tolist() == [0.5, 0.5] and parameter.tolist() == [1.0, 1.0]
+
+
+def test_it_is_of_the_class_that_it_wraps() -> None:
+    class Rated(torch.optim.AdamW):
+        limit = 3
+
+        def set_rate(self, rate: float) -> str:
+            self.rate = rate
+            return type(self).__name__
+
+    inner = Rated([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    wrapped: Any = LightningOptimizer(inner)
+    assert type(wrapped).__name__ == wrapped.__class__.__name__ == "LightningRated"
+    assert isinstance(wrapped, torch.optim.AdamW) and isinstance(wrapped, LightningOptimizer)
+    assert issubclass(type(wrapped), Rated) and wrapped.optimizer is inner and type(wrapped).limit == 3
+    assert repr(wrapped).startswith("LightningRated (\nParameter Group 0")
+    # methods run on the wrapped one: what they assign arrives there
+    assert wrapped.set_rate(0.5) == "Rated" and inner.rate == 0.5
+    inner.param_groups[0]["lr"] = 0.2
+    saved = inner.state_dict()
+    inner.param_groups[0]["lr"] = 0.3
+    wrapped.load_state_dict(saved)
+    assert inner.param_groups[0]["lr"] == wrapped.param_groups[0]["lr"] == 0.2
+    wrapped.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+    assert len(inner.param_groups) == 2
+
+
+def test_optimizers_of_a_run_are_told_apart_by_class() -> None:
+    seen: list[str] = []
+
+    class Steps(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            seen.append(type(optimizer).__name__)
+            assert isinstance(optimizer, torch.optim.SGD) and not isinstance(optimizer, torch.optim.Adam)
+            assert torch.optim.lr_scheduler.StepLR(optimizer, 1).optimizer is optimizer
+            assert type(self.optimizers(use_pl_optimizer=False)) is torch.optim.SGD
+
+    fitted(Steps(), batches(1), max_epochs=1)
+    assert seen == ["LightningSGD"]
