@@ -41,7 +41,8 @@ class Stage:
         self.stage = stage
 
     def __get__(self, trainer: Any, owner: type | None = None) -> bool:
-        return trainer is not None and trainer.state.stage == self.stage
+        running = None if trainer is None else trainer.state.stage
+        return running is self.stage or (type(running) is str and running == self.stage)
 
     def __set__(self, trainer: Any, runs: bool) -> None:
         if runs:

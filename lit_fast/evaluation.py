@@ -23,6 +23,7 @@ from lit_fast.data.randomness import length_of
 from lit_fast.data.worker_signals import left_to_parent
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
+from lit_fast.loop_views import StageCounters
 from lit_fast.metrics import Table, to_float
 from lit_fast.module import LightningModule
 from lit_fast.profiler.actions import recorded, recorded_batches
@@ -72,6 +73,17 @@ class StageLoop:
         self.batch_idx, self.dataloader_idx = -1, 0  # what runs now; the progress bar reads them from its thread
         self.batches_before = 0  # in the loaders of this run that are through
         self._training_modes: dict[torch.nn.Module, bool] = {}
+        self.counters = StageCounters(self)
+        self.batch_progress = self.counters.batch_progress()
+
+    # -- what callbacks read
+
+    restarting = is_resuming = restarted_mid_evaluation = False  # it never goes on in the middle of a run
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to run."""
+        return sum(self.max_batches) == 0
 
     # -- data
 
@@ -145,7 +157,6 @@ class StageLoop:
         """What runs one after the other: each loader, or all of them at once where they are combined otherwise."""
         combined = self.combined
         assert combined is not None
-        self.batches_before, self.batch_idx = 0, -1
         if combined.mode != "sequential":
             combined.limits = self.max_batches
             self.dataloader_idx = 0
@@ -288,6 +299,7 @@ class EvaluationLoop(StageLoop):
             trainer._call_callbacks("on_sanity_check_start")
             self.run()
             trainer._call_callbacks("on_sanity_check_end")
+        self.batch_progress.reset()
         trainer._metric_log.drop_values()
         trainer._metric_log.sanity_checking, trainer._metric_log.stage = False, "train"
         trainer._stage = "train"
@@ -300,10 +312,11 @@ class EvaluationLoop(StageLoop):
         profiler = trainer._profiler
         with self.no_grad(), profiler.phase("validation") if profiler is not None else nullcontext():
             self.setup_data()
-            return self._run() if sum(self.max_batches) else []
+            return [] if self.skip else self._run()
 
     def _run(self) -> list[dict[str, float]]:
         trainer, log, hooks = self.trainer, self.trainer._metric_log, self.names.hooks
+        self.counters.begin_run()
         self.check_arguments()
         self.model_eval()
         trainer._call(f"on_{hooks}_start")
@@ -320,6 +333,7 @@ class EvaluationLoop(StageLoop):
             log.collect(suffix)
             log.epoch_end = True
             results.append(log.collect(suffix, settle=True))
+        self.counters.running = False
         trainer._call(f"on_{hooks}_epoch_end")
         of_all = log.collect()
         results = [{**logged, **of_all} for logged in results]

@@ -25,7 +25,7 @@ from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
 from lit_fast.data.position import DataPosition
 from lit_fast.data.randomness import length_of
 from lit_fast.errors import DataError, MisconfigurationException, PossibleUserWarning
-from lit_fast.loop_views import EpochLoop
+from lit_fast.loop_views import EpochLoop, Restarted
 from lit_fast.profiler.actions import recorded, recorded_batches
 from lit_fast.progress import NOW
 from lit_fast.rank_zero import WarningCache, rank_zero_info
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
-class FitLoop(Schedule):
+class FitLoop(Schedule, Restarted):
     """Runs a bound plan over epochs of data until a limit, a stop, or an interrupt."""
 
     def __init__(self, trainer: Trainer) -> None:
@@ -70,7 +70,14 @@ class FitLoop(Schedule):
     @property
     def done(self) -> bool:
         """Whether a limit is reached, or a stop that was asked for may come."""
-        return self.max_batches == 0 or self._finished()
+        epochs = self.epoch_loop.counters.epochs("processed")  # in the last hooks of an epoch, that one included
+        enough = self.max_epochs not in (None, -1) and epochs >= self.max_epochs
+        return self.max_batches == 0 or enough or self._finished()
+
+    @property
+    def skip(self) -> bool:
+        """Whether there is nothing to run."""
+        return self.done or self.trainer.limit_train_batches == 0
 
     # -- before the first step
 
@@ -195,6 +202,7 @@ class FitLoop(Schedule):
         progress.total_before += progress.batch_idx + 1
         progress.batch_idx, progress.is_last_batch = -1, False
         self._cut_short = False
+        self.epoch_loop.val_loop.batch_progress.total.reset()
         self.plans.refresh()
 
     def run_epoch(self) -> None:
@@ -366,6 +374,7 @@ class FitLoop(Schedule):
             self.position.end_epoch()
         trainer._call_epoch_end("on_train_epoch_end")
         self._leave_epoch(progress.is_last_batch)
+        progress.resumed = None
         if trainer._interrupt is not None:
             trainer._raise_interrupt()
 

@@ -2,7 +2,7 @@
 
 Nothing is counted here. Each number is worked out, when somebody reads it, from the few that `Progress` keeps and from
 the hook that runs: a batch, say, counts as started once its `on_train_batch_start` hooks are through. What programs
-write (the epoch or the step to go on from) goes into `Progress`. Checkpoints hold the same numbers.
+write (the epoch or the step to go on from) moves what `Progress` keeps by as much. Checkpoints hold the same numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from lit_fast.progress import NOW
+
 if TYPE_CHECKING:
-    from lit_fast.evaluation import EvaluationLoop
+    from lit_fast.evaluation import EvaluationLoop, StageLoop
     from lit_fast.loop import FitLoop
+    from lit_fast.progress import Progress
 
 # How far a training step is, by the hook that runs; hooks that are not named here are past the zeroing of gradients.
 RECEIVE, BATCH_START, FORWARD, BEFORE_ZERO, ZERO, BACKWARD, STEPPED, BATCH_END = range(8)
@@ -30,6 +33,8 @@ _PLACES = {
     "lr_scheduler_step": STEPPED,
     "on_train_batch_end": BATCH_END,
 }
+# The last place where the running batch does not count yet, by what is counted.
+_NOT_YET = {"ready": RECEIVE, "started": BATCH_START, "processed": STEPPED, "completed": BATCH_END}
 
 
 ALL = ("ready", "completed", "started", "processed")
@@ -55,17 +60,35 @@ class Tracker:
 
     ready, started, processed, completed = Count(), Count(), Count(), Count()
 
-    def __init__(self, read: Callable[[str], int], write: Callable[[str, int], None] | None = None) -> None:
+    def __init__(self, read: Callable[[str], int], move: Callable[[int], None] | None = None) -> None:
         self.read = read
-        self._write = write
+        self._move = move
 
     def write(self, name: str, value: int) -> None:
-        if self._write is None:
-            raise AttributeError(f"{name!r} of this progress follows from what the loop does; it cannot be set.")
-        self._write(name, value)
+        """What is counted is moved by as much as `name` has to change, so the others move along.
+
+        Raises:
+            AttributeError: this one cannot be moved, or not while an epoch runs.
+        """
+        if value == self.read(name):
+            return
+        if self._move is None:
+            raise AttributeError(
+                f"{name!r} of this progress follows from what the loop does; it cannot be set to {value}."
+            )
+        self._move(value - self.read(name))
 
     def reset(self) -> None:
         self.write("completed", 0)
+
+    def increment_by(self, n: int) -> None:
+        self.write("completed", self.read("completed") + n)
+
+    def state_dict(self, counted: tuple[str, ...] = ALL) -> dict[str, int]:
+        return {name: self.read(name) for name in counted}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.write("completed", state_dict["completed"])
 
     def __repr__(self) -> str:
         return ", ".join(f"{name}={self.read(name)}" for name in ("ready", "started", "processed", "completed"))
@@ -81,10 +104,17 @@ class ProgressView:
 
     def reset(self) -> None:
         self.total.reset()
+        self.current.reset()
+
+    def reset_on_run(self) -> None:
+        self.current.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        trackers = {"total": self.total, "current": self.current}
-        return {when: {name: tracker.read(name) for name in self.counted} for when, tracker in trackers.items()}
+        return {"total": self.total.state_dict(self.counted), "current": self.current.state_dict(self.counted)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.total.load_state_dict(state_dict["total"])
+        self.current.load_state_dict(state_dict["current"])
 
     def __repr__(self) -> str:
         return f"total: {self.total}; current: {self.current}"
@@ -142,18 +172,34 @@ class Counters:
             return progress.epoch
         return progress.epoch + (name != "processed" or progress.stage == "epoch_end")
 
-    def set_epoch(self, name: str, value: int) -> None:
-        if name == "completed":
-            self.progress.epoch = value  # the others follow
+    def move_epoch(self, by: int) -> None:
+        self.progress.epoch += by
+        self.progress.boundary = NOW  # what is due next is worked out anew
 
     def batches(self, name: str) -> int:
         """Of the running epoch."""
         place, done = self.place, self.progress.batch_idx + 1
-        last = {"ready": RECEIVE, "started": BATCH_START, "processed": STEPPED, "completed": BATCH_END}[name]
-        return max(0, done - (place <= last))
+        return max(0, done - (place <= _NOT_YET[name]))
 
     def all_batches(self, name: str) -> int:
         return self.progress.total_before + self.batches(name)
+
+    def move_batches(self, by: int) -> None:
+        """Of the epoch that is over, back to 0: the total stays, and so do the windows."""
+        progress, loop = self.progress, self.loop
+        if progress.stage != "start" or progress.batch_idx + 1 + by:
+            raise AttributeError(
+                "epoch_loop.batch_progress.current can only be reset, between two epochs: where a run is in its data "
+                "cannot be set; go on from a checkpoint (ckpt_path=...)."
+            )
+        windows = loop.windows_completed()
+        progress.batch_idx += by
+        progress.total_before -= by
+        progress.stepped_before += windows - loop.windows_completed()
+
+    def move_all_batches(self, by: int) -> None:
+        self.progress.total_before += by
+        self.progress.boundary = NOW
 
     def steps(self, name: str) -> int:
         """Of the optimizer, in automatic optimization."""
@@ -170,9 +216,9 @@ class Counters:
         begins = name == "ready" and table is not None and table.hook == "on_before_optimizer_step"
         return self.progress.global_step + begins
 
-    def set_steps(self, name: str, value: int) -> None:
-        if name == "completed":
-            self.progress.global_step = value
+    def move_steps(self, by: int) -> None:
+        self.progress.global_step += by
+        self.progress.boundary = NOW
 
     def zeroings(self, name: str) -> int:
         """Times that the gradients were released: once for each window that has begun."""
@@ -189,21 +235,27 @@ class Counters:
         begins = name == "ready" and table is not None and table.hook == "lr_scheduler_step"
         return self.progress.scheduled + begins
 
+    def move_schedulings(self, by: int) -> None:
+        self.progress.scheduled += by
+
+    def move_schedulings_in_epoch(self, by: int) -> None:
+        self.progress.scheduled_before -= by
+
     # -- the same, as views
 
     def epoch_progress(self) -> ProgressView:
-        return ProgressView(Tracker(self.epochs, self.set_epoch))
+        return ProgressView(Tracker(self.epochs, self.move_epoch))
 
     def batch_progress(self) -> BatchProgressView:
-        return BatchProgressView(
-            Tracker(self.all_batches), Tracker(self.batches), lambda: self.loop.trainer.is_last_batch
-        )
+        total, current = Tracker(self.all_batches, self.move_all_batches), Tracker(self.batches, self.move_batches)
+        return BatchProgressView(total, current, lambda: self.loop.trainer.is_last_batch)
 
     def scheduler_progress(self) -> ProgressView:
         progress = self.progress
-        return ProgressView(
-            Tracker(self.schedulings), Tracker(lambda name: self.schedulings(name) - progress.scheduled_before), DONE
+        current = Tracker(
+            lambda name: self.schedulings(name) - progress.scheduled_before, self.move_schedulings_in_epoch
         )
+        return ProgressView(Tracker(self.schedulings, self.move_schedulings), current, DONE)
 
     def automatic_optimization(self) -> Namespace:
         progress = self.progress
@@ -212,14 +264,107 @@ class Counters:
             return Tracker(lambda name: max(0, count(name) - progress.stepped_before))
 
         optimizer = Namespace(
-            step=ProgressView(Tracker(self.steps, self.set_steps), in_epoch(self.steps), DONE),
+            step=ProgressView(Tracker(self.steps, self.move_steps), in_epoch(self.steps), DONE),
             zero_grad=ProgressView(Tracker(self.zeroings), in_epoch(self.zeroings), BEGUN),
         )
         return Namespace(optim_progress=OptimizationView(optimizer))
 
     def manual_optimization(self) -> Namespace:
-        steps = Tracker(self.manual_steps, self.set_steps)
+        steps = Tracker(self.manual_steps, self.move_steps)
         return Namespace(optim_step_progress=ProgressView(steps, steps, DONE))
+
+
+class StageCounters:
+    """The same of a loop that evaluates or predicts: batches over all of its loaders, in this run and in all of them.
+
+    `total` of the validation inside a fit begins anew with each epoch.
+    """
+
+    def __init__(self, loop: StageLoop) -> None:
+        self.loop = loop
+        self.total_before = 0  # batches of runs before this one
+        self.running = False
+        hooks = loop.names.hooks
+        self.places = {
+            **dict.fromkeys(
+                ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"), RECEIVE
+            ),
+            f"on_{hooks}_batch_start": BATCH_START,
+            f"{hooks}_step": FORWARD,
+            f"on_{hooks}_batch_end": BATCH_END,
+        }
+
+    def begin_run(self) -> None:
+        self.total_before += self.loop.batches_run
+        self.loop.batches_before, self.loop.batch_idx = 0, -1
+        self.running = True
+
+    def in_run(self, name: str) -> int:
+        table = self.loop.trainer._metric_log.current
+        place = self.places.get(table.hook) if self.running and table is not None else None
+        return max(0, self.loop.batches_run - (place is not None and place <= _NOT_YET[name]))
+
+    def in_all(self, name: str) -> int:
+        return self.total_before + self.in_run(name)
+
+    def move_run(self, by: int) -> None:
+        """The total stays."""
+        if self.running:
+            raise AttributeError("batch_progress.current of a loop cannot be set while it runs.")
+        self.loop.batches_before += by
+        self.total_before -= by
+
+    def move_all(self, by: int) -> None:
+        self.total_before += by
+
+    def is_last_batch(self) -> bool:
+        loop, done = self.loop, self.loop.batches_run
+        combined = loop.combined
+        sequential = combined is None or combined.mode == "sequential"
+        return done > 0 and done == (sum(loop.max_batches) if combined is None or sequential else combined.length)
+
+    def batch_progress(self) -> BatchProgressView:
+        return BatchProgressView(
+            Tracker(self.in_all, self.move_all), Tracker(self.in_run, self.move_run), self.is_last_batch
+        )
+
+
+class Restarted:
+    """Whether a fit goes on from a checkpoint, and from where in an epoch; all False once its first epoch is over."""
+
+    progress: Progress
+    max_steps: int
+
+    @property
+    def is_resuming(self) -> bool:
+        return self.progress.resumed is not None
+
+    @property
+    def _resumed_at(self) -> str:
+        """Where in an epoch the checkpoint was written, as `Progress.resumed` has it; "" in a run without one."""
+        return "" if self.progress.resumed is None else self.progress.resumed[0]
+
+    @property
+    def restarting(self) -> bool:
+        """Inside an epoch; where steps are limited, at its end too."""
+        begun = self.restarted_on_epoch_start or self.restarted_mid_epoch
+        return self.is_resuming and (begun or self.max_steps != -1)
+
+    @property
+    def restarted_on_epoch_start(self) -> bool:
+        return self._resumed_at == "epoch_start"
+
+    @property
+    def restarted_mid_epoch(self) -> bool:
+        return self._resumed_at in ("batch_end", "batches")
+
+    @property
+    def restarted_on_epoch_end(self) -> bool:
+        return self._resumed_at == "epoch_end" and self.max_steps != -1
+
+    @property
+    def resumed_on_epoch_end(self) -> bool:
+        return self._resumed_at == "epoch_end" and self.max_steps == -1
 
 
 class OptimizationView:
@@ -231,6 +376,10 @@ class OptimizationView:
     @property
     def optimizer_steps(self) -> int:
         return int(self.optimizer.step.total.completed)
+
+    def reset(self) -> None:
+        """Count the steps anew; how often gradients were released follows from them."""
+        self.optimizer.step.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": {name: view.state_dict() for name, view in vars(self.optimizer).items()}}
@@ -277,6 +426,36 @@ class EpochLoop:
         self._fit_loop.min_steps = steps
 
     @property
+    def is_resuming(self) -> bool:
+        """Whether the first batch after a checkpoint is not through yet."""
+        progress = self._fit_loop.progress
+        if progress.resumed is None or progress.stage == "epoch_end":
+            return False
+        return progress.batch_idx <= progress.resumed[1] + 1
+
+    @property
+    def restarting(self) -> bool:
+        return self.is_resuming and self._fit_loop.restarting
+
+    @property
+    def restarted_on_train_batch_end(self) -> bool:
+        return self.restarting and self._fit_loop._resumed_at == "batch_end"
+
+    @property
+    def restarted_on_last(self) -> bool:
+        return self.restarting and self._fit_loop._resumed_at != "batch_end"
+
+    @property
+    def _is_training_done(self) -> bool:
+        return self._fit_loop._steps_reached() or self._num_ready_batches_reached()
+
+    @property
+    def done(self) -> bool:
+        """Whether the running batch is the last one before the epoch's end, or a stop that may come."""
+        loop = self._fit_loop
+        return self._is_training_done or (loop.trainer.should_stop and loop._may_stop())
+
+    @property
     def _batches_that_stepped(self) -> int:
         """Windows completed before the batch that runs: it does not count itself before its validation is over."""
         progress = self._fit_loop.progress
@@ -300,7 +479,6 @@ class EpochLoop:
     def state_of_loops(self) -> dict[str, Any]:
         """The counters of every loop under the keys that Lightning's checkpoints have; loops outside a fit are idle."""
         automatic, manual = self.automatic_optimization.optim_progress, self.manual_optimization.optim_step_progress
-        validated = self.val_loop.batches_run
         epochs = self._fit_loop.epoch_progress.state_dict()
         for counts in epochs.values():
             counts["ready"] = counts["started"]  # else Lightning, going on from there, would leave that epoch out
@@ -314,13 +492,10 @@ class EpochLoop:
             "epoch_loop.manual_optimization.state_dict": {},
             "epoch_loop.manual_optimization.optim_step_progress": manual.state_dict(),
             "epoch_loop.val_loop.state_dict": {},
-            "epoch_loop.val_loop.batch_progress": {**_batches(validated), "is_last_batch": validated > 0},
+            "epoch_loop.val_loop.batch_progress": self.val_loop.batch_progress.state_dict(),
             "epoch_progress": epochs,
         }
-        idle = {"state_dict": {}, "batch_progress": {**_batches(0), "is_last_batch": False}}
-        predict = {"state_dict": {}, "batch_progress": _batches(0)}
+        batches = {when: dict.fromkeys(ALL, 0) for when in ("total", "current")}
+        idle = {"state_dict": {}, "batch_progress": {**batches, "is_last_batch": False}}
+        predict = {"state_dict": {}, "batch_progress": batches}
         return {"fit_loop": fit, "validate_loop": idle, "test_loop": idle, "predict_loop": predict}
-
-
-def _batches(current: int) -> dict[str, Any]:
-    return {"total": dict.fromkeys(ALL, 0), "current": dict.fromkeys(ALL, current)}

@@ -74,7 +74,7 @@ class PredictionLoop(StageLoop):
         profiler = trainer._profiler
         with self.no_grad(), profiler.phase("prediction") if profiler is not None else nullcontext():
             self.setup_data()
-            return self._run() if sum(self.max_batches) else None
+            return None if self.skip else self._run()
 
     def _run(self) -> list[Any] | None:
         trainer, combined = self.trainer, self.combined
@@ -90,6 +90,7 @@ class PredictionLoop(StageLoop):
         self._predictions = [[] for _ in combined.flattened]
         self.epoch_batch_indices = [[] for _ in combined.flattened]
         self.model_eval()
+        self.counters.begin_run()
         trainer._call("on_predict_start")
         trainer._call("on_predict_epoch_start")
         for index, batches in self.passes():
@@ -97,6 +98,7 @@ class PredictionLoop(StageLoop):
             keep = self._predictions[index].append if self.return_predictions or on_epoch else None
             with suppress(EndOfData):
                 self._run_loader(self.bind(index, batches), note, keep)
+        self.counters.running = False
         trainer._call("on_predict_epoch_end")
         predictions = self.predictions if self.return_predictions else None
         if predictions is None:

@@ -9,8 +9,8 @@ class Progress:
     """Where a fit stands. Written by the loop, read by everyone (the progress bar from its own thread)."""
 
     __slots__ = (
-        "batch_idx", "boundary", "epoch", "global_step", "is_last_batch", "scheduled", "scheduled_before", "stage",
-        "stepped_before", "total", "total_before",
+        "batch_idx", "boundary", "epoch", "global_step", "is_last_batch", "resumed", "scheduled", "scheduled_before",
+        "stage", "stepped_before", "total", "total_before",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -27,3 +27,6 @@ class Progress:
         # How far: start (of an epoch), batch (in a step), broken (an exception came before the step was through),
         # stepped, validated, scheduled, epoch_end (in its hooks).
         self.stage = "start"
+        # Where the checkpoint was written that this run goes on from, until an epoch is over, as (place, batch_idx):
+        # epoch_start (in its hooks), batches, batch_end (in its hooks), epoch_end (in its hooks), between (two epochs).
+        self.resumed: tuple[str, int] | None = None

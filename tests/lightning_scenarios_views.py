@@ -64,8 +64,26 @@ def attributes(trainer: Any) -> str:
     )
 
 
-def run(fw: Framework, root: str, what: Any, module: Any = None, data: Any = None, **options: Any) -> Recorder:
-    """A fit with one callback, which writes at each hook what `what(trainer)` reads."""
+def loops(trainer: Any) -> str:
+    """The loops that evaluate and predict, and what says whether a fit goes on from a checkpoint."""
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    seen = []
+    for name, loop in (("val", epoch.val_loop), ("validate", trainer.validate_loop), ("test", trainer.test_loop)):
+        progress = loop.batch_progress
+        seen.append(f"{name}={numbers(progress.current)} of {numbers(progress.total)} last={progress.is_last_batch}")
+    predicted = trainer.predict_loop.batch_progress
+    seen.append(f"predict={numbers(predicted.current)} of {numbers(predicted.total)}")
+    asked = ("restarting", "restarted_mid_epoch", "resumed_on_epoch_end", "restarted_on_epoch_start", "is_resuming")
+    seen += [f"fit={[n for n in (*asked, 'done', 'skip') if getattr(fit, n)]}"]
+    seen += [f"epoch={[n for n in ('restarting', 'restarted_on_train_batch_end', 'is_resuming') if getattr(epoch, n)]}"]
+    return " ".join(seen)
+
+
+def run(
+    fw: Framework, root: str, what: Any, module: Any = None, data: Any = None, then: tuple[str, ...] = (),
+    ckpt_path: str | None = None, **options: Any,
+) -> Recorder:  # fmt: skip
+    """A fit, and other stages after it, with one callback, which writes at each hook what `what(trainer)` reads."""
     record = Recorder(fw)
 
     def at(name: str) -> Any:
@@ -76,8 +94,11 @@ def run(fw: Framework, root: str, what: Any, module: Any = None, data: Any = Non
     trainer = make_trainer(record, root, callbacks=[watcher], **options)
     torch.manual_seed(0)
     train, val = data or (loader(5), None)
-    trainer.fit((module or plain)(fw), train, val)
+    model = (module or plain)(fw)
+    trainer.fit(model, train, val, ckpt_path=ckpt_path)
     record.events.append(f"after {what(trainer)}")
+    for stage in then:
+        getattr(trainer, stage)(model, loader(2))
     return record
 
 
@@ -92,6 +113,11 @@ def plain(fw: Framework, extra: dict[str, Any] | None = None) -> Any:
 
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
             return self.layer(batch).square().mean()
+
+        def test_step(self, batch: torch.Tensor, batch_idx: int) -> None: ...
+
+        def predict_step(self, batch: torch.Tensor, batch_idx: int) -> Any:
+            return self.layer(batch)
 
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -156,3 +182,31 @@ def attributes_of_a_fit(fw: Framework, root: str) -> Recorder:
 @scenario
 def attributes_by_max_steps(fw: Framework, root: str) -> Recorder:
     return run(fw, root, attributes, plain, (loader(4), loader(2, seed=1)), max_steps=6, num_sanity_val_steps=0)
+
+
+@scenario
+def views_of_every_loop(fw: Framework, root: str) -> Recorder:
+    data = (loader(4), loader(3, seed=1))
+    return run(fw, root, loops, data=data, then=("validate", "validate", "test", "predict"), val_check_interval=2)
+
+
+@scenario
+def views_of_a_fit_that_goes_on_inside_an_epoch(fw: Framework, root: str) -> Recorder:
+    class Save(fw.Callback):  # type: ignore[name-defined,misc]
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == (1, 0):
+                trainer.save_checkpoint(f"{root}/inside.ckpt")
+
+    data = (loader(4), loader(2, seed=1))
+    make_trainer(Recorder(fw), root, callbacks=[Save()], val_check_interval=2).fit(plain(fw), *data)
+    return run(fw, root, loops, data=data, ckpt_path=f"{root}/inside.ckpt", max_epochs=3, val_check_interval=2)
+
+
+@scenario
+def views_of_a_fit_that_goes_on_after_an_epoch(fw: Framework, root: str) -> Recorder:
+    class Save(fw.Callback):  # type: ignore[name-defined,misc]
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(f"{root}/end.ckpt")
+
+    make_trainer(Recorder(fw), root, callbacks=[Save()], max_epochs=1).fit(plain(fw), loader(2))
+    return run(fw, root, loops, data=(loader(2), None), ckpt_path=f"{root}/end.ckpt", max_epochs=3)

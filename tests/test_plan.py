@@ -50,7 +50,7 @@ def test_every_point_that_is_used_is_bound() -> None:
 
     made = fitted(All(), batches(2), max_epochs=1, gradient_clip_val=1.0)
     assert bound(made.fit_loop.plans.kind(True, True, 1)) == {
-        "receive": 1, "on_train_batch_start": 1, "zero_grad": 2, "on_before_backward": 1, "on_after_backward": 1,
+        "receive": 2, "on_train_batch_start": 1, "zero_grad": 2, "on_before_backward": 1, "on_after_backward": 1,
         "on_before_optimizer_step": 1, "clip": 1, "update": 1, "on_train_batch_end": 1,
     }  # fmt: skip
 

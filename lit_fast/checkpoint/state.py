@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lit_fast.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from lit_fast.checkpoint import finding, rng
 from lit_fast.checkpoint.build import OURS, PICKLED, load_weights
 from lit_fast.data.position import count_only
@@ -225,13 +226,18 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             f"{trainer.ckpt_path} was written in epoch {epoch}, and Trainer(max_epochs={trainer.max_epochs}) ends "
             f"before it; set max_epochs to the number of all epochs, those before the checkpoint included."
         )
+    held = _fit_loop_of(checkpoint).get("epoch_loop.val_loop.batch_progress")
+    if held is not None:
+        trainer.fit_loop.epoch_loop.val_loop.batch_progress.load_state_dict(held)
     if ours is None:
         _restore_lightning_loops(trainer, checkpoint)
+        progress.resumed = (_place(checkpoint), progress.batch_idx)
         return
     progress.epoch, progress.stage = ours["epoch"], ours["stage"]
     progress.batch_idx, progress.is_last_batch = ours["batch_idx"], ours["is_last_batch"]
     progress.stepped_before, progress.total_before = ours["stepped_before"], ours["total_before"]
     progress.scheduled = ours["scheduled"]
+    progress.resumed = (_place(checkpoint), progress.batch_idx)
     trainer.fit_loop.pending_data = ours["data"]
     trainer._pending_metrics = ours["metrics"]
     for name, parameter in trainer.lightning_module.named_parameters():
@@ -243,10 +249,39 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     trainer._pending_rng = ours["rng"]
 
 
+def _fit_loop_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    loop: dict[str, Any] = checkpoint.get("loops", {}).get("fit_loop", {})
+    return loop
+
+
+def _place(checkpoint: dict[str, Any]) -> str:
+    """Where in an epoch it was written, as `Progress.resumed` has it, by the counters of either framework."""
+    loop = _fit_loop_of(checkpoint)
+    epochs = loop.get("epoch_progress", {}).get("current", {})
+    batches = loop.get("epoch_loop.batch_progress", {}).get("current", {})
+    if not epochs or not batches:
+        return "between"
+    if epochs["started"] < epochs["ready"]:
+        return "epoch_start"
+    if epochs["processed"] < epochs["started"]:
+        return "batch_end" if batches["completed"] < batches["processed"] else "batches"
+    return "epoch_end" if epochs["completed"] < epochs["processed"] else "between"
+
+
+def _window(trainer: Trainer, epoch: int) -> int:
+    """Batches in a step of the optimizer in `epoch`, which a GradientAccumulationScheduler sets only once it runs."""
+    if not trainer.lightning_module.automatic_optimization:
+        return 1
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.config.accumulate_grad_batches
+
+
 def _restore_lightning_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """A file of Lightning's says how many batches of an epoch were seen, not which; as many are left out."""
     progress = trainer._progress
-    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    loop = _fit_loop_of(checkpoint)
     epochs = loop.get("epoch_progress", {}).get("current", {})
     batches = loop.get("epoch_loop.batch_progress", {})
     progress.epoch = epochs.get("processed", checkpoint.get("epoch", 0))
@@ -260,8 +295,7 @@ def _restore_lightning_loops(trainer: Trainer, checkpoint: dict[str, Any]) -> No
         progress.stepped_before += 1  # counted only after the hooks in which files are written
         return
     seen = batches["current"]["processed"]
-    automatic = trainer.lightning_module.automatic_optimization
-    window = trainer.config.accumulate_grad_batches if automatic else 1
+    window = _window(trainer, progress.epoch)
     progress.stage, progress.batch_idx = "scheduled", seen - 1
     progress.total_before -= seen
     progress.stepped_before -= (seen - 1) // window

@@ -38,10 +38,12 @@ POINTS = {
     "end": ("on_train_end", None, None),
 }
 
+SCHEDULE = {0: 3, 1: 2, 3: 1}  # batches in a window, from an epoch on
+
 # what is stored in goldens/, for machines without Lightning
 STORED = (
     "epoch-batch", "step-epoch", "plateau-last_batch", "manual-epoch", "accumulate-batch", "data-epoch",
-    "sub_epoch-validation", "across_epochs-end",
+    "sub_epoch-validation", "across_epochs-end", "schedule-batch",
 )  # fmt: skip
 GOLDENS = Path(__file__).parents[1] / "goldens"
 ELSEWHERE = "/runs"  # the folder that stored files speak of
@@ -69,7 +71,7 @@ def callbacks_of(framework: str) -> Any:
 def optimizers(kind: str, module: Any) -> Any:
     sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     schedulers = torch.optim.lr_scheduler
-    if kind in ("epoch", "accumulate", "data", "sub_epoch"):
+    if kind in ("epoch", "accumulate", "schedule", "data", "sub_epoch"):
         return [sgd], [schedulers.StepLR(sgd, 1, gamma=0.8)]
     if kind in ("step", "across_epochs"):
         adam = torch.optim.AdamW(module.parameters(), lr=0.05, fused=True)
@@ -89,6 +91,7 @@ TRAINER: dict[str, dict[str, Any]] = {
     "plateau": {},
     "manual": {},
     "accumulate": {"accumulate_grad_batches": 2},
+    "schedule": {},  # of windows: SCHEDULE
     "data": {},
     "sub_epoch": {"val_check_interval": 0.5},
     "across_epochs": {"val_check_interval": 4, "check_val_every_n_epoch": None},
@@ -203,11 +206,12 @@ def run(framework: str, case: str, folder: Path, ckpt_path: str | None = None) -
     keep = library.ModelCheckpoint(folder / case, monitor="val", save_top_k=2)
     timer = library.Timer(duration="00:01:00:00", verbose=False)
     saver = Save()
+    windows = [library.GradientAccumulationScheduler(SCHEDULE)] if case == "schedule" else []
     ends_at = EPOCHS if ckpt_path is None or "-end" not in Path(ckpt_path).name else EPOCHS + 2
     trainer = package.Trainer(
         accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=str(folder), max_epochs=ends_at, num_sanity_val_steps=2,
-        callbacks=[saver, stop, timer, keep], **TRAINER[case],
+        callbacks=[saver, stop, timer, keep, *windows], **TRAINER[case],
     )  # fmt: skip
     module, data = make(framework, case)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
