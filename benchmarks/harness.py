@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import fcntl
 import math
 import os
 import platform
@@ -16,8 +17,10 @@ import pty
 import re
 import select
 import statistics
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,9 +211,12 @@ def finish(benchmark: str, title: str, rows: Sequence[Row], options: Any, lightn
 
 
 def in_terminal(command: Sequence[str], cwd: Path | None = None) -> tuple[int, bytes]:
-    """Runs a command under a pseudo-terminal of 80 columns, as a user would; returns exit code and output."""
+    """Runs a command under a pseudo-terminal of 24 rows of 80, as a user would; returns exit code and output."""
     leader, follower = pty.openpty()
-    around = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # a new one has 0 columns: bars vanish
+    around = {**os.environ, "TERM": "xterm-256color"}
+    for name in ("COLUMNS", "LINES"):  # they would be believed before the terminal
+        around.pop(name, None)
     around["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     around.pop("PYTHONDONTWRITEBYTECODE", None)  # set where nothing may be left behind; a user's imports are cached
     process = subprocess.Popen(

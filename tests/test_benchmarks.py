@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,10 +68,35 @@ def test_every_benchmark_can_be_called() -> None:
 
 
 def test_pseudo_terminal_passes_output_and_exit_code() -> None:
-    import sys
+    program = "import os, sys; print(sys.stdout.isatty(), *os.get_terminal_size()); sys.exit(3)"
+    assert harness.in_terminal([sys.executable, "-c", program]) == (3, b"True 80 24\r\n")
 
-    program = "import sys; print(sys.stdout.isatty()); sys.exit(3)"
-    assert harness.in_terminal([sys.executable, "-c", program]) == (3, b"True\r\n")
+
+def test_bars_draw_whole_lines_in_the_pseudo_terminal(tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    program = """
+import time
+from lit_fast import Trainer
+from lit_fast.callbacks import RichProgressBar, TQDMProgressBar
+from lit_fast.demos import BoringModel
+class Slow(BoringModel):
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.01)  # all together longer than the bar's thread takes to open the terminal
+        return super().training_step(batch, batch_idx)
+for bar in (RichProgressBar(), TQDMProgressBar()):
+    print("@@")
+    Trainer(max_epochs=1, callbacks=bar, accelerator="cpu", limit_val_batches=0, logger=False).fit(Slow())
+"""
+    code, screen = harness.in_terminal([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path)
+    assert code == 0, screen.decode()
+    text = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", screen.decode())
+    _, rich, tqdm = text.split("@@")
+    for drawn, full in (
+        (rich, r"[\r\n](Epoch 0/0 ━{10,} 64/64 .*it/s) *[\r\n]"),
+        (tqdm, r"\r(Epoch 0: 100%\|█{10,}\| 64/64 \[[^\r\n]*it/s\])"),
+    ):
+        line = re.search(full, drawn)
+        assert line is not None and 60 < len(line[1]) <= 80, drawn
 
 
 def test_redraws_do_not_count_newlines() -> None:
