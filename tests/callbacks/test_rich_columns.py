@@ -108,8 +108,45 @@ def test_lines_follow_the_tracks_and_fit() -> None:
     assert len(lines.lines([train], "", 90)) == 1 and console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
+def test_a_task_of_ones_own_beside_the_bar(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class More(RichProgressBar):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_epoch_start(trainer, pl_module)
+            self.games = self.progress.add_task("games", total=7)
+            self.progress.update(self.games, advance=3)
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            main = self.progress.tasks[self.progress.task_ids.index(self.train_progress_bar_id)]
+            seen.append((type(self.progress).__name__, main.description, main.total, self.val_progress_bar.finished))
+            super().on_validation_end(trainer, pl_module)
+
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            super().teardown(trainer, pl_module, stage)
+            seen.append(self.progress)
+
+    text = drawn(tmp_path, More)
+    assert re.search(r"Epoch 0/9 [^\n]* +5/10 0:00:0[^\n]* v_num=3[^?]*\ngames +━+╸? +3/7", text), text
+    assert seen == [("CustomProgress", "Epoch 0/9", 10, False), None]
+    assert RichProgressBar().progress is None and RichProgressBar().train_progress_bar_id is None
+
+
+def test_metrics_in_a_column_of_ones_own() -> None:
+    class Quoted(rich_progress.MetricsTextColumn):  # type: ignore[misc, name-defined]
+        def _generate_metrics_texts(self) -> Any:
+            for text in super()._generate_metrics_texts():
+                yield f"<{text}>"
+
+    column = Quoted(SimpleNamespace(training=True), "italic", text_delimiter=", ", metrics_format=".1f")
+    column.update({"loss": 0.25, "n": 3})
+    assert str(column.render(SimpleNamespace(fields={"track": Track("Epoch 0", 1)}))) == "<loss=0.2>, <n=3>"
+    assert str(column.render(SimpleNamespace(fields={}))) == ""
+
+
 def test_columns_by_the_names_that_programs_import() -> None:
-    for name in ("BatchesProcessedColumn", "CustomBarColumn", "CustomTimeColumn", "ProcessingSpeedColumn"):
+    names = "BatchesProcessedColumn CustomBarColumn CustomTimeColumn MetricsTextColumn ProcessingSpeedColumn"
+    for name in names.split():
         assert issubclass(getattr(rich_progress, name), ProgressColumn)
     with pytest.raises(AttributeError, match="Nothing"):
         _ = rich_progress.Nothing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Column
 from rich.text import Text
 
-from lit_fast.callbacks.progress.bar_line import Track, count_text, duration, speed_text
+from lit_fast.callbacks.progress.bar_line import Track, count_text, duration, metric_texts, speed_text
 
 
 class CustomBarColumn(BarColumn):
@@ -24,7 +25,12 @@ class _TrackColumn(ProgressColumn):
         super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        return Text(self.text(task.fields["track"]), style=self.style)
+        track = task.fields.get("track")
+        return Text(self.text_of_task(task) if track is None else self.text(track), style=self.style)
+
+    def text_of_task(self, task: Task) -> str:
+        """For a task that a program added to `RichProgressBar.progress`."""
+        return ""
 
     def text(self, track: Track) -> str:
         raise NotImplementedError
@@ -32,6 +38,9 @@ class _TrackColumn(ProgressColumn):
 
 class BatchesProcessedColumn(_TrackColumn):
     """Batches begun, and how many there are."""
+
+    def text_of_task(self, task: Task) -> str:
+        return f"{task.completed:.0f}/{'--' if task.total is None else f'{task.total:.0f}'}"
 
     def text(self, track: Track) -> str:
         return count_text(track)
@@ -49,6 +58,53 @@ class ProcessingSpeedColumn(_TrackColumn):
 
     def text(self, track: Track) -> str:
         return speed_text(track.speed)
+
+
+class MetricsTextColumn(ProgressColumn):
+    """The metrics that `update` was given last, beside the bar of training. `RichProgressBar` has its own.
+
+    Args:
+        trainer: the Trainer whose metrics they are.
+        style: rich's style of the text.
+        text_delimiter, metrics_format: between two metrics; of each number.
+    """
+
+    def __init__(self, trainer: Any, style: Any, text_delimiter: str = " ", metrics_format: str = ".3f") -> None:
+        self._trainer = trainer
+        self._style = style or "none"
+        self._text_delimiter = text_delimiter
+        self._metrics_format = metrics_format
+        self._metrics: dict[str, Any] = {}
+        super().__init__(table_column=Column())
+
+    def update(self, metrics: dict[str, Any]) -> None:
+        """Show these from now on."""
+        self._metrics = metrics
+
+    def render(self, task: Task) -> Text:
+        if not self._trainer.training or task.fields.get("track") is None:
+            return Text()
+        return Text(self._text_delimiter.join(self._generate_metrics_texts()), style=self._style)
+
+    def _generate_metrics_texts(self) -> Iterator[str]:
+        yield from metric_texts(self._metrics, self._metrics_format)
+
+
+class CustomProgress(Progress):
+    """The tasks that a bar shows. The bar's own thread draws them, so that starting and stopping is not theirs."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class _MetricsOfTask(ProgressColumn):
+    def __init__(self, style: Any) -> None:
+        self._style = style or "none"
+        super().__init__(table_column=Column())
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("metrics", ""), style=self._style)
 
 
 def standard_columns(theme: Any) -> list[ProgressColumn]:
@@ -73,24 +129,31 @@ class ColumnLines:
     """
 
     def __init__(self, columns: list[Any], console: Console, metrics_style: Any) -> None:
-        metrics = TextColumn(
-            "{task.fields[metrics]}", style=metrics_style or "none", markup=False, table_column=Column()
-        )
         self._console = console
-        self._progress = Progress(*columns, metrics, console=console)
+        self.progress = CustomProgress(*columns, _MetricsOfTask(metrics_style), console=console)
         self._tasks: dict[Track, TaskID] = {}
+
+    def task_id(self, track: Track) -> TaskID:
+        """The task that stands for a track."""
+        with self.progress._lock:  # the bar's thread asks, too
+            if track not in self._tasks:
+                self._tasks[track] = self.progress.add_task(
+                    track.description, total=_total(track), track=track, metrics=""
+                )
+            return self._tasks[track]
 
     def lines(self, tracks: list[Track], metrics: str, width: int) -> list[str]:
         """The lines of all tracks, each at most `width` characters wide; `metrics` stand beside the first one."""
-        progress = self._progress
+        progress = self.progress
         for track in self._tasks.keys() - set(tracks):
             progress.remove_task(self._tasks.pop(track))
         for track in tracks:
-            total = None if track.total == float("inf") else track.total
-            if track not in self._tasks:
-                self._tasks[track] = progress.add_task(track.description, total=total, track=track, metrics="")
             shown = metrics if track is tracks[0] else ""
-            progress.update(self._tasks[track], completed=track.completed, total=total, metrics=shown)
+            progress.update(self.task_id(track), completed=track.completed, total=_total(track), metrics=shown)
         with self._console.capture() as written:
             self._console.print(progress.make_tasks_table(progress.tasks), width=width)
         return [line.rstrip() for line in written.get().splitlines()]
+
+
+def _total(track: Track) -> float | None:
+    return None if track.total == float("inf") else track.total

@@ -15,7 +15,7 @@ from lit_fast.callbacks.progress.live_area import LiveArea, columns, is_terminal
 from lit_fast.callbacks.progress.progress_bar import ProgressBar, get_standard_metrics
 
 if TYPE_CHECKING:
-    from lit_fast.callbacks.progress.rich_columns import ColumnLines
+    from lit_fast.callbacks.progress.rich_columns import ColumnLines, CustomProgress
 
 # More than this per second nobody sees, and a redraw takes 0.25 ms, most of it under the interpreter lock.
 MAX_REFRESH_RATE = 10.0
@@ -23,7 +23,14 @@ MAX_REFRESH_RATE = 10.0
 PLAIN_INTERVAL, PLAIN_EPOCH_INTERVAL = 60.0, 1.0
 
 _DEBUGGERS = {"bdb", "pdb", "code"}
-_COLUMNS = {"BatchesProcessedColumn", "CustomBarColumn", "CustomTimeColumn", "ProcessingSpeedColumn"}
+_COLUMNS = {
+    "BatchesProcessedColumn",
+    "CustomBarColumn",
+    "CustomProgress",
+    "CustomTimeColumn",
+    "MetricsTextColumn",
+    "ProcessingSpeedColumn",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -98,7 +105,6 @@ class RichProgressBar(ProgressBar):
         self._stopped = threading.Event()
         self._area: LiveArea | None = None
         self._look: Look | None = None
-        self._own_columns: list[Any] | None = None
         self._columns: ColumnLines | None = None
         self._module: Any = None
         self._shown: dict[str, Any] = {}
@@ -134,6 +140,46 @@ class RichProgressBar(ProgressBar):
         return self._evaluation
 
     val_sanity_check_bar = test_progress_bar = val_progress_bar
+
+    @property
+    def progress(self) -> CustomProgress | None:
+        """The `rich.progress.Progress` of a run, for tasks of one's own and its `console`; None outside of a run.
+
+        Once it was asked for, rich lays the lines out, as it does for columns of one's own.
+        """
+        columns = self._laid_out()
+        return None if columns is None else columns.progress
+
+    @property
+    def train_progress_bar_id(self) -> Any:
+        """The task of the running epoch in `progress`."""
+        return self._task_id(self._train)
+
+    @property
+    def val_progress_bar_id(self) -> Any:
+        """The task of the running evaluation, where there is one."""
+        return self._task_id(self._evaluation)
+
+    val_sanity_progress_bar_id = test_progress_bar_id = predict_progress_bar_id = val_progress_bar_id
+
+    def _task_id(self, track: Track | None) -> Any:
+        columns = None if track is None else self._laid_out()
+        return None if track is None or columns is None else columns.task_id(track)
+
+    def _laid_out(self) -> ColumnLines | None:
+        if self._columns is None and self._thread is not None:
+            self._columns = self._column_lines(self.configure_columns(self._trainer))
+            for track in (self._train, self._evaluation):  # before tasks that are added now
+                if track is not None:
+                    self._columns.task_id(track)
+        return self._columns
+
+    def _column_lines(self, columns: list[Any]) -> ColumnLines:
+        from rich.console import Console
+
+        from lit_fast.callbacks.progress.rich_columns import ColumnLines
+
+        return ColumnLines(columns, Console(**self._console_kwargs), self.theme.metrics)
 
     def disable(self) -> None:
         self._enabled = False
@@ -231,7 +277,7 @@ class RichProgressBar(ProgressBar):
         get_standard_metrics(trainer)  # a logger settles its version here, not in two threads at once
         overridden = type(self).configure_columns is not RichProgressBar.configure_columns
         if overridden or "\n" in self.theme.metrics_text_delimiter:  # a cell of several lines is rich's to lay out
-            self._own_columns = self.configure_columns(trainer)
+            self._columns = self._column_lines(self.configure_columns(trainer))
         self._watched_thread = threading.get_ident()
         self._line_written_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="lit_fast progress bar", daemon=True)
@@ -303,10 +349,6 @@ class RichProgressBar(ProgressBar):
                 parsed = Style.parse(style) if isinstance(style, str) else style
                 before, _, after = parsed.render("x", color_system=ColorSystem[name]).partition("x")
                 look.codes[part] = (before, after)
-        if self._own_columns is not None:
-            from lit_fast.callbacks.progress.rich_columns import ColumnLines
-
-            self._columns = ColumnLines(self._own_columns, console, theme.metrics)
         return LiveArea(stream), look
 
     def _redraw(self) -> None:
