@@ -9,6 +9,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+SHARED := -n 2 --dist worksteal
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -35,11 +36,12 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml CMakeLists.txt $(CPP_SOURCES)
 train: setup
 	$(BIN)/lit-fast pretrain $(ARGS)
 
+# Two processes share the tests; ARGS="-n 0" runs them in one, where --pdb works.
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest -m 'not gpu' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m 'not gpu' $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -15,6 +15,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 import lit_fast
+from lit_fast.data import worker_signals
 from lit_fast.demos.boring_classes import BoringModel, RandomDataset
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
@@ -70,6 +71,32 @@ def test_a_signal_to_the_group_ends_workers_and_trainer(tmp_path: Path) -> None:
     assert seen == [0, 1, 2] * 6
     assert ends == [["SystemExit", True, "interrupted"], ["KeyboardInterrupt", False, "interrupted"]] * 3
     assert workers == 0
+    assert not list(tmp_path.glob("pymp-*"))
+
+
+PERSISTENT = """
+    import json, sys
+    from multiprocessing import active_children
+    from torch.utils.data import DataLoader
+    import lit_fast
+    from lit_fast.demos.boring_classes import BoringModel, RandomDataset
+
+    loader, other = (DataLoader(RandomDataset(32, 4), num_workers=1, persistent_workers=True) for _ in range(2))
+    trainer = lit_fast.Trainer(**json.loads(sys.argv[1]))
+    trainer.fit(BoringModel(), RandomDataset(32, 4), loader)
+    trainer.validate(BoringModel(), other, verbose=False)
+    print(len(active_children()))
+"""
+
+
+def test_a_program_ends_while_persistent_workers_live(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(PERSISTENT), json.dumps(QUIET)],
+        capture_output=True, text=True, timeout=worker_signals.GRACE_SECONDS - 5, check=False,
+        env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout == "2\n"
     assert not list(tmp_path.glob("pymp-*"))
 
 

@@ -172,7 +172,7 @@ def test_saved_inside_a_window(tmp_path: Path) -> None:
 
 
 def start(folder: Path, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}  # a killed process cleans nothing up
     return subprocess.Popen(
         [sys.executable, str(PROGRAM), str(folder), json.dumps(options)],
         stdout=subprocess.PIPE,

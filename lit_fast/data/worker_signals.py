@@ -7,13 +7,17 @@ folders of their sockets would stay.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import Any
 
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 GRACE_SECONDS = 60.0  # after SIGTERM: for a step and a checkpoint; then the worker ends without being asked
 
@@ -37,6 +41,22 @@ def _last_orders(number: int, frame: Any) -> None:
 
 def _end(number: int, frame: Any) -> None:
     os._exit(0)  # as torch's own handler does
+
+
+@atexit.register
+def _stop_workers() -> None:
+    """What is alive when the program ends, such as persistent workers, is asked to end.
+
+    multiprocessing would send it one SIGTERM and wait. This module imports torch's loaders, so this runs before their
+    exit hooks and multiprocessing's.
+    """
+    if not active_children():
+        return
+    for found in gc.get_objects():
+        if issubclass(type(found), _MultiProcessingDataLoaderIter):
+            workers = getattr(found, "_workers", ())
+            if workers and workers[0]._parent_pid == os.getpid():  # not those of the process that forked this one
+                found._shutdown_workers()
 
 
 class _Init:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,64 +34,90 @@ def need(*tools: str) -> None:
         pytest.skip(f"not installed: {', '.join(missing)}")
 
 
-def build(folder: Path, compiler: str, target: str, flags: list[str]) -> Path:
-    output = folder / f"{target}.o"
-    command = [compiler, *FLAGS, *flags, f"-DLIT_FAST_TARGET={target}", "-c", str(CSRC / "cpu" / "target.cpp")]
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Objects]:
+    made = Objects(tmp_path_factory.mktemp("objects"))
+    with made.pool:
+        yield made
+
+
+class Objects:
+    """Object files, each compiled once, and those that one test needs beside each other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(2)
+        self.made: dict[tuple[str, ...], Future[Path]] = {}
+
+    def start(self, compiler: str, source: Path, *flags: str) -> Future[Path]:
+        key = (compiler, *flags, "-c", str(source))
+        if key not in self.made:
+            self.made[key] = self.pool.submit(compile_object, key, self.folder / f"{len(self.made)}.o")
+        return self.made[key]
+
+    def target(self, compiler: str, name: str, flags: list[str]) -> Future[Path]:
+        return self.start(compiler, CSRC / "cpu" / "target.cpp", *FLAGS, *flags, f"-DLIT_FAST_TARGET={name}")
+
+
+def compile_object(command: tuple[str, ...], output: Path) -> Path:
     subprocess.run([*command, "-o", str(output)], check=True)
     return output
 
 
-def compare(folder: Path, compiler: str, target: str, flags: list[str], run: list[str], *link: str) -> None:
-    objects = [build(folder, compiler, "scalar", []), build(folder, compiler, target, flags)]
-    program = folder / "compare"
-    source = HERE / "compare_targets.cpp"
-    command = [compiler, *FLAGS, *link, f"-DLIT_FAST_COMPARED={target}", str(source), *map(str, objects)]
-    subprocess.run([*command, "-o", str(program)], check=True)
-    result = subprocess.run([*run, str(program)], capture_output=True, text=True, timeout=300, check=False)
+def run_program(program: list[str], seconds: int = 300) -> str:
+    result = subprocess.run(program, capture_output=True, text=True, timeout=seconds, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "39192 comparisons, 0 failures" in result.stdout
+    return result.stdout
 
 
-def test_avx2_equals_scalar(tmp_path):
+def compare(
+    objects: Objects, folder: Path, compiler: str, target: str, flags: list[str], run: list[str], *link: str
+) -> None:
+    main = objects.start(compiler, HERE / "compare_targets.cpp", *FLAGS, f"-DLIT_FAST_COMPARED={target}")
+    parts = [objects.target(compiler, target, flags), objects.target(compiler, "scalar", []), main]
+    program = str(folder / "compare")
+    subprocess.run([compiler, *link, *(str(part.result()) for part in parts), "-o", program], check=True)
+    assert "39192 comparisons, 0 failures" in run_program([*run, program])
+
+
+def test_avx2_equals_scalar(objects, tmp_path):
     need("g++")
     if not {"avx2", "fma"} <= cpu_flags():
         pytest.skip("this machine has no AVX2 with FMA")
-    compare(tmp_path, "g++", "avx2", AVX2, [])
+    compare(objects, tmp_path, "g++", "avx2", AVX2, [])
 
 
-def test_avx512_equals_scalar(tmp_path):
+def test_avx512_equals_scalar(objects, tmp_path):
     need("g++")
     if {"avx512f", "avx512bw", "avx512vl"} <= cpu_flags():
-        compare(tmp_path, "g++", "avx512", AVX512, [])
+        compare(objects, tmp_path, "g++", "avx512", AVX512, [])
         return
     if not Path("/usr/include/simde/x86/avx512.h").exists():
         pytest.skip("this machine has no AVX-512, and SIMDe (libsimde-dev), which emulates it, is not installed")
-    compare(tmp_path, "g++", "avx512", [f"-I{HERE / 'simde_avx512'}"], [])
+    compare(objects, tmp_path, "g++", "avx512", [f"-I{HERE / 'simde_avx512'}"], [])
 
 
-def test_neon_equals_scalar(tmp_path):
+def test_neon_equals_scalar(objects, tmp_path):
     if platform.machine() == "aarch64":
         need("g++")
-        compare(tmp_path, "g++", "neon", [], [])
+        compare(objects, tmp_path, "g++", "neon", [], [])
         return
     need("aarch64-linux-gnu-g++", "qemu-aarch64-static")
-    compare(tmp_path, "aarch64-linux-gnu-g++", "neon", [], ["qemu-aarch64-static"], "-static")
+    compare(objects, tmp_path, "aarch64-linux-gnu-g++", "neon", [], ["qemu-aarch64-static"], "-static")
 
 
-def test_cuda_sources_run_as_cpp_equal_scalar(tmp_path):
+def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path):
     """The kernels' indexing, tables and arithmetic, without a GPU; what a GPU adds is tested where there is one."""
     need("g++")
-    kernels = tmp_path / "step.o"
-    emulation = [f"-I{HERE / 'cuda_emulation'}", "-std=c++20", "-Wno-unknown-pragmas"]
-    source = str(CSRC / "cuda" / "step.cu")
-    subprocess.run(["g++", *FLAGS, *emulation, "-x", "c++", "-c", source, "-o", str(kernels)], check=True)
-    objects = [str(kernels), str(build(tmp_path, "g++", "scalar", []))]
-    program = tmp_path / "compare"
-    command = ["g++", *FLAGS, "-std=c++20", str(HERE / "compare_cuda.cpp"), *objects, "-pthread"]
-    subprocess.run([*command, "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 failures" in result.stdout
+    emulation = [*FLAGS, f"-I{HERE / 'cuda_emulation'}", "-std=c++20", "-Wno-unknown-pragmas", "-x", "c++"]
+    parts = [
+        objects.start("g++", CSRC / "cuda" / "step.cu", *emulation),
+        objects.start("g++", HERE / "compare_cuda.cpp", *FLAGS, "-std=c++20"),
+        objects.target("g++", "scalar", []),
+    ]
+    program = str(tmp_path / "compare")
+    subprocess.run(["g++", *(str(part.result()) for part in parts), "-pthread", "-o", program], check=True)
+    assert "0 failures" in run_program([program])
 
 
 def test_the_own_pool_works_where_there_is_no_openmp(tmp_path):
@@ -97,18 +125,18 @@ def test_the_own_pool_works_where_there_is_no_openmp(tmp_path):
     program = tmp_path / "own_pool"
     sources = [str(HERE / "own_pool.cpp"), str(CSRC / "threads.cpp")]
     subprocess.run(["g++", *FLAGS, *sources, "-pthread", "-ldl", "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_program([str(program)], 60)
 
 
-def test_no_function_built_with_a_targets_flags_is_shared(tmp_path):
+def test_no_function_built_with_a_targets_flags_is_shared(objects):
     """Otherwise the linker could keep the AVX copy of an inline function for machines without AVX."""
     need("g++", "nm")
     if platform.machine() != "x86_64":
         pytest.skip("one target, one set of flags on this architecture")
-    for target, flags in (("avx2", AVX2), ("avx512", AVX512)):
+    targets = {"avx2": objects.target("g++", "avx2", AVX2), "avx512": objects.target("g++", "avx512", AVX512)}
+    for target, built in targets.items():
         symbols = subprocess.run(
-            ["nm", "-C", "--defined-only", str(build(tmp_path, "g++", target, flags))],
+            ["nm", "-C", "--defined-only", str(built.result())],
             check=True, capture_output=True, text=True,
         ).stdout.splitlines()  # fmt: skip
         shared = [s for s in symbols if s.split()[1] in "WVu" and f"lit_fast::{target}::" not in s]
