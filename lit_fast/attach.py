@@ -32,7 +32,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
             yield module
         trainer.state.status = TrainerStatus.FINISHED
     except TunerExit:
-        trainer._tear_down(module, fn.value)
+        trainer._tear_down(module)
         trainer.state.status = TrainerStatus.FINISHED
     except KeyboardInterrupt as interrupt:
         trainer._failed(interrupt)

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
+from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -171,6 +171,11 @@ class StageLoop:
                 batches = iter(loader)
             yield index, batches if limit == math.inf else islice(batches, int(limit))
 
+    def begun_passes(self) -> Iterator[tuple[int, Iterator[Any]]]:
+        """`passes`, the first of them begun: what its iterator draws comes before what the first hooks draw."""
+        passes = self.passes()
+        return chain([next(passes)], passes)
+
     # -- around the batches
 
     def no_grad(self) -> AbstractContextManager[Any]:
@@ -318,11 +323,12 @@ class EvaluationLoop(StageLoop):
         trainer, log, hooks = self.trainer, self.trainer._metric_log, self.names.hooks
         self.counters.begin_run()
         self.check_arguments()
+        passes = self.begun_passes()
         self.model_eval()
         trainer._call(f"on_{hooks}_start")
         trainer._call(f"on_{hooks}_epoch_start")
         results: list[dict[str, Any]] = []
-        for index, batches in self.passes():
+        for index, batches in passes:
             bound = self.bind(index, batches)
             suffix = bound.suffix
             log.epoch_end = False
@@ -409,7 +415,9 @@ def print_results(results: list[dict[str, float]], stage: str) -> None:
     from rich import get_console
     from rich.table import Table
 
-    table = Table(f"{stage.capitalize()} metric", *(f"DataLoader {index}" for index in range(len(rows))))
+    table = Table()
+    for title in (f"{stage.capitalize()} metric", *(f"DataLoader {index}" for index in range(len(rows)))):
+        table.add_column(title, justify="center", min_width=25)
     for name in names:
         table.add_row(name, *(str(row.get(name, "")) for row in rows))
     get_console().print(table)

@@ -48,8 +48,13 @@ class FitLoop(Schedule, Restarted):
         self.epoch_loop = EpochLoop(self)
         self.epoch_progress = self.epoch_loop.counters.epoch_progress()
         self._say_once = WarningCache().info
+        self._batches_ahead: Iterator[Any] | None = None  # of the first epoch, begun before on_train_start
+        self._new_data = False  # whether the loader has been asked for and no iterator of it made
         self._skip_backward = False  # Lightning's name: set at an epoch's start, that epoch only runs forward
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": None, "_batches_ahead": None}  # of this fit; a copy's next one binds its own
 
     # -- what callbacks read
 
@@ -137,7 +142,7 @@ class FitLoop(Schedule, Restarted):
             self.val_check_batch = self._val_check_batch()
             self.last_validation = time.monotonic()
             self._warn_of_rare_logging()
-            self.position = DataPosition(self.loader)
+            self.position, self._new_data, self._batches_ahead = DataPosition(self.loader), True, None
         if self.pending_data is not None:
             assert self.position is not None
             self.position.load_state_dict(self.pending_data)
@@ -160,6 +165,7 @@ class FitLoop(Schedule, Restarted):
         if self.loader is None or progress.total == 0:
             rank_zero_info("Trainer.fit stopped: there are no training batches.")
             return
+        self._begin_data()
         if self._finished():
             return self._say_why()
         if progress.stage == "epoch_end":  # resumed from a checkpoint that was written in the last hooks of an epoch
@@ -184,6 +190,23 @@ class FitLoop(Schedule, Restarted):
         self._say_why()
         trainer._call("on_train_end")
 
+    def _begin_data(self) -> None:
+        """Draw for new data what Lightning draws: it makes an iterator of it, and a second one for a later epoch.
+
+        A resumed fit draws nothing: it gets its random numbers from the checkpoint.
+        """
+        assert self.position is not None
+        if not self._new_data:
+            return
+        self._new_data = False
+        if self.trainer._pending_rng is not None:
+            return
+        if self.progress.epoch or self._finished():
+            self.position.draw()
+        else:
+            self.position.set_epoch(0)
+            self._batches_ahead = iter(self.position)
+
     def _say_why(self) -> None:
         """Which limit ended the fit; who set `should_stop` says so himself."""
         if self._steps_reached():
@@ -195,6 +218,7 @@ class FitLoop(Schedule, Restarted):
         progress = self.progress
         self.setup_data()
         assert self.position is not None and self.plans is not None
+        self._begin_data()
         self.position.set_epoch(progress.epoch)
         self.trainer._call("on_train_epoch_start")  # they still see the counters of the epoch before
         progress.stepped_before = self.windows_completed()
@@ -230,7 +254,8 @@ class FitLoop(Schedule, Restarted):
     def _batches(self, start: int) -> Iterator[Any]:
         """The batches from `start` on; what comes back is the loader's own iterator wherever that is enough."""
         assert self.position is not None
-        batches = iter(self.position)
+        ahead, self._batches_ahead = self._batches_ahead, None
+        batches = iter(self.position) if ahead is None else ahead
         if takes_iterator(self.trainer.lightning_module.training_step):
             return self._iterator_for_steps(batches)
         total, length = self.progress.total, self.length

@@ -185,7 +185,7 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
 
         def gather(value: Any) -> Any:
             if isinstance(value, bool | int | float):
-                value = torch.tensor(value, device=self.device)
+                value = torch.tensor(value, device=self.device, dtype=torch.int32 if type(value) is int else None)
             gathered = self.trainer.strategy.all_gather
             return gathered(value, group=group, sync_grads=sync_grads) if isinstance(value, Tensor) else value
 

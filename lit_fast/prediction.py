@@ -89,11 +89,12 @@ class PredictionLoop(StageLoop):
         on_batch, on_epoch = (any(getattr(w.interval, name) for w in writers) for name in ("on_batch", "on_epoch"))
         self._predictions = [[] for _ in combined.flattened]
         self.epoch_batch_indices = [[] for _ in combined.flattened]
+        passes = self.begun_passes()
         self.model_eval()
         self.counters.begin_run()
         trainer._call("on_predict_start")
         trainer._call("on_predict_epoch_start")
-        for index, batches in self.passes():
+        for index, batches in passes:
             note = self._note(index, on_batch, on_epoch)
             keep = self._predictions[index].append if self.return_predictions or on_epoch else None
             with suppress(EndOfData):

@@ -113,10 +113,10 @@ class Runtime(Interrupts):
             if owner is not None:
                 owner.prepare_data()
         if self.datamodule is not None:
-            self._hook(self.datamodule, "setup")(stage)
+            self._hook(self.datamodule, "setup")(self.state.fn)
         for callback in self.callbacks:
-            self._hook(callback, "setup")(self, module, stage)
-        self._hook(module, "setup")(stage)
+            self._hook(callback, "setup")(self, module, self.state.fn)
+        self._hook(module, "setup")(self.state.fn)
         module.configure_sharded_model()
         module.configure_model()
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
@@ -193,9 +193,10 @@ class Runtime(Interrupts):
         if self._profiler is not None:
             self._profiler.stop()
         self._call("on_fit_end")
-        self._tear_down(module, "fit")
+        self._tear_down(module)
 
-    def _tear_down(self, module: LightningModule, stage: str) -> None:
+    def _tear_down(self, module: LightningModule) -> None:
+        stage = self.state.fn  # equal to its value, "fit" or another
         if self.datamodule is not None:
             self._hook(self.datamodule, "teardown")(stage)
         for callback in self.callbacks:

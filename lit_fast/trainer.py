@@ -290,7 +290,7 @@ class Trainer(Attributes):
             self._use_data(datamodule, predict_dataloader=dataloaders)
             self._prepare_evaluation(module, "predict", self._best_if_no_model(given, ckpt_path), weights_only)
             predictions = self.predict_loop.run()
-            self._tear_down(module, "predict")
+            self._tear_down(module)
         return predictions
 
     def _evaluate(
@@ -315,7 +315,7 @@ class Trainer(Attributes):
             results = loop.run()
             if loop.verbose:
                 print_results(results, names.stage)
-            self._tear_down(module, names.stage)
+            self._tear_down(module)
         return results
 
     def _arguments(

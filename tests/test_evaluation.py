@@ -153,7 +153,9 @@ def test_the_modules_own_loader_is_asked_for_once() -> None:
 def test_the_table_of_results(capsys: pytest.CaptureFixture[str]) -> None:
     trainer().test(Validates(), [batches(1)])
     printed = capsys.readouterr().out
-    assert "Test metric" in printed and "DataLoader 0" in printed and "val" in printed
+    header, row = (line for line in printed.splitlines() if "metric" in line or "val" in line)
+    assert header == f"┃{'Test metric':^27}┃{'DataLoader 0':^27}┃"
+    assert [len(cell) for cell in row.strip("│").split("│")] == [27, 27] and row[1:28] == f"{'val':^27}"
 
 
 def test_a_metric_object_is_read_when_its_loader_ends() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import warnings
 from datetime import timedelta
@@ -16,6 +17,7 @@ import lit_fast
 from lit_fast import step
 from lit_fast.errors import DataError, MisconfigurationException
 from lit_fast.loggers import CSVLogger
+from lit_fast.states import TrainerFn
 
 
 class Validates(Plain):
@@ -407,3 +409,81 @@ def test_what_is_due_after_the_step_of_a_checkpoint_sees_that_steps_values(saved
     rate, rows = finish("whole", None)
     assert rate == 0.125  # worse after each step but the first
     assert finish("resumed", tmp_path / f"{saved_after}.ckpt") == (rate, rows[saved_after:])
+
+
+def test_iterators_are_begun_where_lightning_begins_them() -> None:
+    """What they draw decides the order of shuffled data, and what hooks draw; recorded with Lightning 2.6.6."""
+    told: list[str] = []
+
+    class Told(torch.utils.data.DataLoader[Any]):
+        def __init__(self, name: str) -> None:
+            super().__init__(torch.utils.data.TensorDataset(torch.randn(4, 8)), batch_size=2)
+            self.name = name
+
+        def __iter__(self) -> Any:
+            told.append(self.name)
+            return super().__iter__()
+
+    class Tells(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.net(batch[0]).sum()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def on_train_start(self) -> None:
+            told.append("on_train_start")
+
+        def on_train_epoch_start(self) -> None:
+            told.append("on_train_epoch_start")
+
+        def on_validation_start(self) -> None:
+            told.append("on_validation_start")
+
+    fitted(Tells(), Told("train"), Told("val"), max_epochs=2, num_sanity_val_steps=0)
+    epoch = ["val", "on_validation_start"]
+    first = ["train", "on_train_start", "on_train_epoch_start"]
+    assert told == [*first, *epoch, "on_train_epoch_start", "train", *epoch]
+
+
+@pytest.mark.parametrize(("more", "draws"), [(0, 1), (1, 2 + 1)])
+def test_a_later_fit_draws_for_new_data_once_more(more: int, draws: int) -> None:
+    """As Lightning does: a seed for the new data, then for each epoch one for workers and one for the order."""
+    module, again = Plain(), shuffled(8)
+    done = fitted(module, shuffled(8), max_epochs=1)
+    done.fit_loop.max_epochs += more
+    torch.manual_seed(3)
+    done.fit(module, again)
+    after = torch.get_rng_state()
+    torch.manual_seed(3)
+    for _ in range(draws):
+        torch.empty((), dtype=torch.int64).random_()
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_a_trainer_that_has_run_can_be_copied() -> None:
+    done = fitted(Plain(), shuffled(8), max_epochs=1)
+    other = copy.deepcopy(done)
+    other.fit_loop.max_epochs = 2
+    other.fit(Plain(), shuffled(8))
+    assert (done.current_epoch, other.current_epoch) == (1, 2)
+
+
+def test_setup_and_teardown_are_told_the_stage() -> None:
+    told: list[Any] = []
+
+    class Told(Plain):
+        def setup(self, stage: str) -> None:
+            told.append(stage)
+
+        def teardown(self, stage: str) -> None:
+            told.append(stage)
+
+    fitted(Told(), batches(1), max_epochs=1)
+    assert told == ["fit", "fit"] and all(stage is TrainerFn.FITTING for stage in told)
+
+
+def test_a_gathered_integer_has_32_bits() -> None:
+    module = Plain()
+    fitted(module, batches(1), max_epochs=1)
+    gathered = module.all_gather({"count": 3, "share": 0.5, "flag": True})
+    assert [value.dtype for value in gathered.values()] == [torch.int32, torch.float32, torch.bool]

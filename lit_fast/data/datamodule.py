@@ -10,7 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lit_fast.core_hooks import DataHooks
+from lit_fast.data.randomness import length_of
 from lit_fast.errors import MisconfigurationException
+from lit_fast.hooks import is_overridden
 from lit_fast.hparams import HyperparametersMixin, class_only
 
 if TYPE_CHECKING:
@@ -51,6 +53,25 @@ class LightningDataModule(DataHooks, HyperparametersMixin):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Takes and ignores any arguments, so that a subclass may pass all of its own on."""
         super().__init__()
+
+    def __str__(self) -> str:
+        """How many samples each of the loaders that can be made now has."""
+        sizes = {
+            title: self._sizes(f"{name}_dataloader")
+            for title, name in (("Train", "train"), ("Validation", "val"), ("Test", "test"), ("Predict", "predict"))
+        }
+        return "\n".join(f"{{{title} dataloader: {size}}}" for title, size in sizes.items())
+
+    def _sizes(self, hook: str) -> str:
+        if not is_overridden(hook, self, LightningDataModule):
+            return "None"
+        try:
+            loaders = _items(getattr(self, hook)())
+        except Exception:  # before `setup` there is no data, and a description must not fail
+            return "None"
+        sizes = [length_of(getattr(loader, "dataset", loader)) for loader in loaders]
+        sizes_told = ["NA" if size is None else f"size={size}" for size in sizes]
+        return sizes_told[0] if len(sizes) == 1 else " ; ".join(f"{n}. {size}" for n, size in enumerate(sizes_told, 1))
 
     @classmethod
     def from_datasets(

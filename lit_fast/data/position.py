@@ -27,6 +27,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader
 
 from lit_fast.data.combined import CombinedLoader
@@ -73,6 +74,12 @@ class DataPosition:
         self._resume: dict[str, Any] | None = None
         self._skip = 0  # batches at the beginning of the next epoch that are not wanted
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dataloader": self.dataloader}  # a copy, of a Trainer for instance, begins anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["dataloader"])  # type: ignore[misc]
+
     def __iter__(self) -> Iterator[Any]:
         """Begin an epoch, or go on inside the one that was loaded.
 
@@ -92,9 +99,20 @@ class DataPosition:
         return iterator
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the samplers, and the loader itself, that have a `set_epoch` which epoch begins."""
+        """Tell the loader, its sampler and its batch sampler's, where they have a `set_epoch`, which epoch begins."""
         self._epoch = epoch
         tell_epoch(self.dataloader, epoch)
+
+    def draw(self) -> None:
+        """Draw what the making of one iterator draws, without one: the seeds of workers, with workers of the order."""
+        if self._resume is not None:
+            return
+        loaders = self.dataloader.flattened if isinstance(self.dataloader, CombinedLoader) else [self.dataloader]
+        for loader in loaders:
+            if isinstance(loader, DataLoader):
+                torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+                if loader.num_workers:
+                    next(iter(loader._index_sampler), None)
 
     def end_epoch(self) -> None:
         """Say that the consumer wants no more of this epoch, whether or not batches are left in it.
@@ -244,8 +262,8 @@ def tell_epoch(loader: Any, epoch: int) -> None:
         for each in loader.flattened:
             tell_epoch(each, epoch)
         return
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    targets = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    batch_sampler = getattr(loader, "batch_sampler", None)  # Lightning leaves its own set_epoch to the program
+    targets = (loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
     for target in {id(target): target for target in targets}.values():
         call = getattr(target, "set_epoch", None)
         if callable(call):

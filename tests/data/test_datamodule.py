@@ -111,3 +111,25 @@ def test_load_from_checkpoint(tmp_path: pathlib.Path) -> None:
     with pytest.raises(CheckpointError, match="Needy cannot be built"):
         Needy.load_from_checkpoint(path)
     assert Needy.load_from_checkpoint(path, root="/")
+
+
+def test_it_is_printed_with_the_sizes_of_its_loaders() -> None:
+    class Endless(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            yield 1
+
+    class Module(LightningDataModule):
+        def setup(self, stage: str) -> None:
+            self.data = torch.zeros(3)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.data)  # type: ignore[arg-type]
+
+        def val_dataloader(self) -> Any:
+            return [DataLoader(torch.zeros(4)), DataLoader(Endless())]  # type: ignore[arg-type]
+
+    module = Module()
+    lines = ["{Validation dataloader: 1. size=4 ; 2. NA}", "{Test dataloader: None}", "{Predict dataloader: None}"]
+    assert str(module).splitlines() == ["{Train dataloader: None}", *lines]
+    module.setup("fit")
+    assert str(module).splitlines() == ["{Train dataloader: size=3}", *lines]

@@ -8,6 +8,7 @@ disturb it.
 
 from __future__ import annotations
 
+import copy
 import gc
 import itertools
 import multiprocessing
@@ -660,3 +661,28 @@ def test_set_epoch_reaches_every_sampler_once() -> None:
     for loader in (_loader(sampler=sampler), _loader(batch_sampler=BatchSampler(sampler, 2, False))):
         DataPosition(loader).set_epoch(7)
     assert calls == [7, 7]
+
+
+def test_set_epoch_of_a_batch_sampler_is_left_to_the_program() -> None:
+    class Buckets(BatchSampler):
+        def set_epoch(self, epoch: int) -> None:
+            raise AssertionError
+
+    DataPosition(_loader(batch_sampler=Buckets(range(4), 2, False))).set_epoch(1)
+
+
+def test_a_copy_begins_anew() -> None:
+    position = DataPosition(_loader(shuffle=False))
+    first = next(iter(position))
+    assert torch.equal(torch.as_tensor(next(iter(copy.deepcopy(position)))), torch.as_tensor(first))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_draw_draws_what_an_iterator_draws(workers: int) -> None:
+    loader = _loader(shuffle=True, num_workers=workers)
+    torch.manual_seed(5)
+    _ = iter(loader)
+    expected = torch.get_rng_state()
+    torch.manual_seed(5)
+    DataPosition(loader).draw()
+    assert torch.equal(torch.get_rng_state(), expected)
