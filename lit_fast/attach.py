@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.errors import MisconfigurationTypeError, TunerExit
@@ -26,6 +26,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
     trainer._module = module
     trainer.strategy.connect(module)
     module.trainer = trainer
+    at_run_end = trainer._at_run_end = ExitStack()
     trainer._begin(fn)
     try:
         with trainer._signals():
@@ -48,6 +49,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
             trainer.fit_loop.position.close()  # stops the loader's workers
         trainer.strategy.teardown()
         trainer._metric_log.rest()
+        at_run_end.close()
         for name, original in restore.items():
             if original is None:
                 module.__dict__.pop(name, None)

@@ -37,6 +37,7 @@ from lit_fast.module import LightningModule
 from lit_fast.optim.adopt import adopt
 from lit_fast.optim.clip import step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
+from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.precision.amp import scaled_step
 from lit_fast.profiler.actions import recorded
@@ -241,9 +242,14 @@ class Binding:
         """The step itself; on the CPU a norm is clipped with torch's bits, on a GPU nobody waits for the norm."""
         trainer = self.trainer
         by_norm = self._clips_in_registers and trainer.gradient_clip_algorithm != "value"
+        stepper = self._stepper(adopted)
         if by_norm and trainer.config.device.type == "cpu":
-            return step_clipped_by_norm(adopted, trainer.gradient_clip_val)
-        return adopted.step
+            return step_clipped_by_norm(stepper, trainer.gradient_clip_val)
+        return stepper.step
+
+    def _stepper(self, adopted: AdoptedOptimizer) -> AdoptedOptimizer | InParameterDtype:
+        """What takes the steps. Once a kernel reads float32 gradients of 16-bit parameters: `adopted`, if compiled."""
+        return adopted if self.trainer.config.grad_dtype is None else InParameterDtype(adopted)
 
     def _wrap_optimizers(self, before: list[LightningOptimizer]) -> list[LightningOptimizer]:
         """What user code holds as `self.optimizers()`; it may keep it, so the object stays while its optimizer does."""
@@ -363,6 +369,8 @@ class Binding:
     def _bind_update(self) -> Bound:
         adopted = self.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
+        if self.trainer.config.grad_dtype is not None:
+            self._note("update", "Trainer", "gradients of 16-bit parameters, float32 till then, cast to their dtype")
         return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self.update_of(adopted))),)
 
     def _bind_schedulers(self) -> Bound:
@@ -424,15 +432,21 @@ class Binding:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
         adopted, optimizer, progress = self.adopted[index], self.trainer.optimizers[index], self.progress
         after = (*self._before_step(index), *(self._bind_clip() if self.automatic else ()))
+        stepper = self._stepper(adopted)
+        casts = stepper if isinstance(stepper, InParameterDtype) and calls_closure_itself(optimizer) else None
+        if casts is not None:
+            after = (*after, casts.cast)
         if self._plugin_step:
             step_by_plugin, module = self.precision.optimizer_step, self.module
             run_step: Callable[..., Any] = lambda closure, **kwargs: step_by_plugin(  # noqa: E731
                 optimizer, model=module, closure=closure or no_closure, **kwargs
             )
         elif self.scaler is not None:
-            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), adopted.step)
+            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), stepper.step)
         else:
             run_step = plain_step(adopted, self.update_of(adopted), lambda: run_all(after))
+        if casts is not None:
+            run_step = casts.around(run_step)
         if self.automatic:
             return run_step
 

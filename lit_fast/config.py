@@ -63,6 +63,7 @@ class TrainerConfig:
     enable_autolog_hparams: bool
     suggest_integrations: bool
     keep_freed_memory: bool
+    grad_dtype: torch.dtype | None  # of 16-bit parameters; None: their own
 
 
 class Option:
@@ -233,6 +234,7 @@ def resolve_config(**given: Any) -> TrainerConfig:
         enable_autolog_hparams=given["enable_autolog_hparams"],
         suggest_integrations=given["suggest_integrations"],
         keep_freed_memory=given["keep_freed_memory"],
+        grad_dtype=_resolve_grad_dtype(given["grad_dtype"]),
     )
     config = _short_run(config) if config.fast_dev_run else config
     if config.overfit_batches:
@@ -295,6 +297,13 @@ _SWITCHES = (
 def _default_true(name: str, value: bool | None) -> bool:
     _check_choice(name, value, (None, True, False))
     return value is not False
+
+
+def _resolve_grad_dtype(given: Any) -> torch.dtype | None:
+    if given is None:
+        return None
+    _check_choice("grad_dtype", given, (None, "float32", torch.float32))
+    return torch.float32
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 from lit_fast.callbacks.callback import Callback
@@ -21,6 +21,7 @@ from lit_fast.metrics import MetricLog, to_float
 from lit_fast.model_checks import check_hooks
 from lit_fast.module import LightningModule
 from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
+from lit_fast.optim.grad_dtype import keep_gradients_in
 from lit_fast.plan import Plans
 from lit_fast.profiler.actions import recorded
 from lit_fast.rank_zero import rank_zero_info
@@ -38,6 +39,7 @@ class Runtime(Interrupts):
         callbacks: list[Any]
         datamodule: Any
         _data_owner: Any
+        _at_run_end: ExitStack
         _pending_metrics: dict[str, Any] | None
         _pending_rng: dict[str, Any] | None
         _ckpt_path: str | None
@@ -158,6 +160,8 @@ class Runtime(Interrupts):
         module.to(self.config.device)
         self._configure_optimizers(module)
         self._connect_precision(module)
+        if self.config.grad_dtype is not None:
+            self._at_run_end.callback(keep_gradients_in(self.config.grad_dtype, module.parameters()))
         plans = self.fit_loop.plans = Plans(self._trainer, module)
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")

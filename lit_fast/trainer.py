@@ -62,6 +62,8 @@ class Trainer(Attributes):
         default_root_dir: where logs and checkpoints go; the working directory by default.
         keep_freed_memory: on the CPU, ask the allocator to keep freed memory between steps, since page faults cost
             more than every kernel here. It holds for the process and stays on after the fit.
+        grad_dtype: "float32" keeps and accumulates the gradients of bfloat16 and float16 parameters in float32, for the
+            length of a fit (torch's `Tensor.grad_dtype`); None keeps them in the parameters' dtype.
 
     Raises:
         MisconfigurationException: an option is unknown, out of range, contradicts another, or is not built yet.
@@ -120,6 +122,7 @@ class Trainer(Attributes):
         model_registry: str | None = None,
         suggest_integrations: bool = True,
         keep_freed_memory: bool = True,
+        grad_dtype: Any = None,
         **unknown: NoReturn,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "unknown")}

@@ -242,7 +242,8 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     trainer._pending_metrics = ours["metrics"]
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in ours["gradients"]:
-            parameter.grad = ours["gradients"][name].to(parameter.device)
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # not the file's, where an option changed
+            parameter.grad = ours["gradients"][name].to(parameter.device, dtype)
     if "weights" in ours:  # of what those gradients gathered
         assert trainer.fit_loop.plans is not None
         trainer.fit_loop.plans.binding.weigh().load_state_dict(ours["weights"])

@@ -10,13 +10,14 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim.adopt import AdoptedOptimizer
+from lit_fast.optim.grad_dtype import InParameterDtype
 
 # Torch sums squares in float32, in another order than the core. Its norm of a gradient cannot be further from the
 # core's than this: below it the coefficient is 1 in both, and nothing needs torch's own.
 SURELY_BELOW = 0.99
 
 
-def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float) -> Callable[..., None]:
+def step_clipped_by_norm(adopted: AdoptedOptimizer | InParameterDtype, max_norm: float) -> Callable[..., None]:
     """`step(grad_scale=1.0)`: one on gradients times `grad_scale`, clipped to `max_norm`, that stay in memory as they
     are.
 
