@@ -162,7 +162,10 @@ class StageLoop:
             self.dataloader_idx = 0
             with left_to_parent(combined.flattened):
                 walk = map(itemgetter(0), combined)
-            yield 0, islice(walk, combined.length)
+            try:
+                yield 0, islice(walk, combined.length)
+            finally:
+                combined.end_pass()
             return
         for index, (loader, limit) in enumerate(zip(combined.flattened, self.max_batches, strict=True)):
             self.batches_before, self.batch_idx, self.dataloader_idx = self.batches_run, -1, index

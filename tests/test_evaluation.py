@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from multiprocessing import active_children
 from typing import Any
 
 import pytest
@@ -255,8 +256,10 @@ def test_workers_of_a_validation_leave_signals_to_it(several: bool) -> None:
 
     model, loader = Collects(), DataLoader(Handlers(), 2, num_workers=1, worker_init_fn=own_init)
     data = CombinedLoader([loader], "min_size") if several else loader
+    before = set(active_children())  # of earlier tests
     made = fitted(model, batches(1), data, max_epochs=1, num_sanity_val_steps=0)
     assert model.rows == [[1.0, 1.0]] * 4 and loader.worker_init_fn is own_init
     model.rows = []
     made.validate(model, data, verbose=False)
     assert model.rows == [[1.0, 1.0]] * 4
+    assert set(active_children()) <= before

@@ -252,6 +252,10 @@ class CombinedLoader(Iterable[Any]):
         length = MODES[self._mode].length(lengths)
         return None if length == math.inf else int(length)
 
+    def end_pass(self) -> None:
+        """Forget the pass that runs: its workers end, but for persistent ones."""
+        self._walk = None
+
     def reset(self) -> None:
         """Stop every worker and forget the pass that runs."""
         self._walk = None
