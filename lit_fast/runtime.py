@@ -160,11 +160,11 @@ class Runtime(Interrupts):
         module.to(self.config.device)
         self._configure_optimizers(module)
         self._connect_precision(module)
-        if self.config.grad_dtype is not None:
-            self._at_run_end.callback(keep_gradients_in(self.config.grad_dtype, module.parameters()))
         plans = self.fit_loop.plans = Plans(self._trainer, module)
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")
+        if self.config.grad_dtype is not None:  # now that nobody makes other parameters any more
+            self._at_run_end.callback(keep_gradients_in(self.config.grad_dtype, module.parameters()))
         plans.refresh()
         self._log_hyperparameters(module)
         if checkpoint is not None:

@@ -128,7 +128,7 @@ class WindowWeights:
         def averaged_step() -> Any:
             factor = self.factor()
             if isinstance(factor, Tensor):  # `step` takes a number: a pass over the gradients instead of a host sync
-                multiply_gradients(parameters(), factor)
+                self.average(parameters())
                 return step()
             return step(grad_scale=factor)
 
@@ -170,6 +170,7 @@ def whole_losses(output: Any) -> tuple[Tensor, ...]:
     return () if loss is None else (loss,)
 
 
+@torch.no_grad()
 def multiply_gradients(parameters: Iterable[Tensor], factor: float | Tensor) -> None:
     """In place, without waiting for a factor on the device."""
     gradients = [p.grad for p in parameters if p.grad is not None]

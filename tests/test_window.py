@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from heart_models import NoLength, Plain, batches, fitted, network
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,8 +53,9 @@ CLIPPING: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def by_hand(
-    optimizer_of: Any, clip: Any, window: int, weights: list[int], epochs: int, dtype: torch.dtype, shares: bool = False
-) -> nn.Module:
+    optimizer_of: Any, clip: Any, window: int | list[int], weights: list[int], epochs: int, dtype: torch.dtype,
+    shares: bool = False,
+) -> nn.Module:  # fmt: skip
     """The weighted mean of each window's gradients, as a loop that knows all weights beforehand.
 
     With `shares` in the order of rounding of a loop that does not: seeds of w / w_1 / N, and one product at the end.
@@ -60,7 +63,8 @@ def by_hand(
     net = network().to(dtype)
     data = [batch.to(dtype) for batch in batches(len(weights))]
     optimizer = optimizer_of(net.parameters())
-    for _ in range(epochs):
+    windows = [window] * epochs if isinstance(window, int) else window
+    for window in windows:
         for begin in range(0, len(weights), window):
             places = [at for at in range(begin, min(begin + window, len(weights))) if weights[at]]
             length = min(window, len(weights) - begin)
@@ -138,6 +142,16 @@ def test_a_window_of_one_is_its_loss() -> None:
     made = [fitted(model, batches(3), max_epochs=2) for model in (one, other)]
     assert_same_bits(one, other)
     assert made[0].fit_loop.plans.binding.weights is None, "nothing was bound for them"
+
+
+def test_windows_that_change_between_epochs() -> None:
+    """A scheduler of windows has the plan bound anew, weights included; a window of one stands between."""
+    model = Weighted([weight or 6 for weight in WEIGHTS])
+    schedule = lit_fast.callbacks.GradientAccumulationScheduler({0: 2, 1: 1, 2: 4, 3: 3})
+    made = fitted(model, batches(11), max_epochs=4, callbacks=[schedule], profiler="step")
+    expected = by_hand(OPTIMIZERS["sgd"], lambda p: None, [2, 1, 4, 3], model.weights, 4, torch.float32, shares=True)
+    assert_same_bits(model.net, expected)
+    assert made.global_step == 6 + 11 + 3 + 4
 
 
 # -- nothing
@@ -470,6 +484,24 @@ def test_a_negative_weight_on_the_device_is_no_number() -> None:
     weights.begin()
     weights.add(nothing, 2)
     assert weights.factor() == 1.0
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.floats(1e-6, 1e6) | st.integers(0, 2**40), min_size=1, max_size=20), st.booleans())
+def test_shares_and_factor_make_the_weights(given_weights: list[float], twice: bool) -> None:
+    """In numbers: each share times the factor is the weight's part of the sum, also of what is gathered afterwards."""
+    weights = window_module.WindowWeights()
+    kept = [float(weight) for weight in given_weights if weight]
+    gradient = torch.zeros(len(kept), dtype=torch.float64, requires_grad=True)
+    gradient.grad = torch.zeros(len(kept), dtype=torch.float64)
+    for at, weight in enumerate(kept):
+        gradient.grad[at] += 1.0 / weights.add(weight, len(given_weights))
+        if twice and at == len(kept) // 2:
+            weights.average([gradient])
+    weights.average([gradient])
+    expected = torch.tensor(kept, dtype=torch.float64)
+    torch.testing.assert_close(gradient.grad, expected / expected.sum(), rtol=1e-13, atol=0.0)
+    assert weights.factor() == pytest.approx(1.0, rel=1e-14)
 
 
 # -- saved inside a window

@@ -170,6 +170,40 @@ def test_a_step_of_ones_own_and_manual_optimization() -> None:
         assert not torch.equal(model.net[0].weight, network()[0].weight.bfloat16())
 
 
+def test_each_use_of_a_weight_and_every_hook() -> None:
+    """What torch does, and the manual says: cast before hooks, and before the uses within one backward are summed."""
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
+    keep_gradients_in(torch.float32, [weight])
+    seen: list[torch.dtype] = []
+    weight.register_hook(lambda gradient: seen.append(gradient.dtype))
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.dtype))
+    small = torch.tensor(2.0**-10, dtype=torch.bfloat16)
+    (weight * 1.0 + weight * small).sum().backward()
+    assert weight.grad.item() == 1.0 + 2.0**-10
+    assert seen == [torch.float32, torch.float32]
+
+
+def test_an_embedding_with_sparse_gradients() -> None:
+    class Rows(Watched):
+        def __init__(self) -> None:
+            super().__init__(lambda p: torch.optim.SGD(p, lr=0.5))
+            self.net = nn.Embedding(4, 2, sparse=True)
+            nn.init.ones_(self.net.weight)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": self.net(batch).float().sum(), "weight": 1 + batch_idx}
+
+    model = Rows()
+    with pytest.warns(UserWarning, match="its own step"):
+        fitted(model, [torch.tensor([1]), torch.tensor([1, 2])], max_epochs=1, accumulate_grad_batches=2,
+               precision="bf16-true", grad_dtype="float32")  # fmt: skip
+    (gradient,) = model.before_step[0]
+    assert gradient.is_sparse and gradient.dtype is torch.float32
+    torch.testing.assert_close(gradient.to_dense()[:, 0], torch.tensor([0.0, 1.0, 2 / 3, 0.0]))
+    stepped = torch.ones(4, dtype=torch.bfloat16).add(gradient.to_dense()[:, 0].bfloat16(), alpha=-0.5)
+    assert torch.equal(model.net.weight[:, 0], stepped)
+
+
 # -- before and after
 
 
