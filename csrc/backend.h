@@ -64,13 +64,15 @@ const FormulaInfo& formula_info(FormulaId id);
 
 struct Options {
     double values[kMaxOptions];
+    double step = 0.0;  // as `coefficients` takes them
+    bool first = false;
 };
 
 struct StepBatch {
     FormulaId formula = FormulaId::count;
     std::vector<StepTask> tasks;
     std::vector<CoefficientBlock> coefficients;
-    std::vector<Options> options;  // beside coefficients, for tasks whose step number only the device knows
+    std::vector<Options> options;  // beside coefficients, for kernels that compute those themselves
 };
 
 double cpu_sum_of_squares(const std::vector<Span>& grads, int threads);

@@ -58,6 +58,15 @@ struct CudaArgument {
     py::object norm, workspace;
 };
 
+// Where tensors must lie: a CUDA device, or the CPU (-1).
+struct Place {
+    lf::CudaContext context;
+    bool cuda;
+
+    explicit Place(int device) : cuda(device >= 0) { context.on.device = device; }
+    const lf::CudaContext* get() const { return cuda ? &context : nullptr; }
+};
+
 std::unique_ptr<lf::Stepper> make_stepper(const std::string& formula, const py::tuple& option_keys,
                                           const py::tuple& refused_keys, const py::tuple& state_keys,
                                           const py::object& step_key, const py::object& init_state) {
@@ -156,6 +165,15 @@ PYBIND11_MODULE(_core, m) {
                      return result_object(self.step(param_groups.ptr(), state.ptr(), clipping, context.get()));
                  });
              })
+        .def("hand_over",
+             [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, int cuda_device,
+                std::int64_t chunk, const py::handle& launch) {
+                 const Place place(cuda_device);
+                 return python_errors([&] {
+                     return result_object(
+                         self.hand_over(param_groups.ptr(), state.ptr(), {launch.ptr(), chunk}, place.get()));
+                 });
+             })
         .def("check_parameters", [](lf::Stepper& self, const py::handle& param_groups, bool on_cuda, int device_index) {
             return python_errors([&] { return self.check_parameters(param_groups.ptr(), on_cuda, device_index); });
         });
@@ -165,6 +183,14 @@ PYBIND11_MODULE(_core, m) {
         const CudaArgument context(cuda);
         return python_errors(
             [&] { return result_object(lf::gradient_norm(param_groups.ptr(), clipping, rewrite, context.get())); });
+    });
+    m.def("hand_over_gradients", [](const py::handle& param_groups, bool rewrite, int cuda_device, std::int64_t chunk,
+                                    const py::handle& launch) {
+        const Place place(cuda_device);
+        return python_errors([&] {
+            return result_object(
+                lf::hand_over_gradients(param_groups.ptr(), rewrite, {launch.ptr(), chunk}, place.get()));
+        });
     });
     m.def("release_gradients", [](const py::handle& param_groups) {
         python_errors([&] {

@@ -205,6 +205,8 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
         batch_.coefficients.push_back(info_->coefficients(options, step, first));
         batch_.options.emplace_back();
         std::copy_n(options, kMaxOptions, batch_.options.back().values);
+        batch_.options.back().step = step;
+        batch_.options.back().first = first;
         last_step_ = step;
         last_first_ = first;
     }
@@ -288,7 +290,6 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
     CudaContext there;
     there.on.device = device_index;
     const CudaContext* cuda = on_cuda ? &there : nullptr;
-    if (on_cuda && !LIT_FAST_HAS_CUDA) return "this build has no CUDA kernels (" LIT_FAST_CUDA_REASON ")";
     for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
         double options[kMaxOptions] = {};
         if (!refusal.empty() || !read_options(group, options, refusal)) return;

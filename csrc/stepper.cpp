@@ -36,18 +36,6 @@ void run(std::int64_t elements, const Work& work) {
     work(threads);
 }
 
-void increment_versions(const std::vector<PyObject*>& tensors) {
-    if (tensors.empty()) return;
-    PyObject* list = checked(PyList_New(static_cast<Py_ssize_t>(tensors.size())));
-    for (std::size_t i = 0; i < tensors.size(); ++i) {
-        Py_INCREF(tensors[i]);
-        PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), tensors[i]);
-    }
-    PyObject* none = PyObject_CallOneArg(torch_side().increment_version, list);
-    Py_DECREF(list);
-    Py_DECREF(checked(none));
-}
-
 GradientScale scale_without_norm(const Clipping& clipping) {
     GradientScale scale;
     scale.scale = static_cast<float>(clipping.grad_scale);
@@ -96,6 +84,18 @@ CudaClip cuda_clip(const std::vector<Span>& grads, const Clipping& clipping, boo
 #endif
 
 }  // namespace
+
+void increment_versions(const std::vector<PyObject*>& tensors) {
+    if (tensors.empty()) return;
+    PyObject* list = checked(PyList_New(static_cast<Py_ssize_t>(tensors.size())));
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+        Py_INCREF(tensors[i]);
+        PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), tensors[i]);
+    }
+    PyObject* none = PyObject_CallOneArg(torch_side().increment_version, list);
+    Py_DECREF(list);
+    Py_DECREF(checked(none));
+}
 
 Torch& torch_side() {
     static Torch torch;
@@ -146,46 +146,49 @@ StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping
     return result;
 }
 
-StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite, const CudaContext* cuda) {
-    std::vector<Span> grads;
-    std::vector<PyObject*> tensors;
-    References refs;
-    StepResult result;
-    std::int64_t elements = 0;
+std::string Gradients::collect(PyObject* param_groups, const CudaContext* cuda) {
+    std::string refusal;
     for_each_group(param_groups, [&](PyObject*, PyObject* params, Py_ssize_t) {
-        for (Py_ssize_t i = 0; result.refusal.empty() && i < PyList_GET_SIZE(params); ++i) {
+        for (Py_ssize_t i = 0; refusal.empty() && i < PyList_GET_SIZE(params); ++i) {
             PyObject* grad = refs.keep(checked(PyObject_GetAttr(PyList_GET_ITEM(params, i), grad_name())));
             if (grad == Py_None) continue;
             TensorView view;
             std::string cause;
             if (!torch_side().reader.plain(grad)) {
-                result.refusal = "a gradient is a " + type_name(grad) + ", not a plain tensor";
+                refusal = "a gradient is a " + type_name(grad) + ", not a plain tensor";
             } else if (!torch_side().reader.read(grad, view, cause) || !torch_side().reader.holds_values(grad, cause)) {
-                result.refusal = "a gradient cannot be read: " + cause;
+                refusal = "a gradient cannot be read: " + cause;
             } else if (!(cause = misplaced(view, cuda)).empty()) {
-                result.refusal = "a gradient " + cause;
+                refusal = "a gradient " + cause;
             } else if (view.dtype == Dtype::other || !view.dense()) {
-                result.refusal = "a gradient is neither float32 nor bfloat16, or not dense in memory";
+                refusal = "a gradient is neither float32 nor bfloat16, or not dense in memory";
             }
             elements += view.numel;
-            grads.push_back({view.data, view.numel, view.dtype});
+            spans.push_back({view.data, view.numel, view.dtype});
             tensors.push_back(grad);
         }
     });
+    return refusal;
+}
+
+StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite, const CudaContext* cuda) {
+    Gradients grads;
+    StepResult result;
+    result.refusal = grads.collect(param_groups, cuda);
     if (!result.refusal.empty()) return result;
     const bool with_norm = clipping.max_norm >= 0.0 || !rewrite;
     if (cuda == nullptr) {
-        const GradientScale scale = cpu_clip(grads, elements, clipping, with_norm, result);
-        if (rewrite) run(elements, [&](int threads) { cpu_scale(grads, scale, threads); });
+        const GradientScale scale = cpu_clip(grads.spans, grads.elements, clipping, with_norm, result);
+        if (rewrite) run(grads.elements, [&](int threads) { cpu_scale(grads.spans, scale, threads); });
     } else {
 #if LIT_FAST_HAS_CUDA
-        const CudaClip clip = cuda_clip(grads, clipping, with_norm, *cuda, refs);
-        if (rewrite) cuda_scale(grads, clip, cuda->on);
+        const CudaClip clip = cuda_clip(grads.spans, clipping, with_norm, *cuda, grads.refs);
+        if (rewrite) cuda_scale(grads.spans, clip, cuda->on);
 #else
         throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");
 #endif
     }
-    if (rewrite) increment_versions(tensors);
+    if (rewrite) increment_versions(grads.tensors);
     return result;
 }
 

@@ -51,6 +51,31 @@ struct CudaContext {
     PyObject* workspace = nullptr;  // workspace(n) -> float64 tensor of n elements there
 };
 
+// Kernels outside the core, which finds and checks what they work on: launch(Table's fields in their order), see below.
+struct Launcher {
+    PyObject* launch = nullptr;
+    std::int64_t chunk = 0;  // elements that one program of a kernel takes
+};
+
+// What kernels outside the core work on, as 64-bit words that go to the device in one copy. Rows first, then options.
+//
+//     row      param, grad, step counter (0: not on the device), numel, first chunk, layout, stateless, options,
+//              state 0, state 1, ...
+//     options  step (0: on the device), first, the formula's options; float64
+struct Table {
+    static constexpr std::int64_t kRowWords = 8 + kMaxStates;
+    static constexpr std::int64_t kOptionWords = 2 + kMaxOptions;
+    std::vector<std::int64_t> words;
+    std::int64_t rows = 0;
+    std::int64_t chunks = 0;
+    bool aligned = true;  // every address but a counter's is a multiple of 16 bytes
+
+    void add(const StepTask& task, std::int64_t chunk);
+    void add(const Options& options);
+    // Calls it with (words as a bytearray, kRowWords, kOptionWords, rows, chunks, aligned).
+    void launch(const Launcher& launcher) const;
+};
+
 // How one optimizer class maps to a formula: names of things in its param_groups and state.
 struct Mapping {
     FormulaId formula = FormulaId::count;
@@ -71,6 +96,8 @@ class Stepper {
     // Everything is checked before anything is written. Throws PythonError when a Python call failed.
     // cuda: nullptr for the CPU.
     StepResult step(PyObject* param_groups, PyObject* state, const Clipping& clipping, const CudaContext* cuda);
+    // The same step by other kernels, which do the clipping too. What `launch` raises leaves the state as it was.
+    StepResult hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher, const CudaContext* cuda);
     // The same checks for every parameter, gradients and state left alone: "" or why there is no kernel.
     std::string check_parameters(PyObject* param_groups, bool on_cuda, int device_index);
 
@@ -128,8 +155,22 @@ struct Torch {
 };
 Torch& torch_side();
 
+// Every gradient of an optimizer's parameters, found and checked.
+struct Gradients {
+    std::vector<Span> spans;
+    std::vector<PyObject*> tensors;  // borrowed from refs
+    References refs;
+    std::int64_t elements = 0;
+
+    // "" or why a gradient has no kernel.
+    std::string collect(PyObject* param_groups, const CudaContext* cuda);
+};
+
 // L2 norm of gradients, or gradients rewritten in place, for any parameters.
 StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool rewrite, const CudaContext* cuda);
+// The same by other kernels. `param` of each row is 0.
+StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launcher& launcher, const CudaContext* cuda);
+void increment_versions(const std::vector<PyObject*>& tensors);
 void release_gradients(PyObject* param_groups);
 
 }  // namespace lit_fast

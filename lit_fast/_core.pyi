@@ -7,6 +7,9 @@ from torch import Tensor
 # (device index, stream handle, 0-dim float32 norm tensor or None, workspace(n) -> n float64 on the device)
 CudaContext: TypeAlias = tuple[int, int, Tensor | None, Callable[[int], Tensor]]
 
+# (table, words of a row, words of a set of options, rows, chunks, aligned), see csrc/stepper.h
+Launch: TypeAlias = Callable[[bytearray, int, int, int, int, bool], None]
+
 def configure(
     torch: ModuleType,
     use_exchange_api: bool,
@@ -29,6 +32,9 @@ def gradient_norm(
     cuda: CudaContext | None,
     /,
 ) -> float | str | None: ...
+def hand_over_gradients(
+    param_groups: list[dict[str, Any]], rewrite: bool, cuda_device: int, chunk: int, launch: Launch, /
+) -> str | None: ...
 def release_gradients(param_groups: list[dict[str, Any]], /) -> None: ...
 
 class Stepper:
@@ -59,6 +65,15 @@ class Stepper:
         max_norm: float,
         clip_value: float,
         cuda: CudaContext,
+        /,
+    ) -> str | None: ...
+    def hand_over(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        cuda_device: int,
+        chunk: int,
+        launch: Launch,
         /,
     ) -> str | None: ...
     def check_parameters(self, param_groups: list[dict[str, Any]], on_cuda: bool, device_index: int, /) -> str: ...

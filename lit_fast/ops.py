@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lit_fast import _core
+from lit_fast import _core, triton
 from lit_fast.errors import KernelError
 
 ParamGroups: TypeAlias = list[dict[str, Any]]
@@ -56,6 +56,7 @@ class Stepper:
     """One optimizer class's compiled step on one device. Keeps no tensor.
 
     Attributes:
+        where: in words, which kernels take the steps: "avx2", "cuda:0", "cuda:0 by Triton, because ...".
         step: `step(param_groups, state, grad_scale, max_norm, clip_value)`. Returns None when the step was
             taken; with a `max_norm` instead the norm of the scaled gradients (a float on the CPU, a tensor on
             CUDA); or a str, the reason why nothing was done. A negative `max_norm` or `clip_value` is none.
@@ -81,14 +82,22 @@ class Stepper:
             mapping.step_key,
             mapping.init_state,
         )
-        self.step: Callable[[ParamGroups, State, float, float, float], Tensor | float | str | None]
-        self.step = self._step_on_cuda if device.type == "cuda" else self._core.step
+        kernels, why = kernels_for(device)
+        self.where = _core.build_info()["cpu_target"] if kernels == "CPU" else str(device)
+        self._why_not = "" if kernels else why
+        self.step: Callable[[ParamGroups, State, float, float, float], Tensor | float | str | None] = self._core.step
+        if kernels == "CUDA":
+            self.step = self._step_on_cuda
+        elif kernels == "Triton":
+            self.where = f"{device} by Triton, because {why}"
+            self._formula, self._why_not = triton.formula_named(mapping.formula, formulas()[mapping.formula]["options"])
+            self.step = self._step_by_triton
 
     def refusal(self, param_groups: ParamGroups) -> str:
         """Why these parameters and options cannot be stepped here, or "" if they can."""
-        if self.device.type not in ("cpu", "cuda"):
-            return f"there are no kernels for the device {self.device}"
-        return self._core.check_parameters(param_groups, self.device.type == "cuda", self.device.index or 0)
+        return self._why_not or self._core.check_parameters(
+            param_groups, self.device.type == "cuda", self.device.index or 0
+        )
 
     def _step_on_cuda(
         self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
@@ -99,6 +108,38 @@ class Stepper:
             context, norm = _cuda_context(self.device, with_norm=max_norm >= 0.0)
             refusal = self._core.step_on_cuda(param_groups, state, grad_scale, max_norm, clip_value, context)
         return norm if refusal is None else refusal
+
+    def _step_by_triton(
+        self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
+    ) -> Tensor | str | None:
+        from lit_fast.triton.launch import Work
+
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # A graph would copy the table anew at each replay, from memory that nothing keeps for it.
+            return "a CUDA graph is being captured, and the Triton kernels read a table that the host writes"
+        norm = torch.empty((), dtype=torch.float32, device=self.device) if max_norm >= 0.0 else None
+        work = Work(self.device, grad_scale, max_norm, clip_value, norm, self._formula)
+        refusal = self._core.hand_over(param_groups, state, _cuda_index(self.device), work.chunk, work)
+        return norm if refusal is None else refusal
+
+
+@functools.cache  # asked at every norm; nothing that it depends on changes in a process
+def kernels_for(device: torch.device) -> tuple[str, str]:
+    """Which kernels work on tensors of a device: "CPU", "CUDA", "Triton" or "" for none; and why."""
+    if device.type == "cpu":
+        return "CPU", "the core has kernels for every CPU"
+    if device.type != "cuda":
+        return "", f"there are no kernels for the device {device}"
+    info = _core.build_info()
+    if info["cuda"]:
+        return "CUDA", "this build has CUDA kernels"
+    no_cuda = f"this build has no CUDA kernels ({info['cuda_reason']})"
+    missing = triton.why_missing()
+    return ("", f"{no_cuda}, and {missing}") if missing else ("Triton", no_cuda)
+
+
+def _cuda_index(device: torch.device) -> int:
+    return -1 if device.type == "cpu" else device.index or 0
 
 
 def _cuda_context(device: torch.device, with_norm: bool) -> tuple[_core.CudaContext, Tensor | None]:
@@ -159,16 +200,41 @@ def _norm_and_rewrite(
     name: str, param_groups: ParamGroups, grad_scale: float, max_norm: float, clip_value: float, rewrite: bool
 ) -> Tensor | None:
     first = next((p.grad for group in param_groups for p in group["params"] if p.grad is not None), None)
-    if first is None or first.device.type != "cuda":
+    device = torch.device("cpu") if first is None else first.device
+    kernels, why_not = kernels_for(device)
+    result: float | str | None
+    norm: Tensor | None = None
+    with_norm = max_norm >= 0.0 or not rewrite
+    if not kernels:
+        result = why_not
+    elif kernels == "CPU":
         result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, rewrite, None)
         norm = None if result is None or isinstance(result, str) else scalar(result)
+    elif kernels == "Triton":
+        result, norm = _hand_over_gradients(param_groups, device, grad_scale, max_norm, clip_value, with_norm, rewrite)
     else:
-        with torch.cuda.device(first.device):
-            context, norm = _cuda_context(first.device, with_norm=max_norm >= 0.0 or not rewrite)
+        with torch.cuda.device(device):
+            context, norm = _cuda_context(device, with_norm)
             result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, rewrite, context)
     if isinstance(result, str):
         raise KernelError(f"{name}: {result}. Use torch.nn.utils.clip_grad_norm_ for these gradients.")
     return norm
+
+
+def _hand_over_gradients(
+    param_groups: ParamGroups,
+    device: torch.device,
+    grad_scale: float,
+    max_norm: float,
+    clip_value: float,
+    with_norm: bool,
+    rewrite: bool,
+) -> tuple[str | None, Tensor | None]:
+    from lit_fast.triton.launch import Work
+
+    norm = torch.empty((), dtype=torch.float32, device=device) if with_norm else None
+    work = Work(device, grad_scale, max_norm, clip_value, norm, rewrite=rewrite)
+    return _core.hand_over_gradients(param_groups, rewrite, _cuda_index(device), work.chunk, work), norm
 
 
 def scalar(value: float) -> Tensor:

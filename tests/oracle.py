@@ -117,6 +117,31 @@ def sgd_step(
     return {name: result.stored(param.dtype) for name, result in results.items()}
 
 
+def lion_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    grad_scale: float = 1.0,
+) -> dict[str, Bounded]:
+    """One step of Lion. Keys: param, exp_avg. A sign that rounding can turn is uncertain by 2."""
+    p, g, m = (exact(t) for t in (param, grad, exp_avg))
+    beta1, beta2 = betas
+    if grad_scale != 1.0:
+        g = g * scalar(grad_scale)
+    blend = scalar(beta1) * m + scalar(1.0 - beta1) * g
+    turnable = (blend.value.abs() <= blend.error) & (blend.value != 0.0)
+    direction = Bounded(blend.value.sign(), 2.0 * turnable.double())
+    results = {
+        "param": p * scalar(1.0 - lr * weight_decay) - scalar(lr) * direction,
+        "exp_avg": scalar(beta2) * m + scalar(1.0 - beta2) * g,
+    }
+    return {name: result.stored(param.dtype) for name, result in results.items()}
+
+
 def assert_within(actual: Tensor, expected: Bounded) -> None:
     """`actual` lies within the derived bound, and the bound says something."""
     difference = (actual.detach().double() - expected.value).abs()

@@ -47,6 +47,16 @@ def torch_facts() -> dict[str, Any]:
     return facts
 
 
+def gpu_kernels() -> str:
+    """Which kernels would step parameters on a GPU, and why, whether there is one or not."""
+    import torch
+
+    from lit_fast import ops
+
+    kernels, why = ops.kernels_for(torch.device("cuda"))
+    return f"{kernels or 'none'}: {why}"
+
+
 def facts() -> dict[str, Any]:
     """Everything that `lit-fast info` prints, as one nested dict that JSON can hold."""
     import lit_fast
@@ -58,7 +68,7 @@ def facts() -> dict[str, Any]:
             "python": f"{platform.python_version()} ({sys.executable})",
             "machine": f"{platform.system()} {platform.machine()}",
         },
-        "core": dict(ops.build_info()),
+        "core": {**ops.build_info(), "gpu_kernels": gpu_kernels()},
         "torch": torch_facts(),
         "optional packages": {name: f"{version(name) or 'not installed'} ({use})" for name, use in OPTIONAL.items()},
     }

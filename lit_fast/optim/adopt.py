@@ -149,11 +149,10 @@ class AdoptedOptimizer:
             first = next((p for group in optimizer.param_groups for p in group["params"]), None)
             stepper = ops.Stepper(mapping, torch.device("cpu") if first is None else first.device)
             why_not = stepper.refusal(optimizer.param_groups)
-            where = ops.build_info()["cpu_target"] if stepper.device.type == "cpu" else str(stepper.device)
             self._core_step = stepper.step
         self.compiled, self._why_not = not why_not, why_not
         if self.compiled and mapping is not None:
-            self.reason = f"{name}: compiled step ({mapping.formula} on {where})"
+            self.reason = f"{name}: compiled step ({mapping.formula} on {stepper.where})"
         else:
             self.reason = f"{name}: its own step, because {why_not}"
 

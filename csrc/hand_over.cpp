@@ -1,0 +1,111 @@
+// Steps and norms whose arithmetic is not in the core: it finds and checks what there is to do, kernels that are
+// launched from Python do it (lit_fast/triton).
+#include <cstring>
+
+#include "python.h"
+#include "stepper.h"
+
+namespace lit_fast {
+namespace {
+
+std::int64_t word(const void* address) { return static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(address)); }
+
+std::int64_t word(double value) {
+    std::int64_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits;
+}
+
+}  // namespace
+
+void Table::add(const StepTask& task, std::int64_t chunk) {
+    words.insert(words.end(), {word(task.param), word(task.grad), word(task.step), task.numel, chunks, task.layout,
+                               task.stateless ? 1 : 0, task.coefficients});
+    std::int64_t bits = word(task.param) | word(task.grad);
+    for (const void* state : task.state) {
+        words.push_back(word(state));
+        bits |= word(state);
+    }
+    aligned = aligned && (task.numel == 0 || bits % 16 == 0);
+    chunks += (task.numel + chunk - 1) / chunk;
+    ++rows;
+}
+
+void Table::add(const Options& options) {
+    words.push_back(word(options.step));
+    words.push_back(word(options.first ? 1.0 : 0.0));
+    for (const double value : options.values) words.push_back(word(value));
+}
+
+void Table::launch(const Launcher& launcher) const {
+    References refs;
+    const auto* bytes = reinterpret_cast<const char*>(words.data());
+    const auto size = static_cast<Py_ssize_t>(words.size() * sizeof(std::int64_t));
+    PyObject* arguments[] = {refs.keep(checked(PyByteArray_FromStringAndSize(bytes, size))),
+                             refs.keep(checked(PyLong_FromLongLong(kRowWords))),
+                             refs.keep(checked(PyLong_FromLongLong(kOptionWords))),
+                             refs.keep(checked(PyLong_FromLongLong(rows))),
+                             refs.keep(checked(PyLong_FromLongLong(chunks))),
+                             refs.keep(checked(PyBool_FromLong(aligned ? 1 : 0)))};
+    refs.keep(checked(PyObject_Vectorcall(launcher.launch, arguments, 6, nullptr)));
+}
+
+StepResult Stepper::hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher,
+                              const CudaContext* cuda) {
+    struct Release {
+        References& refs;
+        ~Release() { refs.clear(); }
+    } release{refs_};
+    cuda_ = cuda;
+    StepResult result;
+    if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
+    if (!collect(param_groups, state, result.refusal)) {
+        undo_new_states(state);
+        return result;
+    }
+    Table table;
+    for (const StepTask& task : batch_.tasks) {
+        // What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
+        if (task.layout > static_cast<int>(Layout::float32_bfloat16_state)) {
+            result.refusal = "only the core has a kernel for its dtypes";
+            undo_new_states(state);
+            return result;
+        }
+        table.add(task, launcher.chunk);
+    }
+    for (const Options& options : batch_.options) table.add(options);
+    try {
+        table.launch(launcher);
+    } catch (const PythonError&) {
+        PyObject *type, *value, *traceback;  // undoing calls Python too
+        PyErr_Fetch(&type, &value, &traceback);
+        undo_new_states(state);
+        PyErr_Restore(type, value, traceback);
+        throw;
+    }
+    for (const StepCounter& counter : counters_) *counter.value = counter.next;
+    increment_versions(written_);
+    return result;
+}
+
+StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launcher& launcher,
+                               const CudaContext* cuda) {
+    Gradients grads;
+    StepResult result;
+    result.refusal = grads.collect(param_groups, cuda);
+    if (!result.refusal.empty()) return result;
+    Table table;
+    for (const Span& span : grads.spans) {
+        StepTask task;
+        task.grad = span.data;
+        task.numel = span.numel;
+        task.layout = layout_of(span.dtype, span.dtype, span.dtype);
+        task.stateless = true;
+        table.add(task, launcher.chunk);
+    }
+    table.launch(launcher);
+    if (rewrite) increment_versions(grads.tensors);
+    return result;
+}
+
+}  // namespace lit_fast

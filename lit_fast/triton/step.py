@@ -1,0 +1,216 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, assignment"
+"""One optimizer step of all tensors in two launches, three with a norm.
+
+`square_kernel` (norm.py) reads the gradients. `prepare_kernel`, one program, adds up the norm, makes the gradients'
+factor of it, counts the steps of counters that lie on the device, and turns each tensor's options into the float32
+coefficients of its formula; it is the only one here that computes in float64. `step_kernel` does the rest.
+"""
+
+import triton
+import triton.language as tl
+
+from lit_fast.triton.norm import store_scale, total_norm
+from lit_fast.triton.table import (
+    BFLOAT16,
+    BLOCK,
+    COUNTER,
+    FIRST,
+    FIRST_CHUNK,
+    FLOAT32,
+    GRAD,
+    LAYOUT,
+    NUMEL,
+    OPTIONS,
+    PARAM,
+    STATE,
+    STATELESS,
+    STEP,
+    float64_at,
+    load,
+    row_of_chunk,
+    scaled_gradient,
+    store,
+)
+
+ROWS = tl.constexpr(128)  # tensors whose coefficients are computed side by side
+
+
+@triton.jit(do_not_specialize=["rows", "chunks", "options_at", "clipping_at"])
+def prepare_kernel(
+    table,
+    rows,
+    chunks,
+    options_at,
+    clipping_at,
+    partial,
+    norm,
+    scale,
+    coefficients,
+    ROW_WORDS: tl.constexpr,
+    OPTION_WORDS: tl.constexpr,
+    WITH_NORM: tl.constexpr,
+    FORMULA: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+):
+    """By one program. partial: [chunks] float64; norm: one float32; scale: two; coefficients: [COEFFICIENTS, rows]
+    float32.
+
+    FORMULA: a formula's `coefficients`, or None where gradients are all that the table has.
+    """
+    clipping = table + clipping_at
+    total = 0.0
+    if WITH_NORM:
+        total = total_norm(partial, chunks, clipping)
+        tl.store(norm, total)
+    store_scale(scale, total, clipping)
+    if FORMULA is not None:
+        for start in range(0, rows, ROWS):
+            index = start + tl.arange(0, ROWS)
+            inside = index < rows
+            row = table + index * ROW_WORDS
+            options = table + options_at + tl.load(row + OPTIONS, mask=inside, other=0) * OPTION_WORDS
+            address = tl.load(row + COUNTER, mask=inside, other=0)
+            counted = address != 0
+            counter = address.to(tl.pointer_type(tl.float32))
+            count = tl.load(counter, mask=counted, other=0.0) + 1.0
+            tl.store(counter, count, mask=counted)
+            step = tl.where(counted, count.to(tl.float64), float64_at(options + STEP, inside))
+            step = tl.where(inside, step, 1.0)
+            values = FORMULA(options, step, float64_at(options + FIRST, inside), inside)
+            for k in tl.static_range(COEFFICIENTS):
+                tl.store(coefficients + k * rows + index, values[k], mask=inside)
+
+
+@triton.jit
+def _coefficients_of(coefficients, rows, index, COEFFICIENTS: tl.constexpr):
+    found = ()
+    for k in tl.static_range(COEFFICIENTS):
+        found = found + (tl.load(coefficients + k * rows + index),)  # noqa: RUF005  (all that Triton compiles)
+    return found
+
+
+@triton.jit
+def _step_block(
+    param,
+    grad,
+    state0,
+    state1,
+    stateless,
+    start,
+    inside,
+    factor,
+    limit,
+    c,
+    HALF: tl.constexpr,
+    HALF_STATE: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    p = load(param, start, inside, HALF, MASKED, ALIGNED)
+    g = load(grad, start, inside, HALF, MASKED, ALIGNED)
+    s0 = load(state0, start, inside, HALF_STATE, MASKED, ALIGNED)
+    s1 = s0
+    if STATES == 2:
+        s1 = load(state1, start, inside, HALF_STATE, MASKED, ALIGNED)
+    p, s0, s1 = UPDATE(c, p, scaled_gradient(g, factor, limit), s0, s1)
+    store(param, start, inside, p, HALF, MASKED, ALIGNED)
+    if stateless == 0:
+        store(state0, start, inside, s0, HALF_STATE, MASKED, ALIGNED)
+        if STATES == 2:
+            store(state1, start, inside, s1, HALF_STATE, MASKED, ALIGNED)
+
+
+@triton.jit
+def _step_chunk(
+    row,
+    begin,
+    count,
+    factor,
+    limit,
+    c,
+    HALF: tl.constexpr,
+    HALF_STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+):
+    param = tl.load(row + PARAM)
+    grad = tl.load(row + GRAD)
+    stateless = tl.load(row + STATELESS)
+    # Something to read where there is no state, which nothing looks at.
+    state0 = tl.where(stateless != 0, param, tl.load(row + STATE))
+    state1 = state0
+    if STATES == 2:
+        state1 = tl.where(stateless != 0, param, tl.load(row + STATE + 1))
+    whole = count // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        _step_block(
+            param,
+            grad,
+            state0,
+            state1,
+            stateless,
+            begin + start,
+            True,
+            factor,
+            limit,
+            c,
+            HALF,
+            HALF_STATE,
+            False,
+            ALIGNED,
+            UPDATE,
+            STATES,
+        )
+    if whole < count:
+        _step_block(
+            param,
+            grad,
+            state0,
+            state1,
+            stateless,
+            begin + whole,
+            tl.arange(0, BLOCK) < count - whole,
+            factor,
+            limit,
+            c,
+            HALF,
+            HALF_STATE,
+            True,
+            ALIGNED,
+            UPDATE,
+            STATES,
+        )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def step_kernel(
+    table,
+    rows,
+    scale,
+    coefficients,
+    CHUNK: tl.constexpr,
+    ROW_WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    UPDATE: tl.constexpr,
+    STATES: tl.constexpr,
+    COEFFICIENTS: tl.constexpr,
+):
+    """One program a chunk. UPDATE: a formula's `update`; scale, coefficients: as `prepare_kernel` left them."""
+    chunk = tl.program_id(0)
+    index = row_of_chunk(table, rows, chunk, ROW_WORDS)
+    row = table + index * ROW_WORDS
+    begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
+    count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
+    factor = tl.load(scale)
+    limit = tl.load(scale + 1)
+    c = _coefficients_of(coefficients, rows, index, COEFFICIENTS)
+    layout = tl.load(row + LAYOUT)
+    if layout == FLOAT32:
+        _step_chunk(row, begin, count, factor, limit, c, False, False, ALIGNED, UPDATE, STATES)
+    elif layout == BFLOAT16:
+        _step_chunk(row, begin, count, factor, limit, c, True, True, ALIGNED, UPDATE, STATES)
+    else:
+        _step_chunk(row, begin, count, factor, limit, c, False, True, ALIGNED, UPDATE, STATES)
