@@ -54,7 +54,7 @@ struct FormulaInfo {
     int state_count;
     const char* const* state_names;
     bool counts_steps;
-    bool (*stateless)(const double* options);
+    unsigned (*form)(const double* options);  // which states these options need, see formulas/math.h
     bool (*has_remainder)(const double* options);
     CoefficientBlock (*coefficients)(const double* options, double step, bool first);
 };

@@ -69,12 +69,15 @@ struct Place {
 
 std::unique_ptr<lf::Stepper> make_stepper(const std::string& formula, const py::tuple& option_keys,
                                           const py::tuple& refused_keys, const py::tuple& state_keys,
+                                          const py::tuple& code_keys, const py::tuple& scale_keys,
                                           const py::object& step_key, const py::object& init_state) {
     lf::Mapping mapping;
     mapping.formula = formula_named(formula);
     mapping.option_keys = option_keys.inc_ref().ptr();
     mapping.refused_keys = refused_keys.inc_ref().ptr();
     mapping.state_keys = state_keys.inc_ref().ptr();
+    mapping.code_keys = code_keys.inc_ref().ptr();
+    mapping.scale_keys = scale_keys.inc_ref().ptr();
     mapping.step_key = step_key.inc_ref().ptr();
     mapping.init_state = init_state.inc_ref().ptr();
     return std::make_unique<lf::Stepper>(mapping);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "formulas/storage.h"
 #include "python.h"
 #include "stepper.h"
 
@@ -79,12 +80,93 @@ bool Stepper::read_options(PyObject* group, double* options, std::string& refusa
     return true;
 }
 
-bool Stepper::lacks_state(PyObject* entry) const {
-    for (int k = 0; k < info_->state_count; ++k) {
-        PyObject* value = get_item(entry, PyTuple_GET_ITEM(mapping_.state_keys, k));
-        if (value == nullptr || value == Py_None) return true;
+namespace {
+
+// The keys of a param group and of a parameter's state that say how things are stored.
+struct StorageKeys {
+    PyObject* rounding = PyUnicode_InternFromString("rounding");
+    PyObject* master = PyUnicode_InternFromString("master");
+    PyObject* remainder = PyUnicode_InternFromString("remainder");
+    PyObject* seed = PyUnicode_InternFromString("seed");
+};
+const StorageKeys& storage_keys() {
+    static const StorageKeys keys;
+    return keys;
+}
+
+bool is_text(PyObject* value, const char* text) {
+    return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
+}
+
+bool absent_or_none(PyObject* value) { return value == nullptr || value == Py_None; }
+
+}  // namespace
+
+bool Stepper::read_group(PyObject* object, Group& group, std::string& refusal) const {
+    group.object = object;
+    if (!read_options(object, group.options, refusal)) return false;
+    group.form = info_->form(group.options);
+    PyObject* rounding = get_item(object, storage_keys().rounding);
+    if (!absent_or_none(rounding)) {
+        group.stochastic = is_text(rounding, "stochastic");
+        if (!group.stochastic && !is_text(rounding, "nearest")) {
+            refusal = "its option rounding is neither 'nearest' nor 'stochastic'";
+            return false;
+        }
     }
-    return false;
+    PyObject* master = get_item(object, storage_keys().master);
+    if (!absent_or_none(master)) {
+        group.master = is_text(master, "float32") ? Master::float32 : Master::remainder;
+        if (group.master == Master::remainder && !is_text(master, "remainder")) {
+            refusal = "its option master is neither None, 'float32' nor 'remainder'";
+            return false;
+        }
+    }
+    PyObject* seed = get_item(object, storage_keys().seed);
+    if (!absent_or_none(seed)) {
+        group.seed = PyLong_AsUnsignedLongLongMask(seed);
+        if (PyErr_Occurred() != nullptr) {
+            PyErr_Clear();
+            refusal = "its option seed is not an integer";
+            return false;
+        }
+    }
+    return true;
+}
+
+unsigned Stepper::missing_states(PyObject* entry, unsigned form) const {
+    unsigned missing = 0;
+    for (int k = 0; k < info_->state_count; ++k) {
+        if (uses(form, k) && absent_or_none(get_item(entry, PyTuple_GET_ITEM(mapping_.state_keys, k))) &&
+            absent_or_none(get_item(entry, PyTuple_GET_ITEM(mapping_.code_keys, k)))) {
+            missing |= 1U << k;
+        }
+    }
+    return missing;
+}
+
+// A tensor of the parameter's state that lies like the parameter; kept alive and marked as written.
+bool Stepper::read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view,
+                          std::string& refusal) {
+    const TensorReader& reader = torch_side().reader;
+    PyObject* value = entry != nullptr && PyDict_Check(entry) ? get_item(entry, key) : nullptr;
+    std::string cause;
+    if (value == nullptr || !reader.plain(value)) {
+        refusal = "the optimizer's state has no tensor " + text_of(key) + " for a parameter";
+        return false;
+    }
+    Py_INCREF(value);
+    refs_.keep(value);
+    if (!reader.read(value, view, cause)) {
+        refusal = "the state " + text_of(key) + " cannot be read: " + cause;
+        return false;
+    }
+    if (view.device != like.device || !like.same_layout(view)) {
+        refusal = "the state " + text_of(key) + " differs from its parameter in device, shape or strides";
+        return false;
+    }
+    written_.push_back(value);
+    return true;
 }
 
 // step: this step's number, or 0 where only the device knows it (then task.step points to it).
@@ -114,13 +196,93 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
     return true;
 }
 
-bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* options, PyObject* state,
-                                std::string& refusal) {
+// Finds, or has made, what belongs to a parameter beside its value.
+bool Stepper::collect_state(const Group& group, PyObject* param, const TensorView& like, PyObject* state,
+                            StepTask& task, double& step, bool& first, std::string& refusal) {
+    const StorageKeys& keys = storage_keys();
+    const bool half = like.dtype != Dtype::float32;
+    task.storage.master = half ? group.master : Master::none;
+    task.storage.stochastic = group.stochastic;
+    PyObject* master_key = task.storage.master == Master::float32 ? keys.master : keys.remainder;
+    if ((task.form & kSetOfForm) == 0 && task.storage.master == Master::none && !group.stochastic) return true;
+
+    PyObject* entry = get_item(state, param);
+    const bool absent = entry == nullptr || !PyDict_Check(entry) || PyDict_GET_SIZE(entry) == 0;
+    const unsigned missing = absent ? task.form & kSetOfForm : missing_states(entry, task.form);
+    const bool lacks_master = task.storage.master != Master::none && (absent || get_item(entry, master_key) == nullptr);
+    if (absent || missing != 0 || lacks_master) {
+        PyObject* arguments[] = {state, group.object, param};
+        Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
+        new_states_.push_back({param, absent, missing});
+        first = missing != 0;
+        entry = get_item(state, param);
+    }
+    bool any = false;
+    for (int k = 0; k < info_->state_count; ++k) {
+        if (!uses(task.form, k)) continue;
+        PyObject* key = PyTuple_GET_ITEM(mapping_.code_keys, k);
+        const bool codes = PyDict_Check(entry) && get_item(entry, key) != nullptr;
+        if (!codes) key = PyTuple_GET_ITEM(mapping_.state_keys, k);
+        TensorView view;
+        if (!read_beside(entry, key, like, view, refusal)) return false;
+        if (any && view.dtype != task.storage.state) {
+            refusal = "the state " + text_of(key) + " has another dtype than the parameter's other states";
+            return false;
+        }
+        if (codes != (view.dtype == Dtype::uint8)) {
+            refusal = "the state " + text_of(key) + (codes ? " does not hold uint8 codes" : " holds uint8");
+            return false;
+        }
+        any = true;
+        task.storage.state = view.dtype;
+        task.state[k] = view.data;
+        if (!codes) continue;
+        PyObject* scale_key = PyTuple_GET_ITEM(mapping_.scale_keys, k);
+        PyObject* scale = get_item(entry, scale_key);
+        TensorView scales;
+        std::string cause;
+        if (scale == nullptr || !torch_side().reader.plain(scale) || !torch_side().reader.read(scale, scales, cause) ||
+            scales.device != like.device || scales.dtype != Dtype::float32 || !scales.contiguous() ||
+            scales.numel != (like.numel + kCodeBlock - 1) / kCodeBlock) {
+            refusal = "the state " + text_of(scale_key) + " does not hold one float32 for each 256 codes";
+            return false;
+        }
+        Py_INCREF(scale);
+        refs_.keep(scale);
+        written_.push_back(scale);
+        task.code_scale[k] = static_cast<float*>(scales.data);
+    }
+    if (task.storage.master != Master::none) {
+        TensorView view;
+        if (!read_beside(entry, master_key, like, view, refusal)) return false;
+        if (view.dtype != (task.storage.master == Master::float32 ? Dtype::float32 : Dtype::int16)) {
+            refusal = "the state " + text_of(master_key) + " has another dtype than a " + text_of(master_key) + " has";
+            return false;
+        }
+        task.master = view.data;
+    }
+    if (info_->counts_steps || group.stochastic || task.storage.state == Dtype::uint8) {
+        return read_counter(entry, task, step, refusal);
+    }
+    return true;
+}
+
+bool Stepper::collect_parameter(const Group& group, PyObject* param, PyObject* state, std::string& refusal) {
     const TensorReader& reader = torch_side().reader;
     if (!reader.plain(param)) {
         refusal = "a parameter is a " + type_name(param) + ", not a plain tensor";
         return false;
     }
+    TensorView p, g;
+    std::string cause;
+    // Parameters were looked at when the optimizer was adopted; gradients are new every time.
+    if (!reader.read(param, p, cause)) {
+        refusal = "a parameter cannot be read: " + cause;
+        return false;
+    }
+    StepTask task;
+    task.first_index = first_index_;
+    first_index_ += static_cast<std::uint64_t>((p.numel + kCodeBlock - 1) / kCodeBlock * kCodeBlock);
     PyObject* grad = checked(PyObject_GetAttr(param, grad_name()));
     if (grad == Py_None) {
         Py_DECREF(grad);
@@ -133,12 +295,8 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
     }
     Py_INCREF(param);
     refs_.keep(param);
-
-    TensorView p, g, s;
-    std::string cause;
-    // Parameters were looked at when the optimizer was adopted; gradients are new every time.
-    if (!reader.read(param, p, cause) || !reader.read(grad, g, cause) || !reader.holds_values(grad, cause)) {
-        refusal = "a parameter or gradient cannot be read: " + cause;
+    if (!reader.read(grad, g, cause) || !reader.holds_values(grad, cause)) {
+        refusal = "a gradient cannot be read: " + cause;
         return false;
     }
     for (const TensorView* view : {&p, &g}) {
@@ -152,59 +310,37 @@ bool Stepper::collect_parameter(PyObject* group, PyObject* param, const double* 
         return false;
     }
 
-    StepTask task;
     task.param = p.data;
     task.grad = g.data;
     task.numel = p.numel;
-    task.stateless = info_->stateless(options);
-    Dtype state_dtype = p.dtype;
+    task.form = group.form;
+    task.seed = group.seed;
+    task.storage.param = task.storage.state = p.dtype;
+    task.storage.grad = g.dtype;
     bool first = false;
     double step = 0.0;
-    if (!task.stateless) {
-        PyObject* entry = get_item(state, param);
-        const bool absent = entry == nullptr || !PyDict_Check(entry) || PyDict_GET_SIZE(entry) == 0;
-        if (absent || lacks_state(entry)) {
-            PyObject* arguments[] = {state, group, param};
-            Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
-            new_states_.push_back({param, absent});
-            first = true;
-            entry = get_item(state, param);
-        }
-        for (int k = 0; k < info_->state_count; ++k) {
-            PyObject* key = PyTuple_GET_ITEM(mapping_.state_keys, k);
-            PyObject* value = entry != nullptr && PyDict_Check(entry) ? get_item(entry, key) : nullptr;
-            if (value == nullptr || !reader.plain(value)) {
-                refusal = "the optimizer's state has no tensor " + text_of(key) + " for a parameter";
-                return false;
-            }
-            Py_INCREF(value);
-            refs_.keep(value);
-            if (!reader.read(value, s, cause)) {
-                refusal = "the state " + text_of(key) + " cannot be read: " + cause;
-                return false;
-            }
-            if (s.device != p.device || !p.same_layout(s) || (k > 0 && s.dtype != state_dtype)) {
-                refusal = "the state " + text_of(key) + " differs from its parameter in device, shape or strides";
-                return false;
-            }
-            state_dtype = s.dtype;
-            task.state[k] = s.data;
-            written_.push_back(value);
-        }
-        if (info_->counts_steps && !read_counter(entry, task, step, refusal)) return false;
-    }
-    task.layout = layout_of(p.dtype, g.dtype, state_dtype);
-    if (task.layout < 0) {
-        refusal = "its dtypes have no compiled kernel (float32 and bfloat16 have)";
+    if (!collect_state(group, param, p, state, task, step, first, refusal)) return false;
+    if (const char* why = impossible(task.storage); why != nullptr) {
+        refusal = why;
         return false;
     }
-    const std::int64_t width = p.dtype == Dtype::float32 ? torch_side().vector_width : 2 * torch_side().vector_width;
-    task.body = info_->has_remainder(options) ? p.numel - p.numel % width : p.numel;
-    if (cuda_ != nullptr) task.body = p.numel;
+    task.layout = layout_of(task.storage);
+    if (cuda_ != nullptr && task.layout == Layout::staged) {
+        refusal = "there is no CUDA kernel for the dtypes and options in which it is stored";
+        return false;
+    }
+    task.step_number = static_cast<std::uint64_t>(step);
+    task.body = p.numel;
+    const Storage& s = task.storage;
+    const bool as_torch = s.master == Master::none && !s.stochastic && s.grad == s.param && s.state == s.param;
+    if (cuda_ == nullptr && (as_torch || s.param == Dtype::float32) && info_->has_remainder(group.options)) {
+        const std::int64_t lanes = torch_side().vector_width;
+        task.body -= p.numel % (p.dtype == Dtype::float32 ? lanes : 2 * lanes);
+    }
     if (last_step_ != step || last_first_ != first) {
-        batch_.coefficients.push_back(info_->coefficients(options, step, first));
+        batch_.coefficients.push_back(info_->coefficients(group.options, step, first));
         batch_.options.emplace_back();
-        std::copy_n(options, kMaxOptions, batch_.options.back().values);
+        std::copy_n(group.options, kMaxOptions, batch_.options.back().values);
         batch_.options.back().step = step;
         batch_.options.back().first = first;
         last_step_ = step;
@@ -228,13 +364,14 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
     new_states_.clear();
     written_.clear();
     elements_ = 0;
+    first_index_ = 0;
     bool ok = true;
-    for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
-        double options[kMaxOptions] = {};
-        ok = ok && read_options(group, options, refusal);
+    for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t) {
+        Group group;
+        ok = ok && read_group(object, group, refusal);
         last_step_ = -1.0;  // coefficients are shared within a group only
         for (Py_ssize_t i = 0; ok && i < PyList_GET_SIZE(params); ++i) {
-            ok = collect_parameter(group, PyList_GET_ITEM(params, i), options, state, refusal);
+            ok = collect_parameter(group, PyList_GET_ITEM(params, i), state, refusal);
         }
     });
     return ok && memory_is_disjoint(refusal);
@@ -246,14 +383,16 @@ bool Stepper::memory_is_disjoint(std::string& refusal) {
         const auto* begin = static_cast<const char*>(data);
         if (bytes > 0) ranges_.push_back({begin, begin + bytes, written});
     };
-    for (std::size_t i = 0; i < batch_.tasks.size(); ++i) {
-        const StepTask& task = batch_.tasks[i];
-        const std::int64_t bytes = task.numel * bytes_of(grads_[i].dtype);
-        const bool half_state = task.layout != static_cast<int>(Layout::float32);
-        add(task.param, bytes, true);
-        add(task.grad, bytes, false);
-        for (int k = 0; k < info_->state_count && !task.stateless; ++k) {
-            add(task.state[k], task.numel * (half_state ? 2 : 4), true);
+    for (const StepTask& task : batch_.tasks) {
+        add(task.param, task.numel * bytes_of(task.storage.param), true);
+        add(task.grad, task.numel * bytes_of(task.storage.grad), false);
+        if (task.master != nullptr)
+            add(task.master, task.numel * (task.storage.master == Master::float32 ? 4 : 2), true);
+        for (int k = 0; k < info_->state_count; ++k) {
+            if (uses(task.form, k)) add(task.state[k], task.numel * bytes_of(task.storage.state), true);
+            if (task.code_scale[k] != nullptr) {
+                add(task.code_scale[k], (task.numel + kCodeBlock - 1) / kCodeBlock * 4, true);
+            }
         }
     }
     for (const StepCounter& counter : counters_) add(counter.value, sizeof(float), true);
@@ -280,6 +419,7 @@ void Stepper::undo_new_states(PyObject* state) {
         }
         PyObject* values = get_item(state, entry.param);
         for (int k = 0; values != nullptr && k < info_->state_count; ++k) {
+            if ((entry.missing >> k & 1U) == 0) continue;
             if (PyDict_SetItem(values, PyTuple_GET_ITEM(mapping_.state_keys, k), Py_None) != 0) throw PythonError{};
         }
     }
@@ -291,8 +431,8 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
     there.on.device = device_index;
     const CudaContext* cuda = on_cuda ? &there : nullptr;
     for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
-        double options[kMaxOptions] = {};
-        if (!refusal.empty() || !read_options(group, options, refusal)) return;
+        Group read;
+        if (!refusal.empty() || !read_group(group, read, refusal)) return;
         for (Py_ssize_t i = 0; refusal.empty() && i < PyList_GET_SIZE(params); ++i) {
             PyObject* param = PyList_GET_ITEM(params, i);
             TensorView view;
@@ -306,8 +446,11 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
                 refusal = "a parameter " + cause;
             } else if (!view.dense()) {
                 refusal = "a parameter is not dense in memory";
-            } else if (layout_of(view.dtype, view.dtype, view.dtype) < 0) {
-                refusal = "its dtypes have no compiled kernel (float32 and bfloat16 have)";
+            } else {
+                Storage storage;
+                storage.param = storage.grad = storage.state = view.dtype;
+                if (view.dtype != Dtype::float32) storage.master = read.master;
+                if (const char* why = impossible(storage); why != nullptr) refusal = why;
             }
         }
     });

@@ -129,10 +129,10 @@ void choose_cpu_target(const std::string& name, const std::string& reason) {
 }
 
 const FormulaInfo& formula_info(FormulaId id) {
-#define LIT_FAST_ENTRY(Formula)                                         \
-    {Formula::name,      Formula::option_count,  Formula::option_names, \
-     Formula::states,    Formula::state_names,   Formula::counts_steps, \
-     Formula::stateless, Formula::has_remainder, coefficient_block<Formula>},
+#define LIT_FAST_ENTRY(Formula)                                      \
+    {Formula::name,   Formula::option_count,  Formula::option_names, \
+     Formula::states, Formula::state_names,   Formula::counts_steps, \
+     Formula::form,   Formula::has_remainder, coefficient_block<Formula>},
     static const FormulaInfo table[] = {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)};
 #undef LIT_FAST_ENTRY
     return table[static_cast<int>(id)];
@@ -177,7 +177,8 @@ void cpu_scale(const std::vector<Span>& grads, const GradientScale& scale, int t
 void cpu_step(const StepBatch& batch, const GradientScale& scale, int threads) {
     const auto& table = current_target().target.kernels().step[static_cast<int>(batch.formula)];
     const auto run = [&](const StepTask& task, std::int64_t begin, std::int64_t end) {
-        table[task.layout](task, batch.coefficients[static_cast<std::size_t>(task.coefficients)], scale, begin, end);
+        table[static_cast<int>(task.layout)](task, batch.coefficients[static_cast<std::size_t>(task.coefficients)],
+                                             scale, begin, end);
     };
     if (threads <= 1) {
         for (const StepTask& task : batch.tasks) run(task, 0, task.numel);

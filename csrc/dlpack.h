@@ -11,6 +11,8 @@ constexpr const char* kCapsuleName = "dlpack_exchange_api";
 
 constexpr std::int32_t kCpu = 1;
 constexpr std::int32_t kCuda = 2;
+constexpr std::uint8_t kSigned = 0;
+constexpr std::uint8_t kUnsigned = 1;
 constexpr std::uint8_t kFloat = 2;
 constexpr std::uint8_t kBfloat = 4;
 

@@ -109,8 +109,8 @@ Stepper::Stepper(Mapping mapping) : mapping_(mapping), info_(&formula_info(mappi
 }
 
 Stepper::~Stepper() {
-    for (PyObject* object :
-         {mapping_.option_keys, mapping_.refused_keys, mapping_.state_keys, mapping_.step_key, mapping_.init_state}) {
+    for (PyObject* object : {mapping_.option_keys, mapping_.refused_keys, mapping_.state_keys, mapping_.code_keys,
+                             mapping_.scale_keys, mapping_.step_key, mapping_.init_state}) {
         Py_XDECREF(object);
     }
 }
@@ -160,8 +160,8 @@ std::string Gradients::collect(PyObject* param_groups, const CudaContext* cuda) 
                 refusal = "a gradient cannot be read: " + cause;
             } else if (!(cause = misplaced(view, cuda)).empty()) {
                 refusal = "a gradient " + cause;
-            } else if (view.dtype == Dtype::other || !view.dense()) {
-                refusal = "a gradient is neither float32 nor bfloat16, or not dense in memory";
+            } else if (static_cast<int>(view.dtype) >= kDtypeCount || !view.dense()) {
+                refusal = "a gradient is neither float32, bfloat16 nor float16, or not dense in memory";
             }
             elements += view.numel;
             spans.push_back({view.data, view.numel, view.dtype});

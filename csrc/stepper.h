@@ -82,6 +82,8 @@ struct Mapping {
     PyObject* option_keys = nullptr;   // tuple of str: group keys whose numbers, in order, are the formula's options
     PyObject* refused_keys = nullptr;  // tuple of str: group keys that must be absent or false
     PyObject* state_keys = nullptr;    // tuple of str, one a state of the formula
+    PyObject* code_keys = nullptr;     // tuple of str, one a state: where it stands instead as 8-bit codes
+    PyObject* scale_keys = nullptr;    // tuple of str, one a state: the scales of its 8-bit codes
     PyObject* step_key = nullptr;      // str or None
     PyObject* init_state = nullptr;    // init_state(state, group, param) fills state[param] as torch would
 };
@@ -111,17 +113,29 @@ class Stepper {
         bool written;
     };
     struct NewState {
-        PyObject* param;  // borrowed from refs_
-        bool absent;      // state had no (or an empty) entry for it
+        PyObject* param;   // borrowed from refs_
+        bool absent;       // state had no (or an empty) entry for it
+        unsigned missing;  // bit k: it had no state k
+    };
+    // What a param group asks for, read once a step.
+    struct Group {
+        PyObject* object = nullptr;
+        double options[kMaxOptions] = {};
+        unsigned form = 0;
+        bool stochastic = false;
+        Master master = Master::none;
+        std::uint64_t seed = 0;
     };
 
     bool collect(PyObject* param_groups, PyObject* state, std::string& refusal);
-    bool collect_group(PyObject* group, Py_ssize_t group_index, PyObject* state, std::string& refusal);
-    bool collect_parameter(PyObject* group, PyObject* param, const double* options, PyObject* state,
-                           std::string& refusal);
+    bool collect_parameter(const Group& group, PyObject* param, PyObject* state, std::string& refusal);
+    bool collect_state(const Group& group, PyObject* param, const TensorView& like, PyObject* state, StepTask& task,
+                       double& step, bool& first, std::string& refusal);
+    bool read_group(PyObject* object, Group& group, std::string& refusal) const;
     bool read_options(PyObject* group, double* options, std::string& refusal) const;
     bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
-    bool lacks_state(PyObject* entry) const;
+    bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
+    unsigned missing_states(PyObject* entry, unsigned form) const;
     bool memory_is_disjoint(std::string& refusal);
     void undo_new_states(PyObject* state);
 
@@ -138,6 +152,7 @@ class Stepper {
     std::vector<PyObject*> written_;  // borrowed from refs_
     References refs_;
     std::int64_t elements_ = 0;
+    std::uint64_t first_index_ = 0;      // of the next parameter, see StepTask
     const CudaContext* cuda_ = nullptr;  // during a step
     double last_step_ = -1.0;
     bool last_first_ = false;

@@ -89,8 +89,11 @@ void TensorReader::configure(PyObject* torch, bool use_exchange_api) {
     parameter_type_ = reinterpret_cast<PyTypeObject*>(attribute_or_throw(nn, "Parameter"));
     Py_DECREF(nn);
     is_neg_ = attribute_or_throw(tensor, "is_neg");
-    float32_ = attribute_or_throw(torch, "float32");
-    bfloat16_ = attribute_or_throw(torch, "bfloat16");
+    dtypes_[static_cast<int>(Dtype::float32)] = attribute_or_throw(torch, "float32");
+    dtypes_[static_cast<int>(Dtype::bfloat16)] = attribute_or_throw(torch, "bfloat16");
+    dtypes_[static_cast<int>(Dtype::float16)] = attribute_or_throw(torch, "float16");
+    dtypes_[static_cast<int>(Dtype::uint8)] = attribute_or_throw(torch, "uint8");
+    dtypes_[static_cast<int>(Dtype::int16)] = attribute_or_throw(torch, "int16");
     tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor);
     tensor_from_object_ = nullptr;
     if (!use_exchange_api) return;
@@ -130,7 +133,10 @@ bool TensorReader::read(PyObject* tensor, TensorView& view, std::string& reason)
     view.dtype = Dtype::other;
     if (t.dtype_lanes == 1) {
         if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 32) view.dtype = Dtype::float32;
+        if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 16) view.dtype = Dtype::float16;
         if (t.dtype_code == dlpack::kBfloat && t.dtype_bits == 16) view.dtype = Dtype::bfloat16;
+        if (t.dtype_code == dlpack::kUnsigned && t.dtype_bits == 8) view.dtype = Dtype::uint8;
+        if (t.dtype_code == dlpack::kSigned && t.dtype_bits == 16) view.dtype = Dtype::int16;
     }
     view.device = t.device_type == dlpack::kCpu    ? Device::cpu
                   : t.device_type == dlpack::kCuda ? Device::cuda
@@ -156,7 +162,10 @@ bool TensorReader::read_attributes(PyObject* tensor, TensorView& view) const {
     const Owned strides(PyObject_CallMethod(tensor, "stride", nullptr));
     const Owned pointer(PyObject_CallMethod(tensor, "data_ptr", nullptr));
     if (!kind || !index || !strides || !pointer) return false;
-    view.dtype = dtype.object == float32_ ? Dtype::float32 : dtype.object == bfloat16_ ? Dtype::bfloat16 : Dtype::other;
+    view.dtype = Dtype::other;
+    for (int known = 0; known < static_cast<int>(Dtype::other); ++known) {
+        if (dtype.object == dtypes_[known]) view.dtype = static_cast<Dtype>(known);
+    }
     view.device = PyUnicode_CompareWithASCIIString(kind.object, "cpu") == 0    ? Device::cpu
                   : PyUnicode_CompareWithASCIIString(kind.object, "cuda") == 0 ? Device::cuda
                                                                                : Device::other;

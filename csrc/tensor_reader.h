@@ -55,9 +55,8 @@ class TensorReader {
 
     PyTypeObject* tensor_type_ = nullptr;
     PyTypeObject* parameter_type_ = nullptr;
-    PyObject* is_neg_ = nullptr;  // torch.Tensor.is_neg
-    PyObject* float32_ = nullptr;
-    PyObject* bfloat16_ = nullptr;
+    PyObject* is_neg_ = nullptr;                             // torch.Tensor.is_neg
+    PyObject* dtypes_[static_cast<int>(Dtype::other)] = {};  // torch's, by ours
     int (*tensor_from_object_)(void*, dlpack::Tensor*) = nullptr;
 };
 

@@ -44,6 +44,8 @@ class Stepper:
         option_keys: tuple[str, ...],
         refused_keys: tuple[str, ...],
         state_keys: tuple[str, ...],
+        code_keys: tuple[str, ...],
+        scale_keys: tuple[str, ...],
         step_key: str | None,
         init_state: Callable[[dict[Tensor, Any], dict[str, Any], Tensor], None],
         /,

@@ -40,7 +40,8 @@ class Mapping:
         refused_keys: keys of a param group that must be absent or false.
         state_keys: keys of `optimizer.state[p]`, one for each state of the formula.
         step_key: key of the float32 step counter in `optimizer.state[p]`, or None.
-        init_state: `init_state(state, group, param)` fills `state[param]` as the torch class would.
+        init_state: `init_state(state, group, param)` fills what is missing in `state[param]`, as the torch class
+            would and as the group's storage options ask (lit_fast/optim/storage.py).
     """
 
     formula: str
@@ -79,6 +80,8 @@ class Stepper:
             mapping.option_keys,
             mapping.refused_keys,
             mapping.state_keys,
+            tuple(f"{key}_codes" for key in mapping.state_keys),
+            tuple(f"{key}_scale" for key in mapping.state_keys),
             mapping.step_key,
             mapping.init_state,
         )

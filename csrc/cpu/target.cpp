@@ -6,17 +6,19 @@
 
 #include LIT_FAST_HEADER_OF(LIT_FAST_TARGET)
 #include "loops.h"
+#include "staged.h"
 
 namespace lit_fast::LIT_FAST_TARGET {
 
 const CpuKernels& kernels() {
 #define LIT_FAST_ENTRY(Formula)                                                        \
     {cpu::step<Formula, Vec, float, float>, cpu::step<Formula, BfloatVec, bf16, bf16>, \
-     cpu::step<Formula, Vec, float, bf16>},
+     cpu::step<Formula, Vec, float, bf16>, cpu::step_staged<Formula, Vec>},
     static constexpr CpuKernels table = {
         {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)},
-        {cpu::sum_of_squares<Vec, Wide, float>, cpu::sum_of_squares<Vec, Wide, bf16>},
-        {cpu::scale<Vec, float>, cpu::scale<BfloatVec, bf16>},
+        {cpu::sum_of_squares<Vec, Wide, float>, cpu::sum_of_squares<Vec, Wide, bf16>,
+         cpu::sum_of_squares<Vec, Wide, f16>},
+        {cpu::scale<Vec, float>, cpu::scale<Vec, bf16>, cpu::scale_staged<Vec, f16>},
     };
 #undef LIT_FAST_ENTRY
     return table;

@@ -22,6 +22,7 @@ LIT_FAST_INLINE Wide fma(Wide a, Wide b, Wide c) { return Wide(_mm512_fmadd_pd(a
 
 struct Vec {
     static constexpr int lanes = 16;
+    static constexpr bool numbers_only = false;
     __m512 value;
     LIT_FAST_INLINE Vec() : value(_mm512_setzero_ps()) {}
     LIT_FAST_INLINE explicit Vec(float v) : value(_mm512_set1_ps(v)) {}
@@ -43,6 +44,15 @@ LIT_FAST_INLINE Vec sqrt(Vec a) { return Vec(_mm512_sqrt_ps(a.value)); }
 // minps and maxps return their second operand when either is NaN.
 LIT_FAST_INLINE Vec clamp(Vec a, Vec low, Vec high) {
     return Vec(_mm512_min_ps(high.value, _mm512_max_ps(low.value, a.value)));
+}
+LIT_FAST_INLINE Vec max(Vec a, Vec b) {
+    const __mmask16 a_is_nan = _mm512_cmp_ps_mask(a.value, a.value, _CMP_UNORD_Q);
+    return Vec(_mm512_mask_mov_ps(_mm512_max_ps(a.value, b.value), a_is_nan, a.value));
+}
+LIT_FAST_INLINE Vec sign(Vec a) {
+    const __m512i sign_bit = _mm512_and_si512(_mm512_castps_si512(a.value), _mm512_set1_epi32(INT32_MIN));
+    const __m512 one = _mm512_castsi512_ps(_mm512_or_si512(sign_bit, _mm512_castps_si512(_mm512_set1_ps(1.0F))));
+    return Vec(_mm512_mask_mov_ps(one, _mm512_cmp_ps_mask(a.value, _mm512_setzero_ps(), _CMP_EQ_UQ), a.value));
 }
 template <int part>
 LIT_FAST_INLINE Wide Vec::widen() const {
@@ -81,6 +91,6 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-using BfloatVec = Vec;  // for loops over nothing but bf16
+using BfloatVec = Vec;  // for a step of nothing but bf16
 
 }  // namespace lit_fast::avx512

@@ -21,6 +21,7 @@ LIT_FAST_INLINE Wide fma(Wide a, Wide b, Wide c) { return Wide(vfmaq_f64(c.value
 
 struct Vec {
     static constexpr int lanes = 4;
+    static constexpr bool numbers_only = false;
     float32x4_t value;
     LIT_FAST_INLINE Vec() : value(vdupq_n_f32(0.0F)) {}
     LIT_FAST_INLINE explicit Vec(float v) : value(vdupq_n_f32(v)) {}
@@ -42,6 +43,13 @@ LIT_FAST_INLINE Vec sqrt(Vec a) { return Vec(vsqrtq_f32(a.value)); }
 // FMIN and FMAX return NaN when either operand is NaN.
 LIT_FAST_INLINE Vec clamp(Vec a, Vec low, Vec high) {
     return Vec(vminq_f32(vmaxq_f32(a.value, low.value), high.value));
+}
+LIT_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(vmaxq_f32(a.value, b.value)); }
+LIT_FAST_INLINE Vec sign(Vec a) {
+    const uint32x4_t sign_bit = vandq_u32(vreinterpretq_u32_f32(a.value), vdupq_n_u32(0x80000000U));
+    const uint32x4_t one = vorrq_u32(sign_bit, vreinterpretq_u32_f32(vdupq_n_f32(1.0F)));
+    const uint32x4_t nonzero = vorrq_u32(vcltq_f32(a.value, vdupq_n_f32(0.0F)), vcgtq_f32(a.value, vdupq_n_f32(0.0F)));
+    return Vec(vbslq_f32(nonzero, vreinterpretq_f32_u32(one), a.value));
 }
 template <int part>
 LIT_FAST_INLINE Wide Vec::widen() const {
@@ -92,6 +100,6 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { __builtin_prefetch(p); }
 
-using BfloatVec = Vec;  // for loops over nothing but bf16
+using BfloatVec = Vec;  // for a step of nothing but bf16
 
 }  // namespace lit_fast::neon

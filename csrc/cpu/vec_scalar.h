@@ -21,6 +21,7 @@ LIT_FAST_INLINE Wide fma(Wide a, Wide b, Wide c) { return Wide(__builtin_fma(a.v
 
 struct Vec {
     static constexpr int lanes = 1;
+    static constexpr bool numbers_only = false;
     float value;
     LIT_FAST_INLINE Vec() : value(0.0F) {}
     LIT_FAST_INLINE explicit Vec(float v) : value(v) {}
@@ -42,6 +43,8 @@ LIT_FAST_INLINE Vec clamp(Vec a, Vec low, Vec high) {
     const float raised = a.value < low.value ? low.value : a.value;
     return Vec(raised > high.value ? high.value : raised);
 }
+LIT_FAST_INLINE Vec max(Vec a, Vec b) { return Vec(a.value != a.value || a.value > b.value ? a.value : b.value); }
+LIT_FAST_INLINE Vec sign(Vec a) { return Vec(a.value > 0.0F ? 1.0F : a.value < 0.0F ? -1.0F : a.value); }
 template <int part>
 LIT_FAST_INLINE Wide Vec::widen() const {
     return Wide(static_cast<double>(value));
@@ -72,6 +75,6 @@ LIT_FAST_INLINE void store_first(T*, Vec, int) {}
 
 LIT_FAST_INLINE void Vec::prefetch(const void*) {}
 
-using BfloatVec = Vec;  // for loops over nothing but bf16
+using BfloatVec = Vec;  // for a step of nothing but bf16
 
 }  // namespace lit_fast::scalar

@@ -23,6 +23,8 @@ __device__ __forceinline__ Lane operator*(Lane a, Lane b) { return Lane(__fmul_r
 __device__ __forceinline__ Lane operator/(Lane a, Lane b) { return Lane(__fdiv_rn(a.value, b.value)); }
 __device__ __forceinline__ Lane fma(Lane a, Lane b, Lane c) { return Lane(__fmaf_rn(a.value, b.value, c.value)); }
 __device__ __forceinline__ Lane sqrt(Lane a) { return Lane(__fsqrt_rn(a.value)); }
+__device__ __forceinline__ Lane max(Lane a, Lane b) { return a.value != a.value || a.value > b.value ? a : b; }
+__device__ __forceinline__ Lane sign(Lane a) { return Lane(a.value > 0.0F ? 1.0F : a.value < 0.0F ? -1.0F : a.value); }
 __device__ __forceinline__ Lane clamp(Lane a, Lane low, Lane high) {
     const float raised = a.value < low.value ? low.value : a.value;
     return Lane(raised > high.value ? high.value : raised);

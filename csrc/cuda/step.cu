@@ -37,18 +37,17 @@ __device__ __forceinline__ int tensor_of_block(const Table& table) {
     return low;
 }
 
-template <class Formula, int kStates>
+template <class Formula, unsigned kForm>
 __device__ __forceinline__ void update(const typename Formula::Coefficients& c, const GradientScale& scale, Lane& param,
                                        Lane grad, Lane (&state)[Formula::states]) {
     // Order of the vector loop everywhere: torch's CUDA kernels have no remainder loop to agree with.
-    Formula::template update<Fused::second_product>(c, param, scaled_gradient(scale, grad), state);
+    Formula::template update<Fused::second_product, kForm>(c, param, scaled_gradient(scale, grad), state);
 }
 
-// param, grad: [numel] P, state: [kStates][numel] S, same layout.
-template <class Formula, bool kStateless, class P, class S>
+// param, grad: [numel] P, state: [numel] S each, same layout. kForm: see formulas/math.h.
+template <class Formula, unsigned kForm, class P, class S>
 __global__ void __launch_bounds__(kThreads)
     step_kernel(const __grid_constant__ StepTable table, const __grid_constant__ DeviceScale device_scale) {
-    constexpr int kStates = kStateless ? 0 : Formula::states;
     constexpr int kPack = 16 / static_cast<int>(sizeof(P));  // elements of one 128-bit access
     const TensorEntry& t = table.tensors[tensor_of_block(table)];
 
@@ -63,41 +62,57 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
     const typename Formula::Coefficients c = shared;
-    const GradientScale scale = resolve(device_scale);
+    GradientScale scale = resolve(device_scale);
+    scale.scale = __fmul_rn(scale.scale, c.gradient_sign);
 
     const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - t.first_chunk) * kChunk;
     const std::int64_t end = begin + kChunk < t.numel ? begin + kChunk : t.numel;
     P* param = static_cast<P*>(t.param);
     const P* grad = static_cast<const P*>(t.grad);
-    S* state[kMaxStates] = {static_cast<S*>(t.state[0]), static_cast<S*>(t.state[1])};
+    S* state[kMaxStates];
+    for (int k = 0; k < kMaxStates; ++k) state[k] = static_cast<S*>(t.state[k]);
     bool packed = aligned<P, kPack>(param) && aligned<P, kPack>(grad);
-    for (int k = 0; k < kStates; ++k) packed = packed && aligned<S, kPack>(state[k]);
+    for (int k = 0; k < Formula::states; ++k) {
+        if (uses(kForm, k)) packed = packed && aligned<S, kPack>(state[k]);
+    }
 
     const std::int64_t packed_end = packed ? begin + (end - begin) / kPack * kPack : begin;
     for (std::int64_t i = begin + threadIdx.x * kPack; i < packed_end; i += kThreads * kPack) {
         Pack<P, kPack> p = *reinterpret_cast<const Pack<P, kPack>*>(param + i);
         const Pack<P, kPack> g = *reinterpret_cast<const Pack<P, kPack>*>(grad + i);
         Pack<S, kPack> s[Formula::states];
-        for (int k = 0; k < kStates; ++k) s[k] = *reinterpret_cast<const Pack<S, kPack>*>(state[k] + i);
+        for (int k = 0; k < Formula::states; ++k) {
+            if (uses(kForm, k)) s[k] = *reinterpret_cast<const Pack<S, kPack>*>(state[k] + i);
+        }
 #pragma unroll
         for (int e = 0; e < kPack; ++e) {
             Lane lane = load(p.values[e]);
             Lane lanes[Formula::states];
-            for (int k = 0; k < kStates; ++k) lanes[k] = load(s[k].values[e]);
-            update<Formula, kStates>(c, scale, lane, load(g.values[e]), lanes);
-            for (int k = 0; k < kStates; ++k) store(s[k].values[e], lanes[k]);
+            for (int k = 0; k < Formula::states; ++k) {
+                if (uses(kForm, k)) lanes[k] = load(s[k].values[e]);
+            }
+            update<Formula, kForm>(c, scale, lane, load(g.values[e]), lanes);
+            for (int k = 0; k < Formula::states; ++k) {
+                if (uses(kForm, k)) store(s[k].values[e], lanes[k]);
+            }
             store(p.values[e], lane);
         }
-        for (int k = 0; k < kStates; ++k) *reinterpret_cast<Pack<S, kPack>*>(state[k] + i) = s[k];
+        for (int k = 0; k < Formula::states; ++k) {
+            if (uses(kForm, k)) *reinterpret_cast<Pack<S, kPack>*>(state[k] + i) = s[k];
+        }
         *reinterpret_cast<Pack<P, kPack>*>(param + i) = p;
     }
     // What is misaligned or does not fill a pack, an element a thread.
     for (std::int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
         Lane lane = load(param[i]);
         Lane lanes[Formula::states];
-        for (int k = 0; k < kStates; ++k) lanes[k] = load(state[k][i]);
-        update<Formula, kStates>(c, scale, lane, load(grad[i]), lanes);
-        for (int k = 0; k < kStates; ++k) store(state[k][i], lanes[k]);
+        for (int k = 0; k < Formula::states; ++k) {
+            if (uses(kForm, k)) lanes[k] = load(state[k][i]);
+        }
+        update<Formula, kForm>(c, scale, lane, load(grad[i]), lanes);
+        for (int k = 0; k < Formula::states; ++k) {
+            if (uses(kForm, k)) store(state[k][i], lanes[k]);
+        }
         store(param[i], lane);
     }
 }
@@ -194,24 +209,36 @@ std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChun
 
 using StepKernelPointer = void (*)(StepTable, DeviceScale);
 
-template <class Formula>
-StepKernelPointer kernel_for(int layout, bool stateless) {
-    switch (static_cast<Layout>(layout)) {
+template <class Formula, unsigned kForm>
+StepKernelPointer kernel_for(Layout layout) {
+    switch (layout) {
         case Layout::float32:
-            return stateless ? step_kernel<Formula, true, float, float> : step_kernel<Formula, false, float, float>;
+            return step_kernel<Formula, kForm, float, float>;
         case Layout::bfloat16:
-            return stateless ? step_kernel<Formula, true, bf16, bf16> : step_kernel<Formula, false, bf16, bf16>;
+            return step_kernel<Formula, kForm, bf16, bf16>;
         case Layout::float32_bfloat16_state:
-            return stateless ? step_kernel<Formula, true, float, bf16> : step_kernel<Formula, false, float, bf16>;
+            return step_kernel<Formula, kForm, float, bf16>;
+        case Layout::staged:
+            break;
     }
     throw KernelError("the layout has no CUDA kernel.");
 }
 
-StepKernelPointer kernel_for(FormulaId formula, int layout, bool stateless) {
+template <class Formula, int index = 0>
+StepKernelPointer kernel_for(Layout layout, unsigned form) {
+    if constexpr (index < static_cast<int>(sizeof(Formula::forms) / sizeof(Formula::forms[0]))) {
+        if (form == Formula::forms[index]) return kernel_for<Formula, Formula::forms[index]>(layout);
+        return kernel_for<Formula, index + 1>(layout, form);
+    } else {
+        throw KernelError("the form has no CUDA kernel.");
+    }
+}
+
+StepKernelPointer kernel_for(FormulaId formula, Layout layout, unsigned form) {
     switch (formula) {
 #define LIT_FAST_ENTRY(Formula) \
     case FormulaId::Formula:    \
-        return kernel_for<Formula>(layout, stateless);
+        return kernel_for<Formula>(layout, form);
         LIT_FAST_FORMULAS(LIT_FAST_ENTRY)
 #undef LIT_FAST_ENTRY
         case FormulaId::count:
@@ -296,16 +323,17 @@ void cuda_count_steps(const std::vector<float*>& counters, const CudaStream& on)
 void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& on) {
     cuda::use_device(on.device);
     const cuda::DeviceScale scale = cuda::device_scale(clip);
-    for (int layout = 0; layout < kLayoutCount; ++layout) {
-        for (const bool stateless : {false, true}) {
+    for (const Layout layout : {Layout::float32, Layout::bfloat16, Layout::float32_bfloat16_state}) {
+        for (unsigned set = 0; set < 1U << kMaxStates; ++set) {
+            const unsigned form = set | kGeneral;
             cuda::StepTable table;
             std::int64_t blocks = 0;
             std::int32_t coefficients = 0, last = -1;
             table.tensor_count = 0;
             const auto flush = [&] {
                 if (blocks > 0) {
-                    cuda::launch("optimizer step", cuda::kernel_for(batch.formula, layout, stateless), blocks, on,
-                                 table, scale);
+                    cuda::launch("optimizer step", cuda::kernel_for(batch.formula, layout, form), blocks, on, table,
+                                 scale);
                 }
                 table.tensor_count = 0;
                 blocks = 0;
@@ -313,7 +341,7 @@ void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& o
                 last = -1;
             };
             for (const StepTask& task : batch.tasks) {
-                if (task.layout != layout || task.stateless != stateless || task.numel == 0) continue;
+                if (task.layout != layout || (task.form | kGeneral) != form || task.numel == 0) continue;
                 if (table.tensor_count == cuda::kMaxTensors || coefficients == cuda::kMaxCoefficients ||
                     blocks + cuda::chunks_of(task.numel) > 0x7fffffff) {
                     flush();
@@ -328,9 +356,14 @@ void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& o
                     }
                     last = task.coefficients;
                 }
-                table.tensors[table.tensor_count++] = {task.param,      task.grad,  {task.state[0], task.state[1]},
-                                                       task.step,       task.numel, static_cast<std::int32_t>(blocks),
-                                                       coefficients - 1};
+                cuda::TensorEntry& entry = table.tensors[table.tensor_count++];
+                entry.param = task.param;
+                entry.grad = task.grad;
+                std::copy_n(task.state, kMaxStates, entry.state);
+                entry.step = task.step;
+                entry.numel = task.numel;
+                entry.first_chunk = static_cast<std::int32_t>(blocks);
+                entry.coefficients = coefficients - 1;
                 blocks += cuda::chunks_of(task.numel);
             }
             flush();

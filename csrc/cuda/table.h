@@ -17,7 +17,7 @@ constexpr int kMaxTensors = 320;
 constexpr int kMaxCoefficients = 64;
 constexpr int kMaxCounters = 2048;
 #else
-constexpr int kMaxTensors = 52;
+constexpr int kMaxTensors = 40;
 constexpr int kMaxCoefficients = 16;
 constexpr int kMaxCounters = 448;
 #endif

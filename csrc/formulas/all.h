@@ -1,12 +1,18 @@
 // Every formula, once. Adding an optimizer is a header beside this one and a line in each of the two lists.
 #pragma once
 
+#include "adagrad.h"
 #include "adamw.h"
+#include "lion.h"
+#include "rmsprop.h"
 #include "sgd.h"
 
 #define LIT_FAST_FORMULAS(X) \
     X(AdamW)                 \
-    X(Sgd)
+    X(Sgd)                   \
+    X(Lion)                  \
+    X(Adagrad)               \
+    X(RmsProp)
 
 namespace lit_fast {
 
@@ -17,7 +23,7 @@ enum class FormulaId : int {
         count
 };
 constexpr int kFormulaCount = static_cast<int>(FormulaId::count);
-constexpr int kMaxStates = 2;
+constexpr int kMaxStates = 3;
 constexpr int kMaxOptions = 8;
 
 // Room for any formula's Coefficients, so that tables need no template.

@@ -8,6 +8,8 @@
 //     fma(a, b, c)        a * b + c with one rounding
 //     sqrt(a)             correctly rounded
 //     clamp(a, lo, hi)    NaN stays NaN, as in torch.clamp
+//     max(a, b)           NaN where either is, as in torch.maximum
+//     sign(a)             -1, 0 or 1; NaN stays NaN, unlike in torch.sign, so that it is seen
 //
 // All are correctly rounded (IEEE 754, to nearest even) and the compiler may contract nothing (-ffp-contract=off,
 // --fmad=false), so that one formula gives the same bits on every target. A NaN is a NaN everywhere; its sign and
@@ -36,6 +38,27 @@ LIT_FAST_INLINE V sum_of_products(V a, V b, V c, V d) {
     } else {
         return fma(a, b, c * d);
     }
+}
+
+// What a loop is compiled for: the states that there are (bit k: state k) and, with kGeneral, everything else that the
+// options may ask for, decided at run time by branches that are the same for all elements. A form without it leaves
+// them out: they cost a loop in registers and instructions a third of its time where instructions are the limit.
+constexpr unsigned kGeneral = 0x100;
+constexpr unsigned kSetOfForm = 0xff;
+
+LIT_FAST_INLINE constexpr bool uses(unsigned form, int state) { return (form >> state & 1U) != 0; }
+
+// A divisor that many values share, with its inverse, both rounded to nearest.
+struct Divisor {
+    float value = 1.0F;
+    float inverse = 1.0F;
+    Divisor() = default;
+    LIT_FAST_INLINE explicit Divisor(double x) : value(static_cast<float>(x)), inverse(1.0F / value) {}
+};
+
+template <class V>
+LIT_FAST_INLINE V quotient(V x, const Divisor& d) {
+    return x / V(d.value);
 }
 
 }  // namespace lit_fast

@@ -19,15 +19,17 @@ struct Sgd {
                                                    "nesterov", "maximize", "fused"};
     static constexpr const char* state_names[] = {"momentum_buffer"};
     static constexpr int states = 1;
+    static constexpr unsigned signed_states = 0b1;
+    static constexpr unsigned forms[] = {0b0 | kGeneral, 0b1 | kGeneral};
     static constexpr bool counts_steps = false;
 
     struct Coefficients {
         float negative_lr, momentum, one_minus_dampening, weight_decay;
-        float gradient_sign;  // -1 to maximize
+        float gradient_sign;  // -1 to maximize; whoever scales the gradient multiplies by it
         bool nesterov, first;
     };
 
-    static bool stateless(const double* options) { return options[momentum] == 0.0; }
+    static unsigned form(const double* options) { return kGeneral | (options[momentum] == 0.0 ? 0b0U : 0b1U); }
 
     // torch's SGD(fused=True) ends in a scalar loop of the other order; its default is one FMA everywhere.
     static bool has_remainder(const double* options) { return options[fused] != 0.0; }
@@ -45,12 +47,11 @@ struct Sgd {
         return c;
     }
 
-    template <Fused kFused, class V>
+    template <Fused kFused, unsigned kForm, class V>
     LIT_FAST_INLINE static void update(const Coefficients& c, V& param, V grad, V (&state)[states]) {
         V& buffer = state[0];
-        grad = grad * V(c.gradient_sign);
         if (c.weight_decay != 0.0F) grad = fma(param, V(c.weight_decay), grad);
-        if (c.momentum != 0.0F) {
+        if constexpr (uses(kForm, 0)) {
             buffer = c.first ? grad : sum_of_products<kFused>(buffer, V(c.momentum), grad, V(c.one_minus_dampening));
             grad = c.nesterov ? fma(buffer, V(c.momentum), grad) : buffer;
         }

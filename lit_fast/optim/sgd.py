@@ -33,20 +33,64 @@ import torch
 from torch import Tensor
 
 from lit_fast.ops import Mapping, State
+from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.storage import fill, needs_steps
 
 
 def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     """An empty buffer like the parameter: the kernel's first step fills it."""
-    buffer = torch.empty_like(param, memory_format=torch.preserve_format)
-    state.setdefault(param, {})["momentum_buffer"] = buffer
+    entry = state.setdefault(param, {})
+    if needs_steps(group) and "step" not in entry:
+        entry["step"] = torch.zeros((), dtype=torch.float32)
+    fill(entry, group, param, MAPPING.state_keys if group["momentum"] else ())
+
+
+class SGD(Compiled, torch.optim.SGD):
+    """`torch.optim.SGD`, compiled, with the storage options of lit_fast/optim/storage.py.
+
+    Args:
+        params: parameters or param groups, of float32, bfloat16 or float16.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`.
+
+    Raises:
+        MisconfigurationException: a storage option that is not allowed.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> optimizer = SGD([weight], lr=0.5, momentum=0.9, state_dtype="8bit")
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> weight.detach()
+        tensor([0.5000, 0.5000])
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        state_dtype: str | torch.dtype | None = None,
+        master: str | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 
 
 MAPPING = Mapping(
     formula="sgd",
-    classes=(torch.optim.SGD,),
+    classes=(torch.optim.SGD, SGD),
     option_keys=("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "fused"),
     refused_keys=("differentiable",),
     state_keys=("momentum_buffer",),
-    step_key=None,
+    step_key="step",
     init_state=init_state,
 )
+SGD.mapping = MAPPING

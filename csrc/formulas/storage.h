@@ -1,0 +1,176 @@
+// How float32 values are kept in fewer bits, element by element: the only place that knows the bits.
+//
+// Plain integer and float code without branches or calls, so that a loop over it becomes vector code on every target
+// and gives the same bits there.
+//
+// 8-bit states are codes c with one float32 scale for each block of kCodeBlock elements, so that the largest magnitude
+// of a block has the largest code; three bits of mantissa follow the leading one:
+//     signed    c in 0..127 and a sign    scale * (1 + (c mod 8) / 8) * 2^(c div 8 - 15)     code 0 is zero
+//     unsigned  c in 0..255               scale * (1 + (c mod 8) / 8) * 2^(c div 8 - 31)     code 0 is zero
+// The idea of one scale a block: Dettmers et al., "8-bit optimizers via block-wise quantization", 2022
+// (arXiv:2110.02861), whose code table needs a search and a lookup where this needs a shift. Codes are always rounded
+// stochastically: with beta2 = 0.999 a moment moves by 0.1 % a step, the codes lie 6 to 12 % apart, and rounding to
+// nearest would never move it. A second moment that is not zero never becomes zero: its root divides. A signed one
+// below the smallest code, 2^-16 of the block's largest, becomes zero.
+//
+// The remainder of a bfloat16 parameter is the signed distance to its float32 value in units of the lower 16 bits,
+//     float32 bits = (bfloat16 bits << 16) + remainder,      bfloat16 bits = (float32 bits + 0x8000) >> 16
+// which loses nothing (apex's DistributedFusedAdam and Transformer Engine keep weights so, too).
+#pragma once
+
+#include <cstdint>
+
+#include "../dtypes.h"
+#include "math.h"
+
+namespace lit_fast {
+
+constexpr int kCodeBlock = 256;  // elements that share a scale
+
+LIT_FAST_INLINE std::uint32_t bits_of(float x) {
+    std::uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    return bits;
+}
+LIT_FAST_INLINE float float_of(std::uint32_t bits) {
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+
+// ---- random bits: a function of (seed, step, global index of the element) ----
+
+struct RandomKey {
+    std::uint32_t first, second;
+};
+
+// Two words for the elements whose global index has the upper half `index >> 32`. The mixing function is SplitMix64's
+// (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014).
+LIT_FAST_INLINE RandomKey random_key(std::uint64_t seed, std::uint64_t step, std::uint64_t index) {
+    std::uint64_t x = seed;
+    const std::uint64_t words[] = {step, index >> 32};
+    for (const std::uint64_t word : words) {
+        x += word * 0x9e3779b97f4a7c15U + 0x9e3779b97f4a7c15U;
+        x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9U;
+        x = (x ^ (x >> 27)) * 0x94d049bb133111ebU;
+        x ^= x >> 31;
+    }
+    return {static_cast<std::uint32_t>(x), static_cast<std::uint32_t>(x >> 32)};
+}
+
+// A permutation of the 2^32 indices for each key: over all of them every value comes exactly once. All tensors of an
+// element share it: the parameter takes the upper half, the states take mixtures of both.
+LIT_FAST_INLINE std::uint32_t random_bits(std::uint32_t index, RandomKey key) {
+    std::uint32_t x = index ^ key.first;
+    x = (x ^ (x >> 16)) * 0x7feb352dU;
+    x += key.second;
+    x = (x ^ (x >> 15)) * 0x846ca68bU;
+    return x ^ (x >> 16);
+}
+// 16 bits for the parameter, and for state k.
+LIT_FAST_INLINE std::uint32_t param_bits(std::uint32_t random) { return random >> 16; }
+LIT_FAST_INLINE std::uint32_t state_bits(std::uint32_t random, int k) {
+    return k == 0 ? random & 0xffffU : (random * (k == 1 ? 0x9e3779b1U : 0x85ebca77U)) >> 16;
+}
+
+// ---- bfloat16 ----
+
+LIT_FAST_INLINE float widen(bf16 x) { return float_of(static_cast<std::uint32_t>(x.bits) << 16); }
+
+// To nearest even; every NaN becomes 0x7fc0, as in torch.
+LIT_FAST_INLINE bf16 nearest_bf16(float x) {
+    const std::uint32_t bits = bits_of(x);
+    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    return {static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded)};
+}
+
+// Up with the probability that the bits dropped are of one unit: the expected value is x.
+// chance: 16 random bits.
+LIT_FAST_INLINE bf16 stochastic_bf16(float x, std::uint32_t chance) {
+    const std::uint32_t rounded = (bits_of(x) + chance) >> 16;
+    return {static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded)};
+}
+
+LIT_FAST_INLINE bf16 upper_half(float x) {
+    const std::uint32_t rounded = (bits_of(x) + 0x8000U) >> 16;
+    return {static_cast<std::uint16_t>(x != x ? 0x7fc0U : rounded)};
+}
+LIT_FAST_INLINE std::int16_t remainder_of(float x) {
+    return static_cast<std::int16_t>(static_cast<std::uint16_t>(x != x ? 0U : bits_of(x)));
+}
+LIT_FAST_INLINE float rebuilt(bf16 upper, std::int16_t remainder) {
+    return float_of((static_cast<std::uint32_t>(upper.bits) << 16) + static_cast<std::uint32_t>(remainder));
+}
+
+// ---- float16 ----
+
+// Exact, denormals included, without arithmetic on float32 denormals (which a process may have switched off).
+LIT_FAST_INLINE float widen(f16 x) {
+    const std::uint32_t magnitude = static_cast<std::uint32_t>(x.bits & 0x7fffU) << 13;
+    const std::uint32_t normal = magnitude + (112U << 23);
+    const std::uint32_t tiny = bits_of(float_of(magnitude + (113U << 23)) - float_of(113U << 23));
+    const std::uint32_t special = magnitude | 0x7f800000U;
+    const std::uint32_t finite = magnitude < 0x00800000U ? tiny : normal;
+    const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000U) << 16;
+    return float_of(sign | (magnitude >= 0x0f800000U ? special : finite));
+}
+
+// To nearest even, infinite from 65520 on; every NaN becomes 0x7e00 with its sign.
+LIT_FAST_INLINE f16 nearest_f16(float x) {
+    const std::uint32_t bits = bits_of(x);
+    const std::uint32_t sign = (bits >> 16) & 0x8000U;
+    const std::uint32_t magnitude = bits & 0x7fffffffU;
+    // Below 2^-14 adding 0.5 leaves the result's bits in the lowest place, rounded by the addition itself.
+    const std::uint32_t tiny = bits_of(float_of(magnitude) + 0.5F) - 0x3f000000U;
+    const std::uint32_t normal = (magnitude - 0x38000000U + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
+    std::uint32_t result = magnitude < 0x38800000U ? tiny : normal;
+    result = magnitude >= 0x477ff000U ? 0x7c00U : result;
+    result = magnitude > 0x7f800000U ? 0x7e00U : result;
+    return {static_cast<std::uint16_t>(sign | result)};
+}
+
+LIT_FAST_INLINE float widen(float x) { return x; }
+
+// ---- 8-bit codes ----
+
+constexpr float kLargestCode = 1.875F;
+constexpr std::uint32_t kSignedOffset = (127U - 15U) << 3;
+constexpr std::uint32_t kUnsignedOffset = (127U - 31U) << 3;
+
+// largest: magnitude of the block as bits, which order like the numbers; NaN above all. What is below 2^-120 is zero.
+LIT_FAST_INLINE float scale_of(std::uint32_t largest) {
+    return largest < 0x03800000U ? 0.0F : float_of(largest) / kLargestCode;
+}
+LIT_FAST_INLINE float inverse_scale(std::uint32_t largest) {
+    return largest < 0x03800000U ? 0.0F : kLargestCode / float_of(largest);
+}
+
+LIT_FAST_INLINE float decoded_unsigned(std::uint8_t code, float scale) {
+    const std::uint32_t bits = (code + kUnsignedOffset) << 20;
+    return (code == 0 ? 0.0F : float_of(bits)) * scale;
+}
+LIT_FAST_INLINE float decoded_signed(std::uint8_t code, float scale) {
+    const std::uint32_t magnitude = code & 127U;
+    const std::uint32_t bits = ((magnitude + kSignedOffset) << 20) | (static_cast<std::uint32_t>(code & 128U) << 24);
+    return (magnitude == 0 ? 0.0F : float_of(bits)) * scale;
+}
+
+// chance: 16 random bits, the upper ones of the 20 that a code drops: a bias of at most 2^-16 of the distance of codes.
+LIT_FAST_INLINE std::uint8_t encoded_unsigned(float x, float inverse, std::uint32_t chance) {
+    const float scaled = x * inverse;
+    const auto code =
+        static_cast<std::int32_t>((bits_of(scaled) + (chance << 4)) >> 20) - static_cast<std::int32_t>(kUnsignedOffset);
+    const std::int32_t low = code < 1 ? 1 : code;
+    const std::int32_t high = low > 255 ? 255 : low;
+    return static_cast<std::uint8_t>(scaled > 0.0F ? high : 0);
+}
+LIT_FAST_INLINE std::uint8_t encoded_signed(float x, float inverse, std::uint32_t chance) {
+    const std::uint32_t bits = bits_of(x * inverse);
+    const auto code = static_cast<std::int32_t>(((bits & 0x7fffffffU) + (chance << 4)) >> 20) -
+                      static_cast<std::int32_t>(kSignedOffset);
+    const std::int32_t low = code < 0 ? 0 : code;
+    const std::int32_t high = low > 127 ? 127 : low;
+    return static_cast<std::uint8_t>(static_cast<std::uint32_t>(high) | ((bits >> 24) & 128U));
+}
+
+}  // namespace lit_fast
