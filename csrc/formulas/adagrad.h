@@ -43,7 +43,7 @@ struct Adagrad {
         V& sum = state[0];
         if (c.weight_decay != 0.0F) grad = fma(param, V(c.weight_decay), grad);
         sum = fma(grad, grad, sum);
-        param = fma(V(c.negative_lr), grad / (sqrt(sum) + V(c.eps)), param);
+        param = param + V(c.negative_lr) * grad / (sqrt(sum) + V(c.eps));
     }
 };
 

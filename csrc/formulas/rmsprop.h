@@ -58,9 +58,14 @@ struct RmsProp {
             grad_avg = fma(V(c.one_minus_alpha), grad - grad_avg, grad_avg);
             variance = fma(V(-1.0F) * grad_avg, grad_avg, square_avg);
         }
-        V direction = grad / (sqrt(variance) + V(c.eps));
-        if constexpr (uses(kForm, 2)) direction = state[2] = fma(V(c.momentum), state[2], direction);
-        param = fma(V(c.negative_lr), direction, param);
+        const V denominator = sqrt(variance) + V(c.eps);
+        if constexpr (uses(kForm, 2)) {
+            V& buffer = state[2];
+            buffer = V(c.momentum) * buffer + grad / denominator;
+            param = fma(V(c.negative_lr), buffer, param);
+        } else {
+            param = param + V(c.negative_lr) * grad / denominator;
+        }
     }
 };
 

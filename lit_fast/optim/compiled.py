@@ -40,7 +40,7 @@ class Compiled(Optimizer):
         self._stepper = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure`, where given, computes the loss and the gradients first, and its value is returned.
 
         Raises:

@@ -1,11 +1,11 @@
 """How an optimizer keeps its numbers: four options of a param group, and the tensors that they ask for.
 
-| option        | values                                        | meaning                                                  |
-|---------------|-----------------------------------------------|----------------------------------------------------------|
-| `state_dtype` | None, "float32", "bfloat16", "8bit"           | of the moments; None: the parameter's own, as in torch   |
-| `master`      | None, "float32", "remainder"                  | what keeps a 16-bit parameter's value in float32         |
-| `rounding`    | "nearest", "stochastic"                       | of bfloat16 parameters and moments                       |
-| `seed`        | an integer                                    | of stochastic rounding and of 8-bit codes                |
+| option        | values                              | meaning                                                |
+|---------------|-------------------------------------|--------------------------------------------------------|
+| `state_dtype` | None, "float32", "bfloat16", "8bit" | of the moments; None: the parameter's own, as in torch |
+| `master`      | None, "float32", "remainder"        | what keeps a 16-bit parameter's value in float32       |
+| `rounding`    | "nearest", "stochastic"             | of bfloat16 parameters and moments                     |
+| `seed`        | an integer                          | of stochastic rounding and of 8-bit codes              |
 
 Beside the names that torch uses, a parameter's state then holds `master` (float32), or `remainder` (int16: what the
 bfloat16 parameter lacks of its float32 value, which is thereby known exactly), and for "8bit" in the place of a moment
@@ -43,15 +43,14 @@ def storage_options(**given: Any) -> dict[str, Any]:
     Raises:
         MisconfigurationException: a value that is not allowed.
     """
-    for name, value in given.items():
-        if isinstance(value, torch.dtype) and value in _NAMES:
-            given[name] = value = _NAMES[value]
+    options = {name: _NAMES.get(value, value) if name == "state_dtype" else value for name, value in given.items()}
+    for name, value in options.items():
         if name in _ALLOWED and value not in _ALLOWED[name]:
             allowed = ", ".join(map(repr, _ALLOWED[name]))
             raise MisconfigurationException(f"{name}={value!r}: allowed are {allowed}.")
-    if not isinstance(given.get("seed", 0), int):
-        raise MisconfigurationException(f"seed={given['seed']!r}: it must be an integer.")
-    return given
+    if not isinstance(options.get("seed", 0), int):
+        raise MisconfigurationException(f"seed={options['seed']!r}: it must be an integer.")
+    return options
 
 
 def asks_for_storage(group: dict[str, Any]) -> bool:
