@@ -19,12 +19,13 @@ std::int64_t word(double value) {
 }  // namespace
 
 void Table::add(const StepTask& task, std::int64_t chunk) {
-    words.insert(words.end(), {word(task.param), word(task.grad), word(task.step), task.numel, chunks, task.layout,
-                               task.stateless ? 1 : 0, task.coefficients});
+    words.insert(words.end(),
+                 {word(task.param), word(task.grad), word(task.step), task.numel, chunks,
+                  static_cast<std::int64_t>(task.layout), (task.form & kSetOfForm) == 0 ? 1 : 0, task.coefficients});
     std::int64_t bits = word(task.param) | word(task.grad);
-    for (const void* state : task.state) {
-        words.push_back(word(state));
-        bits |= word(state);
+    for (int k = 0; k < kTableStates; ++k) {
+        words.push_back(word(task.state[k]));
+        bits |= word(task.state[k]);
     }
     aligned = aligned && (task.numel == 0 || bits % 16 == 0);
     chunks += (task.numel + chunk - 1) / chunk;
@@ -66,8 +67,8 @@ StepResult Stepper::hand_over(PyObject* param_groups, PyObject* state, const Lau
     Table table;
     for (const StepTask& task : batch_.tasks) {
         // What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
-        if (task.layout > static_cast<int>(Layout::float32_bfloat16_state)) {
-            result.refusal = "only the core has a kernel for its dtypes";
+        if (task.layout == Layout::staged || uses(task.form, Table::kTableStates)) {
+            result.refusal = "only the core has a kernel for its dtypes or options";
             undo_new_states(state);
             return result;
         }
@@ -99,8 +100,12 @@ StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launc
         StepTask task;
         task.grad = span.data;
         task.numel = span.numel;
-        task.layout = layout_of(span.dtype, span.dtype, span.dtype);
-        task.stateless = true;
+        task.storage.param = task.storage.grad = task.storage.state = span.dtype;
+        task.layout = layout_of(task.storage);
+        if (task.layout == Layout::staged) {
+            result.refusal = "only the core has a kernel for float16 gradients";
+            return result;
+        }
         table.add(task, launcher.chunk);
     }
     table.launch(launcher);

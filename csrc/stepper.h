@@ -63,7 +63,8 @@ struct Launcher {
 //              state 0, state 1, ...
 //     options  step (0: on the device), first, the formula's options; float64
 struct Table {
-    static constexpr std::int64_t kRowWords = 8 + kMaxStates;
+    static constexpr int kTableStates = 2;  // a row has room for two states
+    static constexpr std::int64_t kRowWords = 8 + kTableStates;
     static constexpr std::int64_t kOptionWords = 2 + kMaxOptions;
     std::vector<std::int64_t> words;
     std::int64_t rows = 0;

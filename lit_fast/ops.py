@@ -53,6 +53,20 @@ class Mapping:
     init_state: Callable[[State, dict[str, Any], Tensor], None]
 
 
+def core_stepper(mapping: Mapping) -> _core.Stepper:
+    """The core's stepper of a mapping, which keeps no tensor."""
+    return _core.Stepper(
+        mapping.formula,
+        mapping.option_keys,
+        mapping.refused_keys,
+        mapping.state_keys,
+        tuple(f"{key}_codes" for key in mapping.state_keys),
+        tuple(f"{key}_scale" for key in mapping.state_keys),
+        mapping.step_key,
+        mapping.init_state,
+    )
+
+
 class Stepper:
     """One optimizer class's compiled step on one device. Keeps no tensor.
 
@@ -75,16 +89,7 @@ class Stepper:
 
     def __init__(self, mapping: Mapping, device: torch.device) -> None:
         self.device = device
-        self._core = _core.Stepper(
-            mapping.formula,
-            mapping.option_keys,
-            mapping.refused_keys,
-            mapping.state_keys,
-            tuple(f"{key}_codes" for key in mapping.state_keys),
-            tuple(f"{key}_scale" for key in mapping.state_keys),
-            mapping.step_key,
-            mapping.init_state,
-        )
+        self._core = core_stepper(mapping)
         kernels, why = kernels_for(device)
         self.where = _core.build_info()["cpu_target"] if kernels == "CPU" else str(device)
         self._why_not = "" if kernels else why

@@ -134,14 +134,7 @@ def assert_the_cores_bits(kind, options, layout, clipping, sizes, grad_scale, on
     adopted = adopt(ours, **clipping)
     assert adopted.compiled and "by Triton, because a test says so" in adopted.reason
     mapping = MAPPINGS[kind]
-    core = ops._core.Stepper(
-        mapping.formula,
-        mapping.option_keys,
-        mapping.refused_keys,
-        mapping.state_keys,
-        mapping.step_key,
-        mapping.init_state,
-    )
+    core = ops.core_stepper(mapping)
     limits = (clipping.get("max_norm", -1.0), clipping.get("clip_value", -1.0))
     for step in range(2):
         for optimizer in (ours, cores):

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from lit_fast.triton.table import OWN, float64_at
 
-OPTION_NAMES = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "maximize")
+OPTION_NAMES = ("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "amsgrad")
 STATES = 2
 
 COUNTER_BITS = tl.constexpr(25)  # a float32 counter counts to 2^24
