@@ -100,12 +100,13 @@ def test_broken_and_old_installations_are_told(monkeypatch: pytest.MonkeyPatch) 
 
 
 @installed
-def test_every_formula_of_the_core_has_its_kernel_with_the_same_options() -> None:
-    for name, formula in ops.formulas().items():
-        kernel, why_not = triton.formula_named(name, formula["options"])
-        assert kernel is not None and why_not == ""
-        states: int = kernel.STATES
-        assert states == len(formula["states"])
+def test_formulas_have_kernels_with_the_same_options_or_none() -> None:
+    formulas = ops.formulas()
+    for name, states in {"adamw": 2, "sgd": 1, "lion": 1}.items():  # amsgrad's third state is the core's alone
+        kernel, why_not = triton.formula_named(name, formulas[name]["options"])
+        assert kernel is not None and why_not == "" and states == kernel.STATES
+    for name in formulas.keys() - {"adamw", "sgd", "lion"}:
+        assert triton.formula_named(name, formulas[name]["options"])[1] == f"there is no Triton kernel for {name}"
 
 
 @installed
