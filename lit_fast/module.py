@@ -97,6 +97,10 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
         self.__dict__["_metric_log"] = None if trainer is None else trainer._metric_log
 
     @property
+    def fabric(self) -> None:
+        """None: the module runs under a Trainer."""
+
+    @property
     def current_epoch(self) -> int:
         """Epochs finished so far (0 outside a run)."""
         return self._trainer.current_epoch if self._trainer is not None else 0

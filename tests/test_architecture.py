@@ -25,7 +25,7 @@ FLOORS = [
     "trainer",
     "attributes",
     "runtime attach",
-    "defaults evaluation prediction loop schedule loop_views model_checks connectors interrupts trial",
+    "defaults evaluation prediction loop schedule loop_views trackers model_checks connectors interrupts trial",
     "step plan binding window calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
     "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
     "config seed hparams export tuner model_summary accelerators flags",
