@@ -100,6 +100,8 @@ class Stepper:
             self.where = f"{device} by Triton, because {why}"
             self._formula, self._why_not = triton.formula_named(mapping.formula, formulas()[mapping.formula]["options"])
             self.step = self._step_by_triton
+        if self._why_not:
+            self.step = lambda *_: self._why_not
 
     def refusal(self, param_groups: ParamGroups) -> str:
         """Why these parameters and options cannot be stepped here, or "" if they can."""

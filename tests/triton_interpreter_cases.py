@@ -22,7 +22,8 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 from lit_fast import ops
 from lit_fast.errors import KernelError
-from lit_fast.optim import adamw, adopt, sgd
+from lit_fast.optim import adamw, adopt, lion, sgd
+from lit_fast.optim.lion import Lion
 from lit_fast.triton import adamw as adamw_kernel
 from lit_fast.triton import launch
 from lit_fast.triton import lion as lion_kernel
@@ -30,7 +31,12 @@ from lit_fast.triton import lion as lion_kernel
 CPU = torch.device("cpu")
 CHUNK = 2048
 ROW_WORDS = 10
-MAPPINGS = {torch.optim.AdamW: adamw.MAPPING, torch.optim.Adam: adamw.MAPPING, torch.optim.SGD: sgd.MAPPING}
+MAPPINGS = {
+    torch.optim.AdamW: adamw.MAPPING,
+    torch.optim.Adam: adamw.MAPPING,
+    torch.optim.SGD: sgd.MAPPING,
+    Lion: lion.MAPPING,
+}
 SIZES = (0, 1, 17, CHUNK - 1, CHUNK, CHUNK + 1)
 FAMILY = [
     (torch.optim.AdamW, {"lr": 0.1, "weight_decay": 0.1}),
@@ -39,6 +45,7 @@ FAMILY = [
     (torch.optim.SGD, {"lr": 0.1, "weight_decay": 0.1, "maximize": True}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
     (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    (Lion, {"lr": 0.1, "betas": (0.9, 0.98), "weight_decay": 0.1, "maximize": True}),
 ]
 LAYOUTS = {  # parameter and gradient, state
     "float32": (torch.float32, torch.float32),
@@ -143,7 +150,7 @@ def assert_the_cores_bits(kind, options, layout, clipping, sizes, grad_scale, on
         norm = adopted.step(grad_scale)
         assert adopted.compiled and (norm is None) == (expected is None)
         assert norm is None or norm.item() == expected
-        width = 1 if kind is torch.optim.SGD else 32
+        width = 1 if kind in (torch.optim.SGD, Lion) else 32
         assert_same_bits(ours, cores, width)
 
 
@@ -171,7 +178,10 @@ def test_the_cores_bits_whatever_the_sizes_and_options(
 
 @pytest.mark.parametrize(
     ("case", "layout"),
-    [*((case, "float32") for case in FAMILY), *((FAMILY[i], layout) for i in (1, 4) for layout in list(LAYOUTS)[1:])],
+    [
+        *((case, "float32") for case in FAMILY),
+        *((FAMILY[i], layout) for i in (1, 4, 6) for layout in list(LAYOUTS)[1:]),
+    ],
 )
 def test_the_cores_bits_in_a_whole_block_and_a_part(case, layout) -> None:
     """With deterministic algorithms torch fills new memory with NaN, which no first step may read."""
@@ -449,6 +459,27 @@ def test_what_is_refused_is_refused_before_anything_is_written() -> None:
     params[0].grad = params[0].grad.to_sparse()
     with pytest.raises(KernelError, match="clip_gradients_"):
         ops.clip_gradients_(optimizer.param_groups, 0.5)
+
+
+@pytest.mark.parametrize("option", [{"rounding": "stochastic"}, {"master": "float32"}, {"state_dtype": "8bit"}])
+def test_storage_that_the_kernels_do_not_know_is_refused(option) -> None:
+    """What only the core can step must not be stepped as if it were plain bfloat16."""
+    param = Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    param.grad = torch.ones_like(param)
+    optimizer = Lion([param], lr=0.5, **option)
+    stepper = ops.Stepper(lion.MAPPING, CPU)
+    refusal = stepper.step(optimizer.param_groups, optimizer.state, 1.0, -1.0, -1.0)
+    assert refusal == "only the core has a kernel for its dtypes or options"
+    assert torch.equal(param, torch.ones_like(param))
+
+
+def test_a_formula_without_a_kernel_is_refused_by_the_step_too(monkeypatch) -> None:
+    monkeypatch.setattr(ops.triton, "formula_named", lambda name, options: (None, f"there is no kernel for {name}"))
+    optimizer = optimizer_of(torch.optim.SGD, (3,), lr=0.1)
+    set_gradients(optimizer, seed=0)
+    stepper = ops.Stepper(sgd.MAPPING, CPU)
+    assert stepper.refusal(optimizer.param_groups) == "there is no kernel for sgd"
+    assert stepper.step(optimizer.param_groups, optimizer.state, 1.0, -1.0, -1.0) == "there is no kernel for sgd"
 
 
 def test_a_launch_that_fails_leaves_the_optimizer_as_it_was(monkeypatch) -> None:

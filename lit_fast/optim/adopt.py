@@ -278,7 +278,7 @@ def _mapping_of(optimizer: Optimizer) -> tuple[ops.Mapping | None, str]:
         return None, f"{kind.__name__} has no compiled kernel"
     if innermost(optimizer.step) is not innermost(known.step):
         return None, f"its step is not torch.optim.{known.__name__}'s"
-    if kind._init_group is not known._init_group:  # type: ignore[attr-defined]
+    if getattr(kind, "_init_group", None) is not getattr(known, "_init_group", None):
         return None, f"its _init_group is not torch.optim.{known.__name__}'s"
     return _mappings()[known], ""
 
