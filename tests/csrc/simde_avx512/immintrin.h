@@ -15,6 +15,7 @@
 #define __m512i simde__m512i
 #define __mmask16 std::uint16_t
 
+#define _CMP_EQ_UQ SIMDE_CMP_EQ_UQ
 #define _CMP_UNORD_Q SIMDE_CMP_UNORD_Q
 #define _MM_HINT_T0 3
 #define _mm_prefetch(p, hint) __builtin_prefetch(p)
@@ -33,9 +34,11 @@
 #define _mm512_extractf64x4_pd simde_mm512_extractf64x4_pd
 #define _mm512_loadu_ps simde_mm512_loadu_ps
 #define _mm512_mask_mov_epi32 simde_mm512_mask_mov_epi32
+#define _mm512_mask_mov_ps simde_mm512_mask_mov_ps
 #define _mm512_max_ps simde_mm512_max_ps
 #define _mm512_min_ps simde_mm512_min_ps
 #define _mm512_mul_ps simde_mm512_mul_ps
+#define _mm512_or_si512 simde_mm512_or_si512
 #define _mm512_set1_epi32 simde_mm512_set1_epi32
 #define _mm512_set1_ps simde_mm512_set1_ps
 #define _mm512_setzero_pd simde_mm512_setzero_pd
