@@ -84,6 +84,7 @@ namespace {
 
 // The keys of a param group and of a parameter's state that say how things are stored.
 struct StorageKeys {
+    PyObject* state_dtype = PyUnicode_InternFromString("state_dtype");
     PyObject* rounding = PyUnicode_InternFromString("rounding");
     PyObject* master = PyUnicode_InternFromString("master");
     PyObject* remainder = PyUnicode_InternFromString("remainder");
@@ -119,6 +120,16 @@ bool Stepper::read_group(PyObject* object, Group& group, std::string& refusal) c
         group.master = is_text(master, "float32") ? Master::float32 : Master::remainder;
         if (group.master == Master::remainder && !is_text(master, "remainder")) {
             refusal = "its option master is neither None, 'float32' nor 'remainder'";
+            return false;
+        }
+    }
+    PyObject* state_dtype = get_item(object, storage_keys().state_dtype);
+    if (!absent_or_none(state_dtype)) {
+        group.state = is_text(state_dtype, "float32")    ? Dtype::float32
+                      : is_text(state_dtype, "bfloat16") ? Dtype::bfloat16
+                                                         : Dtype::uint8;
+        if (group.state == Dtype::uint8 && !is_text(state_dtype, "8bit")) {
+            refusal = "its option state_dtype is neither None, 'float32', 'bfloat16' nor '8bit'";
             return false;
         }
     }
@@ -210,7 +221,9 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     const bool absent = entry == nullptr || !PyDict_Check(entry) || PyDict_GET_SIZE(entry) == 0;
     const unsigned missing = absent ? task.form & kSetOfForm : missing_states(entry, task.form);
     const bool lacks_master = task.storage.master != Master::none && (absent || get_item(entry, master_key) == nullptr);
-    if (absent || missing != 0 || lacks_master) {
+    const bool draws = group.stochastic || group.state == Dtype::uint8;
+    const bool lacks_step = draws && !absent && get_item(entry, mapping_.step_key) == nullptr;
+    if (absent || missing != 0 || lacks_master || lacks_step) {
         PyObject* arguments[] = {state, group.object, param};
         Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
         new_states_.push_back({param, absent, missing});
@@ -231,6 +244,11 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
         }
         if (codes != (view.dtype == Dtype::uint8)) {
             refusal = "the state " + text_of(key) + (codes ? " does not hold uint8 codes" : " holds uint8");
+            return false;
+        }
+        if (group.state != Dtype::other && view.dtype != group.state) {
+            refusal = "the state " + text_of(key) +
+                      " is not kept as its option state_dtype asks (load_state_dict(state_dict()) converts it)";
             return false;
         }
         any = true;
@@ -365,6 +383,7 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
     written_.clear();
     elements_ = 0;
     first_index_ = 0;
+    Py_ssize_t number = 0;
     bool ok = true;
     for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t) {
         Group group;
@@ -372,6 +391,8 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
         last_step_ = -1.0;  // coefficients are shared within a group only
         for (Py_ssize_t i = 0; ok && i < PyList_GET_SIZE(params); ++i) {
             ok = collect_parameter(group, PyList_GET_ITEM(params, i), state, refusal);
+            if (!ok) refusal += " (parameter " + std::to_string(number) + " of the optimizer)";
+            ++number;
         }
     });
     return ok && memory_is_disjoint(refusal);
@@ -430,6 +451,7 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
     CudaContext there;
     there.on.device = device_index;
     const CudaContext* cuda = on_cuda ? &there : nullptr;
+    Py_ssize_t number = 0;
     for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
         Group read;
         if (!refusal.empty() || !read_group(group, read, refusal)) return;
@@ -452,6 +474,8 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
                 if (view.dtype != Dtype::float32) storage.master = read.master;
                 if (const char* why = impossible(storage); why != nullptr) refusal = why;
             }
+            if (!refusal.empty()) refusal += " (parameter " + std::to_string(number) + " of the optimizer)";
+            ++number;
         }
     });
     return refusal;

@@ -125,6 +125,7 @@ class Stepper {
         unsigned form = 0;
         bool stochastic = false;
         Master master = Master::none;
+        Dtype state = Dtype::other;  // other: none in particular
         std::uint64_t seed = 0;
     };
 

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # largest relative error of one rounding
-TINY = 2.0**-126  # below it float32 and bfloat16 lose relative accuracy; one rounding then errs by 2**-150 at most
+# Largest relative error of one rounding to nearest; the stochastic one errs by less than twice that.
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Below it a dtype loses relative accuracy; one rounding then errs by TINY * UNIT at most.
+TINY = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-14}
 SECOND_ORDER = 1.001  # products of rounding errors, which the first-order rules below leave out
 
 
@@ -23,8 +25,12 @@ class Bounded:
     value: Tensor  # float64
     error: Tensor  # float64, absolute, of the float32 evaluation
 
-    def _rounded(self, value: Tensor, error: Tensor, unit: float = UNIT[torch.float32]) -> Bounded:
-        return Bounded(value, SECOND_ORDER * error + unit * (value.abs() + error) + TINY * unit)
+    def _rounded(self, value: Tensor, error: Tensor, dtype: torch.dtype = torch.float32, times: float = 1.0) -> Bounded:
+        unit = times * UNIT[dtype]
+        return Bounded(value, SECOND_ORDER * error + unit * (value.abs() + error) + TINY[dtype] * unit)
+
+    def __neg__(self) -> Bounded:
+        return Bounded(-self.value, self.error)
 
     def __add__(self, other: Bounded) -> Bounded:
         return self._rounded(self.value + other.value, self.error + other.error)
@@ -46,8 +52,24 @@ class Bounded:
         lowest = (self.value - self.error).clamp_min(0.0).sqrt()
         return self._rounded(value, (self.error / (value + lowest).clamp_min(1e-300)))
 
-    def stored(self, dtype: torch.dtype) -> Bounded:
-        return self if dtype == torch.float32 else self._rounded(self.value, self.error, UNIT[dtype])
+    def stored(self, dtype: torch.dtype, stochastic: bool = False) -> Bounded:
+        if dtype == torch.float32:
+            return self
+        return self._rounded(self.value, self.error, dtype, 2.0 if stochastic and dtype == torch.bfloat16 else 1.0)
+
+    def coded(self, signed: bool, largest: Tensor) -> Bounded:
+        """As 8-bit codes of a block whose largest magnitude is `largest` (csrc/formulas/storage.h).
+
+        Codes lie 1/8 of a power of two apart, which is at most 1/8 of the value; below the smallest one, which is
+        1.125 * 2^-15 (signed) or 2^-31 of a scale of largest / 1.875, a value becomes that or zero. Scaling, its
+        inverse and decoding are six float32 roundings.
+        """
+        smallest = 1.125 * 2.0 ** (-15 if signed else -31) * largest / 1.875
+        relative = 1 / 8 + 6 * UNIT[torch.float32]
+        return Bounded(self.value, self.error + relative * (self.value.abs() + self.error) + smallest)
+
+    def larger(self, other: Bounded) -> Bounded:
+        return Bounded(torch.maximum(self.value, other.value), torch.maximum(self.error, other.error))
 
 
 def exact(tensor: Tensor) -> Bounded:
@@ -73,21 +95,28 @@ def adamw_step(
     weight_decay: float,
     decoupled: bool,
     grad_scale: float = 1.0,
+    maximize: bool = False,
+    max_exp_avg_sq: Tensor | None = None,
 ) -> dict[str, Bounded]:
-    """One step of Adam(W); `step` counts from 1. Keys: param, exp_avg, exp_avg_sq."""
+    """One step of Adam(W), amsgrad with a third moment; `step` counts from 1. Keys: param and the moments."""
     p, g, m, v = (exact(t) for t in (param, grad, exp_avg, exp_avg_sq))
     beta1, beta2 = betas
     if grad_scale != 1.0:
         g = g * scalar(grad_scale)
+    if maximize:
+        g = -g
     if decoupled:
         p = p * scalar(1.0 - lr * weight_decay)
     elif weight_decay != 0.0:
         g = g + scalar(weight_decay) * p
     m = m + scalar(1.0 - beta1) * (g - m)
     v = scalar(beta2) * v + scalar(1.0 - beta2) * g * g
-    denominator = v.sqrt() / scalar((1.0 - beta2**step) ** 0.5) + scalar(eps)
+    largest = v if max_exp_avg_sq is None else v.larger(exact(max_exp_avg_sq))
+    denominator = largest.sqrt() / scalar((1.0 - beta2**step) ** 0.5) + scalar(eps)
     p = p - scalar(lr / (1.0 - beta1**step)) * m / denominator
     results = {"param": p, "exp_avg": m, "exp_avg_sq": v}
+    if max_exp_avg_sq is not None:
+        results["max_exp_avg_sq"] = largest
     return {name: result.stored(param.dtype) for name, result in results.items()}
 
 
@@ -101,9 +130,10 @@ def sgd_step(
     dampening: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    maximize: bool = False,
 ) -> dict[str, Bounded]:
     """One step of SGD; no buffer means a parameter's first step. Keys: param and, with momentum, momentum_buffer."""
-    p, g = exact(param), exact(grad)
+    p, g = exact(param), -exact(grad) if maximize else exact(grad)
     if weight_decay != 0.0:
         g = g + scalar(weight_decay) * p
     results: dict[str, Bounded] = {}
@@ -126,19 +156,77 @@ def lion_step(
     betas: tuple[float, float],
     weight_decay: float,
     grad_scale: float = 1.0,
+    maximize: bool = False,
 ) -> dict[str, Bounded]:
     """One step of Lion. Keys: param, exp_avg. A sign that rounding can turn is uncertain by 2."""
     p, g, m = (exact(t) for t in (param, grad, exp_avg))
     beta1, beta2 = betas
     if grad_scale != 1.0:
         g = g * scalar(grad_scale)
+    if maximize:
+        g = -g
     blend = scalar(beta1) * m + scalar(1.0 - beta1) * g
-    turnable = (blend.value.abs() <= blend.error) & (blend.value != 0.0)
+    turnable = (blend.value.abs() <= blend.error) & ((m.value != 0.0) | (g.value != 0.0))
     direction = Bounded(blend.value.sign(), 2.0 * turnable.double())
     results = {
         "param": p * scalar(1.0 - lr * weight_decay) - scalar(lr) * direction,
         "exp_avg": scalar(beta2) * m + scalar(1.0 - beta2) * g,
     }
+    return {name: result.stored(param.dtype) for name, result in results.items()}
+
+
+def adagrad_step(
+    param: Tensor,
+    grad: Tensor,
+    sum: Tensor,
+    step: int,
+    *,
+    lr: float,
+    lr_decay: float = 0.0,
+    eps: float,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> dict[str, Bounded]:
+    """One step of Adagrad; `step` counts from 1. Keys: param, sum."""
+    p, g = exact(param), -exact(grad) if maximize else exact(grad)
+    if weight_decay != 0.0:
+        g = g + scalar(weight_decay) * p
+    total = exact(sum) + g * g
+    results = {
+        "param": p - scalar(lr / (1.0 + (step - 1.0) * lr_decay)) * g / (total.sqrt() + scalar(eps)),
+        "sum": total,
+    }
+    return {name: result.stored(param.dtype) for name, result in results.items()}
+
+
+def rmsprop_step(
+    param: Tensor,
+    grad: Tensor,
+    square_avg: Tensor,
+    grad_avg: Tensor | None = None,
+    momentum_buffer: Tensor | None = None,
+    *,
+    lr: float,
+    alpha: float,
+    eps: float,
+    weight_decay: float = 0.0,
+    momentum: float = 0.0,
+    maximize: bool = False,
+) -> dict[str, Bounded]:
+    """One step of RMSprop: centered with a `grad_avg`, with momentum if there is a buffer. Keys: param, the moments."""
+    p, g = exact(param), -exact(grad) if maximize else exact(grad)
+    if weight_decay != 0.0:
+        g = g + scalar(weight_decay) * p
+    square = scalar(alpha) * exact(square_avg) + scalar(1.0 - alpha) * g * g
+    results, variance = {"square_avg": square}, square
+    if grad_avg is not None:
+        mean = exact(grad_avg) + scalar(1.0 - alpha) * (g - exact(grad_avg))
+        results["grad_avg"], variance = mean, square - mean * mean
+    direction = g / (variance.sqrt() + scalar(eps))
+    if momentum_buffer is not None:
+        direction = scalar(momentum) * exact(momentum_buffer) + direction
+        results["momentum_buffer"] = direction
+    results["param"] = p - scalar(lr) * direction
     return {name: result.stored(param.dtype) for name, result in results.items()}
 
 

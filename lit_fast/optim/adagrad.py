@@ -39,7 +39,8 @@ class Adagrad(Compiled, torch.optim.Adagrad):
     Args:
         params: parameters or param groups, of float32, bfloat16 or float16.
         lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize: as in torch.
-        state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`.
+        state_dtype: as in `lit_fast.optim.AdamW`, without "8bit".
+        master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
         MisconfigurationException: a storage option that is not allowed.

@@ -22,6 +22,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
+from lit_fast.optim.storage import DEFAULTS, asks_for_storage, convert, keep_dtypes_on_load, set_options
 
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
 _profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
@@ -31,16 +32,30 @@ _NO_CLIPPING = (ops.NO_CLIPPING, ops.NO_CLIPPING)
 _KNOWN_WRAPPERS = (torch_optimizer.__file__, torch_lr_scheduler.__file__)
 
 
-def adopt(optimizer: Optimizer, max_norm: float | None = None, clip_value: float | None = None) -> AdoptedOptimizer:
+def adopt(
+    optimizer: Optimizer,
+    max_norm: float | None = None,
+    clip_value: float | None = None,
+    *,
+    state_dtype: str | torch.dtype | None = None,
+    master: str | None = None,
+    rounding: str = "nearest",
+    seed: int = 0,
+) -> AdoptedOptimizer:
     """Give a loop the compiled step for its `torch.optim` object.
 
     Args:
         optimizer: any `torch.optim.Optimizer`. One without a kernel is stepped by its own `step`: see `reason`.
         max_norm: within the step, clip the L2 norm of all gradients to this, as `clip_grad_norm_` does.
         clip_value: within the step, clip gradients to [-clip_value, clip_value], as `clip_grad_value_` does.
+        state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`, for every param group; what state there is
+            already is converted. Left at their defaults, the param groups stay as they are. With them, call `step` of
+            what is returned, never `optimizer.step`.
 
     Raises:
-        MisconfigurationException: not an optimizer, both clippings at once, or a limit that is not positive.
+        MisconfigurationException: not an optimizer, both clippings at once, a limit that is not positive, or a storage
+            option that is not allowed.
+        KernelError: storage options for an optimizer or parameters that the core cannot step.
 
     Example:
         >>> model = torch.nn.Linear(32, 2)
@@ -55,7 +70,29 @@ def adopt(optimizer: Optimizer, max_norm: float | None = None, clip_value: float
         raise MisconfigurationException(
             f"adopt got a {type(optimizer).__name__}; it takes a torch.optim.Optimizer. Pass that itself."
         )
-    return AdoptedOptimizer(optimizer, max_norm, clip_value)
+    options = {"state_dtype": state_dtype, "master": master, "rounding": rounding, "seed": seed}
+    if options != DEFAULTS:
+        _store_as(optimizer, options)
+    adopted = AdoptedOptimizer(optimizer, max_norm, clip_value)
+    if options != DEFAULTS:
+        adopted.must_be_compiled()
+    return adopted
+
+
+def _store_as(optimizer: Optimizer, options: dict[str, Any]) -> None:
+    mapping, why_not = _mapping_of(optimizer)
+    if mapping is None:
+        raise KernelError(f"adopt with storage options ({_given(options)}): {why_not}, and torch's step knows none.")
+    set_options(optimizer, mapping.state_keys, options, override=True)
+    keep_dtypes_on_load(optimizer)
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if optimizer.state.get(param):
+                convert(optimizer.state[param], group, param)
+
+
+def _given(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={options[name]!r}" for name in DEFAULTS if options.get(name) != DEFAULTS[name])
 
 
 class AdoptedOptimizer:
@@ -116,6 +153,17 @@ class AdoptedOptimizer:
             return self._step_after_refusal(grad_scale, clip)
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look at
         return ops.scalar(norm) if isinstance(norm, float) else norm
+
+    def must_be_compiled(self) -> None:
+        """Raise a KernelError where torch's own step would run on state that it would misread, or leave as it is."""
+        if self.compiled:
+            return
+        asking = next(filter(asks_for_storage, self.optimizer.param_groups), None)
+        if asking is not None:
+            raise KernelError(
+                f"{type(self.optimizer).__name__} with storage options ({_given(asking)}) cannot step: "
+                f"{self._why_not}. torch's own step knows none of them; leave them at their defaults for it."
+            )
 
     def zero_grad(self) -> None:
         """Release all gradients: every `p.grad` becomes None."""
@@ -221,6 +269,7 @@ class AdoptedOptimizer:
         if isinstance(result, str):
             if self.compiled:
                 self._give_up(result)
+            self.must_be_compiled()
             clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
             with torch.no_grad():
                 innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
@@ -233,6 +282,7 @@ class AdoptedOptimizer:
         return norm
 
     def _own_step(self, grad_scale: float, clip: bool) -> Tensor | None:
+        self.must_be_compiled()
         norm = self._rewrite_gradients(grad_scale, *self._limits(clip))
         self.optimizer.step()
         return norm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,33 +12,36 @@ from torch.optim import Optimizer
 from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim.adopt import innermost
-from lit_fast.optim.storage import asks_for_storage, keep_dtypes_on_load, storage_options
+from lit_fast.optim.storage import asks_for_storage, check_groups, keep_dtypes_on_load, set_options
 
 
 class Compiled(Optimizer):
     """A `torch.optim.Optimizer` whose `step` is one call of the core.
 
     A class names torch's class of the algorithm, where there is one, as its second base: what the core refuses (sparse
-    gradients, another device) that one steps, unless the state is kept in a way that it does not know.
+    gradients, float64) that one steps, and a warning says so, unless the state is kept in a way that it does not know.
     """
 
     mapping: ops.Mapping
 
     def _set_storage(self, **given: Any) -> None:
         """Put the storage options into the defaults and into every param group; a group's own come first."""
-        options = storage_options(**given)
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for name, value in options.items():
-                group.setdefault(name, value)
-            group.update(storage_options(**{name: group[name] for name in options}))
+        set_options(self, self.mapping.state_keys, given, override=False)
         keep_dtypes_on_load(self)
         self._stepper: ops.Stepper | None = None
+        self._refusal = ""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; storage options of its own are checked."""
+        super().add_param_group(param_group)
+        if "state_dtype" in self.defaults:  # not while torch's constructor runs
+            check_groups(self.param_groups, self.mapping.state_keys)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         keep_dtypes_on_load(self)
         self._stepper = None
+        self._refusal = ""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -45,6 +49,7 @@ class Compiled(Optimizer):
 
         Raises:
             KernelError: the core refuses, and torch has no step for what is asked.
+            MisconfigurationException: a param group's storage options were changed to what is not allowed.
         """
         loss = None
         if closure is not None:
@@ -60,6 +65,7 @@ class Compiled(Optimizer):
         return loss
 
     def _step_of_torch(self, refusal: str) -> None:
+        check_groups(self.param_groups, self.mapping.state_keys)
         name = type(self).__name__
         theirs: Any = next((base for base in type(self).__mro__ if base.__module__.startswith("torch.optim.")), None)
         if theirs is Optimizer or theirs is None:
@@ -69,4 +75,7 @@ class Compiled(Optimizer):
                 f"lit_fast.optim.{name} cannot step: {refusal}. torch's own step knows neither state_dtype, master nor "
                 f"rounding; leave them at their defaults for it."
             )
+        if refusal != self._refusal:
+            self._refusal = refusal
+            warnings.warn(f"lit_fast.optim.{name}: torch's own step runs, because {refusal}.", stacklevel=4)
         innermost(theirs.step)(self)  # below torch's wrappers, which have run the hooks already

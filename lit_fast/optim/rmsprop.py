@@ -43,7 +43,8 @@ class RMSprop(Compiled, torch.optim.RMSprop):
     Args:
         params: parameters or param groups, of float32, bfloat16 or float16.
         lr, alpha, eps, weight_decay, momentum, centered, maximize: as in torch.
-        state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`.
+        state_dtype: as in `lit_fast.optim.AdamW`, without "8bit".
+        master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
         MisconfigurationException: a storage option that is not allowed.
