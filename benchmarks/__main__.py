@@ -12,7 +12,9 @@ from pathlib import Path
 
 from benchmarks import harness
 
-NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("harness", "__init__", "__main__"))
+NAMES = sorted(
+    p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("harness", "peers", "__init__", "__main__")
+)
 
 
 def main() -> int:

@@ -1,79 +1,143 @@
-// This machine's memory bandwidth with the access patterns of an optimizer step: what no kernel can beat.
-// Compiled and called by benchmarks/optimizer.py; independent of the library on purpose.
+// This machine's memory bandwidth with one mix of reads and writes: what no kernel with that mix can beat.
+//
+// benchmarks/optimizer.py compiles it once for each mix, with -DSTREAMS='{4,1,0},{4,1,1}' for an array of 4 bytes an
+// element that is read beside one that is read and written; calls every pattern; and the fastest one counts.
+// Independent of the library on purpose. Integer arithmetic: no value is slower than another.
 #include <cstddef>
 #include <cstdint>
+#include <utility>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace {
 
-typedef float Line __attribute__((vector_size(32), aligned(4)));  // 8 floats; loads and stores may be misaligned
+struct Stream {
+    int bytes;  // an element
+    bool read, written;
+};
+constexpr Stream kStreams[] = {STREAMS};
+constexpr std::size_t kCount = sizeof(kStreams) / sizeof(Stream);
+using AllStreams = std::make_index_sequence<kCount>;
 
-Line load(const float* p) { return *reinterpret_cast<const Line*>(p); }
-void store(float* p, Line line) { *reinterpret_cast<Line*>(p) = line; }
+typedef long long Vector __attribute__((vector_size(32), may_alias));
+constexpr std::int64_t kLine = 64;      // bytes, and elements of a group: a stream of b bytes has b lines in it
+constexpr std::int64_t kBlock = 16384;  // elements that a thread takes at once
 
-constexpr std::int64_t kBlock = 16384;  // elements
+enum class Stores { plain, past_cache_where_only_written, past_cache };
 
-// kAhead: bytes of software prefetch, 0 leaves it to the hardware. 28 bytes an element: parameter, gradient and two
-// moments read, all but the gradient written.
+template <Stream kStream, Stores kStores>
+void store(std::uint8_t* to, Vector value) {
+#ifdef __AVX__
+    if constexpr (kStores == Stores::past_cache || (kStores != Stores::plain && !kStream.read)) {
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(value));
+        return;
+    }
+#endif
+    *reinterpret_cast<Vector*>(to) = value;
+}
+
 template <int kAhead>
-void step_mix(float* p, const float* g, float* m, float* v, std::int64_t n) {
-#pragma omp parallel for schedule(dynamic)
-    for (std::int64_t block = 0; block < n / kBlock; ++block) {
-        for (std::int64_t i = block * kBlock; i < (block + 1) * kBlock; i += 16) {
-            if constexpr (kAhead > 0) {
-                __builtin_prefetch(p + i + kAhead / 4);
-                __builtin_prefetch(g + i + kAhead / 4);
-                __builtin_prefetch(m + i + kAhead / 4);
-                __builtin_prefetch(v + i + kAhead / 4);
-            }
-            for (std::int64_t k = i; k < i + 16; k += 8) {
-                const Line x = load(g + k);
-                store(m + k, load(m + k) + x);
-                store(v + k, load(v + k) - x);
-                store(p + k, load(p + k) * x);
-            }
+void ask_for(const std::uint8_t* line) {
+    if constexpr (kAhead > 0) __builtin_prefetch(line + kAhead);
+}
+
+// ---- group by group: 64 elements of every stream, read and written on the spot ----
+
+template <Stream kStream, int kAhead, Stores kStores>
+void pass_group(std::uint8_t* p, Vector& sum) {
+    for (int line = 0; line < kStream.bytes; ++line, p += kLine) {
+        ask_for<kAhead>(p);
+        for (std::int64_t half = 0; half < kLine; half += 32) {
+            if constexpr (kStream.read) sum += *reinterpret_cast<const Vector*>(p + half);
+            if constexpr (kStream.written) store<kStream, kStores>(p + half, sum);
         }
     }
 }
 
-// kStreams: places at which a block is read at the same time. 4 bytes an element.
-template <int kStreams>
-float read(const float* p, std::int64_t n) {
-    float sum = 0.0F;
-#pragma omp parallel for schedule(dynamic) reduction(+ : sum)
-    for (std::int64_t block = 0; block < n / kBlock; ++block) {
-        Line lines[kStreams] = {};
-        for (std::int64_t i = 0; i < kBlock / kStreams; i += 8) {
-            for (int s = 0; s < kStreams; ++s) {
-                lines[s] = lines[s] + load(p + block * kBlock + s * (kBlock / kStreams) + i);
-            }
+template <int kAhead, Stores kStores>
+struct ByGroup {
+    template <std::size_t... k>
+    static Vector block(std::uint8_t* const* streams, std::int64_t begin, std::index_sequence<k...>) {
+        Vector sum = {};
+        for (std::int64_t i = begin; i < begin + kBlock; i += kLine) {
+            (pass_group<kStreams[k], kAhead, kStores>(streams[k] + i * kStreams[k].bytes, sum), ...);
         }
-        for (int s = 0; s < kStreams; ++s) sum += lines[s][0] + lines[s][7];
+        return sum;
     }
-    return sum;
+};
+
+// ---- page by page: a stretch of each stream is read after the other, then each one is written ----
+
+template <Stream kStream, int kAhead>
+void read_page(const std::uint8_t* p, std::int64_t elements, Vector& sum) {
+    if constexpr (kStream.read) {
+        for (const std::uint8_t* end = p + elements * kStream.bytes; p < end; p += kLine) {
+            ask_for<kAhead>(p);
+            sum += *reinterpret_cast<const Vector*>(p) + *reinterpret_cast<const Vector*>(p + 32);
+        }
+    }
+}
+
+template <Stream kStream, Stores kStores>
+void write_page(std::uint8_t* p, std::int64_t elements, Vector sum) {
+    if constexpr (kStream.written) {
+        for (std::uint8_t* end = p + elements * kStream.bytes; p < end; p += 32) store<kStream, kStores>(p, sum);
+    }
+}
+
+template <int kElements, int kAhead, Stores kStores>
+struct ByPage {
+    template <std::size_t... k>
+    static Vector block(std::uint8_t* const* streams, std::int64_t begin, std::index_sequence<k...>) {
+        Vector sum = {};
+        for (std::int64_t i = begin; i < begin + kBlock; i += kElements) {
+            (read_page<kStreams[k], kAhead>(streams[k] + i * kStreams[k].bytes, kElements, sum), ...);
+            (write_page<kStreams[k], kStores>(streams[k] + i * kStreams[k].bytes, kElements, sum), ...);
+        }
+        return sum;
+    }
+};
+
+// ---- the threads ----
+
+// Blocks as threads become free: they walk side by side through memory.
+template <class Pattern>
+long long side_by_side(std::uint8_t* const* streams, std::int64_t n) {
+    long long kept = 0;  // so that no read can be left out
+#pragma omp parallel for schedule(dynamic) reduction(+ : kept)
+    for (std::int64_t block = 0; block < n / kBlock; ++block) {
+        const Vector sum = Pattern::block(streams, block * kBlock, AllStreams());
+        kept += sum[0] + sum[1] + sum[2] + sum[3];
+    }
+    return kept;
+}
+
+// Each thread has a stretch of its own, as long as the others'.
+template <class Pattern>
+long long apart(std::uint8_t* const* streams, std::int64_t n) {
+    long long kept = 0;
+#pragma omp parallel for schedule(static) reduction(+ : kept)
+    for (std::int64_t block = 0; block < n / kBlock; ++block) {
+        const Vector sum = Pattern::block(streams, block * kBlock, AllStreams());
+        kept += sum[0] + sum[1] + sum[2] + sum[3];
+    }
+    return kept;
 }
 
 }  // namespace
 
-extern "C" {
-void step_mix_plain(float* p, const float* g, float* m, float* v, std::int64_t n) { step_mix<0>(p, g, m, v, n); }
-void step_mix_512(float* p, const float* g, float* m, float* v, std::int64_t n) { step_mix<512>(p, g, m, v, n); }
-void step_mix_1024(float* p, const float* g, float* m, float* v, std::int64_t n) { step_mix<1024>(p, g, m, v, n); }
-void step_mix_2048(float* p, const float* g, float* m, float* v, std::int64_t n) { step_mix<2048>(p, g, m, v, n); }
-float read_one_stream(const float* p, const float*, const float*, const float*, std::int64_t n) {
-    return read<1>(p, n);
-}
-float read_four_streams(const float* p, const float*, const float*, const float*, std::int64_t n) {
-    return read<4>(p, n);
-}
+// streams: one pointer each, at multiples of 64 bytes. n: elements, a multiple of kBlock.
+#define PATTERN(name, threads, ...) \
+    extern "C" long long name(std::uint8_t* const* streams, std::int64_t n) { return threads<__VA_ARGS__>(streams, n); }
 
-// Two arrays copied onto two others. 16 bytes an element.
-void copy_two(float* p, const float* g, float* m, const float* v, std::int64_t n) {
-#pragma omp parallel for schedule(dynamic)
-    for (std::int64_t block = 0; block < n / kBlock; ++block) {
-        for (std::int64_t i = block * kBlock; i < (block + 1) * kBlock; i += 8) {
-            store(p + i, load(g + i));
-            store(m + i, load(v + i));
-        }
-    }
-}
-}
+PATTERN(group, side_by_side, ByGroup<0, Stores::plain>)
+PATTERN(group_ahead_512, side_by_side, ByGroup<512, Stores::plain>)
+PATTERN(group_ahead_1024, side_by_side, ByGroup<1024, Stores::plain>)
+PATTERN(group_ahead_2048, side_by_side, ByGroup<2048, Stores::plain>)
+PATTERN(group_ahead_1024_apart, apart, ByGroup<1024, Stores::plain>)
+PATTERN(group_ahead_1024_past_cache, side_by_side, ByGroup<1024, Stores::past_cache>)
+PATTERN(group_ahead_1024_new_lines_past_cache, side_by_side, ByGroup<1024, Stores::past_cache_where_only_written>)
+PATTERN(page, side_by_side, ByPage<1024, 0, Stores::plain>)
+PATTERN(page_ahead_1024, side_by_side, ByPage<1024, 1024, Stores::plain>)
+PATTERN(page_ahead_1024_new_lines_past_cache, side_by_side, ByPage<1024, 1024, Stores::past_cache_where_only_written>)

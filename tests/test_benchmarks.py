@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import harness
+from benchmarks import harness, optimizer, peers
 from benchmarks.__main__ import NAMES
 from benchmarks.harness import Rounds, Row, Time
 
@@ -112,3 +115,51 @@ def test_the_table_lands_between_the_markers_of_the_readme(tmp_path: Path) -> No
     for _ in range(2):
         harness.write_readme("| new |", readme)
         assert readme.read_text() == f"top\n{harness.BEGIN}\n| new |\n{harness.END}\nbottom\n"
+
+
+# Read and written, of parameter, gradient and states; 8-bit states have a float32 scale for each 256 codes.
+BYTES = {
+    "AdamW, float32": 28,
+    "AdamW, all bfloat16": 14,
+    "AdamW, bfloat16, float32 master and moments": 28,
+    "AdamW, bfloat16, remainder, float32 moments": 26,
+    "AdamW, bfloat16 stochastic, 8-bit moments": 10 + 2 * 2 * 4 / 256,
+    "AdamW, float32, bfloat16 moments": 20,
+    **{f"{name}, float32": 20 for name in ("SGD", "Lion", "Adagrad", "RMSprop")},
+    **{f"{name}, all bfloat16": 10 for name in ("SGD", "Lion", "Adagrad", "RMSprop")},
+}
+
+
+@pytest.mark.parametrize("case", optimizer.CASES, ids=lambda case: case.name)
+def test_bytes_of_a_step_are_found_by_trying(case: optimizer.Case) -> None:
+    streams = optimizer.streams_of(optimizer.makers(case)[optimizer.OURS], getattr(torch, case.dtype))
+    assert sum(stream.moved for stream in streams.values()) == BYTES[case.name]
+    assert streams["gradient"].read and not streams["gradient"].written
+    assert streams["parameter"].written and streams["parameter"].read is ("master" not in streams)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the ceiling is C++")
+def test_optimizers_are_measured_beside_the_ceiling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", harness.RESULTS)
+    arguments = ["--cases=remainder", "--parameters=200000", "--rounds=1", "--threads=1"]
+    assert optimizer.main([*arguments, f"--csv={tmp_path / 'trial.csv'}"]) == 0
+    found = {row["case"].rpartition(": ")[2]: float(row["value"]) for row in harness.latest("trial")}
+    assert found["step, moved"] == 26 and found["clip + step + zero, moved"] == 28
+    assert found["ceiling of its mix"] > 0 and found["step, times as fast as torch fused"] > 0
+
+
+def test_a_peer_steps_when_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in that prints, as libraries do: that must not be taken for an answer."""
+    (tmp_path / "bitsandbytes.py").write_text(
+        "import torch\nprint('hello')\nclass optim:\n    AdamW8bit = torch.optim.AdamW\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with peers.Process("bitsandbytes", sys.executable, "float32", threads=1, parameters=100_000) as process:
+        for name in ("bitsandbytes", peers.FUSED, "bitsandbytes"):
+            assert process.measure(name).wall > 0
+
+
+def test_small_shapes_keep_gpt2s_number_of_tensors() -> None:
+    sizes = [[math.prod(shape) for shape in peers.gpt2_shapes(parameters)] for parameters in (None, 1_000_000)]
+    assert len(sizes[0]) == len(sizes[1]) == 148
+    assert sum(sizes[0]) == 124_439_808 and 0.9e6 < sum(sizes[1]) < 1.1e6
