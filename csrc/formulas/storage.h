@@ -170,7 +170,8 @@ LIT_FAST_INLINE std::uint8_t encoded_signed(float x, float inverse, std::uint32_
                       static_cast<std::int32_t>(kSignedOffset);
     const std::int32_t low = code < 0 ? 0 : code;
     const std::int32_t high = low > 127 ? 127 : low;
-    return static_cast<std::uint8_t>(static_cast<std::uint32_t>(high) | ((bits >> 24) & 128U));
+    // x's own sign: the NaN that an infinite x makes of the product has the machine's.
+    return static_cast<std::uint8_t>(static_cast<std::uint32_t>(high) | ((bits_of(x) >> 24) & 128U));
 }
 
 }  // namespace lit_fast

@@ -105,7 +105,7 @@ struct Case {
     FormulaId id;
     Options options;
     unsigned form;
-    unsigned positive;  // bit k: state k is a mean of squares
+    unsigned positive;  // bit k: state k is never negative
     bool counts_steps, has_remainder;
     CoefficientBlock (*coefficients)(const Options&);
 
@@ -121,14 +121,14 @@ CoefficientBlock coefficient_block(const Options& options) {
 }
 
 template <class Formula>
-void add(std::vector<Case>& all, FormulaId id, unsigned positive, std::vector<double> values, bool first = false) {
+void add(std::vector<Case>& all, FormulaId id, std::vector<double> values, bool first = false) {
     Case added{};
     added.id = id;
     for (std::size_t i = 0; i < values.size(); ++i) added.options.values[i] = values[i];
     added.options.step = first ? 1.0 : 3.0;
     added.options.first = first;
     added.form = Formula::form(added.options.values);
-    added.positive = positive;
+    added.positive = ~Formula::signed_states;
     added.counts_steps = Formula::counts_steps;
     added.has_remainder = Formula::has_remainder(added.options.values);
     added.coefficients = coefficient_block<Formula>;
@@ -139,28 +139,28 @@ inline const std::vector<Case>& all() {
     static const std::vector<Case> cases = [] {
         std::vector<Case> c;
         // lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, maximize, amsgrad
-        add<AdamW>(c, FormulaId::AdamW, 0b110, {1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0});
-        add<AdamW>(c, FormulaId::AdamW, 0b110, {1e-2, 0.9, 0.999, 1e-8, 0.1, 0, 0, 0});
-        add<AdamW>(c, FormulaId::AdamW, 0b110, {1e-2, 0.4, 0.95, 1e-6, 0.1, 1, 1, 0}, true);
-        add<AdamW>(c, FormulaId::AdamW, 0b110, {1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0, 1});
-        add<AdamW>(c, FormulaId::AdamW, 0b110, {1e-2, 0.4, 0.95, 1e-6, 0.1, 0, 1, 1});
+        add<AdamW>(c, FormulaId::AdamW, {1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0, 0});
+        add<AdamW>(c, FormulaId::AdamW, {1e-2, 0.9, 0.999, 1e-8, 0.1, 0, 0, 0});
+        add<AdamW>(c, FormulaId::AdamW, {1e-2, 0.4, 0.95, 1e-6, 0.1, 1, 1, 0}, true);
+        add<AdamW>(c, FormulaId::AdamW, {1e-2, 0.9, 0.999, 1e-8, 0.1, 1, 0, 1});
+        add<AdamW>(c, FormulaId::AdamW, {1e-2, 0.4, 0.95, 1e-6, 0.1, 0, 1, 1});
         // lr, momentum, dampening, weight_decay, nesterov, maximize, fused
-        add<Sgd>(c, FormulaId::Sgd, 0, {0.1, 0, 0, 0, 0, 0, 0});
-        add<Sgd>(c, FormulaId::Sgd, 0, {0.1, 0, 0, 0.01, 0, 1, 1});
-        add<Sgd>(c, FormulaId::Sgd, 0, {0.1, 0.9, 0.1, 0.01, 0, 1, 1});
-        add<Sgd>(c, FormulaId::Sgd, 0, {0.1, 0.9, 0, 0.01, 1, 0, 0});
-        add<Sgd>(c, FormulaId::Sgd, 0, {0.1, 0.9, 0.1, 0, 0, 0, 1}, true);
+        add<Sgd>(c, FormulaId::Sgd, {0.1, 0, 0, 0, 0, 0, 0});
+        add<Sgd>(c, FormulaId::Sgd, {0.1, 0, 0, 0.01, 0, 1, 1});
+        add<Sgd>(c, FormulaId::Sgd, {0.1, 0.9, 0.1, 0.01, 0, 1, 1});
+        add<Sgd>(c, FormulaId::Sgd, {0.1, 0.9, 0, 0.01, 1, 0, 0});
+        add<Sgd>(c, FormulaId::Sgd, {0.1, 0.9, 0.1, 0, 0, 0, 1}, true);
         // lr, beta1, beta2, weight_decay, maximize
-        add<Lion>(c, FormulaId::Lion, 0, {1e-2, 0.9, 0.99, 0.1, 0});
-        add<Lion>(c, FormulaId::Lion, 0, {1e-2, 0.95, 0.98, 0, 1});
+        add<Lion>(c, FormulaId::Lion, {1e-2, 0.9, 0.99, 0.1, 0});
+        add<Lion>(c, FormulaId::Lion, {1e-2, 0.95, 0.98, 0, 1});
         // lr, lr_decay, eps, weight_decay, maximize
-        add<Adagrad>(c, FormulaId::Adagrad, 0b1, {1e-2, 0, 1e-10, 0, 0});
-        add<Adagrad>(c, FormulaId::Adagrad, 0b1, {1e-2, 0.1, 1e-6, 0.01, 1});
+        add<Adagrad>(c, FormulaId::Adagrad, {1e-2, 0, 1e-10, 0, 0});
+        add<Adagrad>(c, FormulaId::Adagrad, {1e-2, 0.1, 1e-6, 0.01, 1});
         // lr, alpha, eps, weight_decay, momentum, centered, maximize
-        add<RmsProp>(c, FormulaId::RmsProp, 0b001, {1e-2, 0.99, 1e-8, 0, 0, 0, 0});
-        add<RmsProp>(c, FormulaId::RmsProp, 0b001, {1e-2, 0.99, 1e-8, 0.01, 0, 1, 1});
-        add<RmsProp>(c, FormulaId::RmsProp, 0b001, {1e-2, 0.9, 1e-8, 0.01, 0.9, 0, 0});
-        add<RmsProp>(c, FormulaId::RmsProp, 0b001, {1e-2, 0.9, 1e-6, 0, 0.9, 1, 1});
+        add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.99, 1e-8, 0, 0, 0, 0});
+        add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.99, 1e-8, 0.01, 0, 1, 1});
+        add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.9, 1e-8, 0.01, 0.9, 0, 0});
+        add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.9, 1e-6, 0, 0.9, 1, 1});
         return c;
     }();
     return cases;

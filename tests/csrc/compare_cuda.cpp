@@ -52,7 +52,7 @@ void compare_step(int which, const Case& c, Layout layout, const std::vector<std
         task.form = c.form;
         task.coefficients = group;
         for (int k = 0; k < kMaxStates; ++k) {
-            const bool positive = (c.positive >> k & 1U) != 0;
+            const bool positive = uses(c.positive, k);
             states[k].emplace_back(sizes[i], shift, positive ? positive_value : ordinary_value);
         }
         for (const bool on_device : {false, true}) {

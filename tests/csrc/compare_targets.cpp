@@ -21,7 +21,7 @@ struct Arrays {
 
     Arrays(const Case& c, int shift, int count) : param(shift, count, any_value), grad(shift, count, any_value) {
         for (int k = 0; k < kMaxStates; ++k) {
-            const bool positive = (c.positive >> k & 1U) != 0;
+            const bool positive = uses(c.positive, k);
             state.emplace_back(shift, count, positive ? [] { return __builtin_fabsf(any_value()); } : any_value);
         }
     }
