@@ -5,7 +5,7 @@
 namespace lit_fast {
 namespace {
 
-// Takes the pending Python exception away and returns its text.
+// Takes the pending Python exception away and returns its first line; torch's go on with a trace of C++ calls.
 std::string take_exception() {
     PyObject *type = nullptr, *value = nullptr, *trace = nullptr;
     PyErr_Fetch(&type, &value, &trace);
@@ -20,7 +20,7 @@ std::string take_exception() {
     Py_XDECREF(type);
     Py_XDECREF(value);
     Py_XDECREF(trace);
-    return text;
+    return text.substr(0, text.find('\n'));
 }
 
 PyObject* attribute_or_throw(PyObject* object, const char* name) {

@@ -92,7 +92,10 @@ def _store_as(optimizer: Optimizer, options: dict[str, Any]) -> None:
 
 
 def _given(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={options[name]!r}" for name in DEFAULTS if options.get(name) != DEFAULTS[name])
+    """The storage options that are not at their defaults, in words."""
+    return ", ".join(
+        f"{name}={options[name]!r}" for name, usual in DEFAULTS.items() if options.get(name, usual) != usual
+    )
 
 
 class AdoptedOptimizer:
@@ -200,7 +203,9 @@ class AdoptedOptimizer:
             self._core_step = stepper.step
         self.compiled, self._why_not = not why_not, why_not
         if self.compiled and mapping is not None:
-            self.reason = f"{name}: compiled step ({mapping.formula} on {stepper.where})"
+            ways = dict.fromkeys(_given(group) for group in optimizer.param_groups)
+            stored = "".join(f"; {way}" for way in ways if way)
+            self.reason = f"{name}: compiled step ({mapping.formula} on {stepper.where}{stored})"
         else:
             self.reason = f"{name}: its own step, because {why_not}"
 

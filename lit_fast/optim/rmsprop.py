@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import Mapping, State
 from lit_fast.optim.compiled import Compiled
 from lit_fast.optim.storage import fill
@@ -31,10 +32,22 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
         entry["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group["capturable"] else "cpu")
     names = ["square_avg"]
     if group["centered"]:
+        _check_variance(group, param)
         names.append("grad_avg")
     if group["momentum"]:
         names.append("momentum_buffer")
     fill(entry, group, param, names)
+
+
+def _check_variance(group: dict[str, Any], param: Tensor) -> None:
+    """Both averages rounded to 8 bits, one may become less than the square of the other: its root is no number."""
+    asked, rounding = group.get("state_dtype"), group.get("rounding")
+    drawn = asked is None and rounding == "stochastic" and param.dtype == torch.bfloat16
+    if asked == "bfloat16" or drawn:
+        raise MisconfigurationException(
+            f"RMSprop with centered=True, state_dtype={asked!r}, rounding={rounding!r}: the difference of two averages "
+            f"in bfloat16 turns negative (parameter of shape {tuple(param.shape)}). Take state_dtype='float32'."
+        )
 
 
 class RMSprop(Compiled, torch.optim.RMSprop):
@@ -43,7 +56,7 @@ class RMSprop(Compiled, torch.optim.RMSprop):
     Args:
         params: parameters or param groups, of float32, bfloat16 or float16.
         lr, alpha, eps, weight_decay, momentum, centered, maximize: as in torch.
-        state_dtype: as in `lit_fast.optim.AdamW`, without "8bit".
+        state_dtype: as in `lit_fast.optim.AdamW`, without "8bit"; centered, without "bfloat16" too.
         master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
