@@ -3,6 +3,13 @@
 `python -m benchmarks.peers NAME ...` is that process. It holds the library's optimizer and torch's fused one on the
 same shapes, and steps one of them whenever a line on its input names it: so two processes are measured in turn,
 and one idles while the other works.
+
+Seen to run on Linux x86-64, each beside `torch==2.13.0+cpu`, which has to be pinned lest pip takes CUDA's:
+
+- bitsandbytes 0.50.2, `AdamW8bit`: runs as it comes;
+- torchao 0.18.0, `AdamW8bit` with stochastic rounding: needs a C++ compiler, and minutes for torch.compile at first;
+- deepspeed 0.19.8, `DeepSpeedCPUAdam`: needs ninja, setuptools and a C++ compiler, and minutes at first; install it
+  with DS_BUILD_OPS=0 and --no-build-isolation.
 """
 
 from __future__ import annotations
@@ -101,6 +108,7 @@ class Process:
         path = os.pathsep.join([str(harness.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # A library may have an OpenMP runtime of its own, which torch.set_num_threads does not reach.
         around = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+        around["PATH"] = os.pathsep.join([os.path.dirname(python), os.environ.get("PATH", os.defpath)])  # its ninja
         self._process = subprocess.Popen(
             command, cwd=harness.ROOT, env=around, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
