@@ -33,7 +33,7 @@ lf::FormulaId formula_named(const std::string& name) {
 // norm (float), None when none was asked for, or the reason (str) why nothing was done
 py::object result_object(const lf::StepResult& result) {
     if (!result.refusal.empty()) return py::str(result.refusal);
-    if (result.has_norm) return py::float_(static_cast<double>(result.norm));
+    if (result.has_norm) return py::float_(static_cast<double>(static_cast<float>(result.norm)));
     return py::none();
 }
 
@@ -158,6 +158,15 @@ PYBIND11_MODULE(_core, m) {
                  const lf::Clipping clipping{grad_scale, max_norm, clip_value};
                  return python_errors(
                      [&] { return result_object(self.step(param_groups.ptr(), state.ptr(), clipping, nullptr)); });
+             })
+        .def("step_if_finite",
+             [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, double grad_scale,
+                double max_norm, double clip_value) -> py::object {
+                 const lf::Clipping clipping{grad_scale, max_norm, clip_value, true};
+                 const lf::StepResult result =
+                     python_errors([&] { return self.step(param_groups.ptr(), state.ptr(), clipping, nullptr); });
+                 if (!result.refusal.empty()) return py::str(result.refusal);
+                 return py::float_(result.norm);
              })
         .def("step_on_cuda",
              [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, double grad_scale,

@@ -51,10 +51,10 @@ GradientScale cpu_clip(const std::vector<Span>& grads, std::int64_t elements, co
         double sum = 0.0;
         run(elements, [&](int threads) { sum = cpu_sum_of_squares(grads, threads); });
         result.has_norm = true;
-        result.norm = static_cast<float>(std::sqrt(sum) * std::fabs(clipping.grad_scale));
+        result.norm = std::sqrt(sum) * std::fabs(clipping.grad_scale);
     }
     if (clipping.max_norm >= 0.0) {
-        scale.scale *= clip_coefficient(result.norm, static_cast<float>(clipping.max_norm));
+        scale.scale *= clip_coefficient(static_cast<float>(result.norm), static_cast<float>(clipping.max_norm));
     }
     return scale;
 }
@@ -127,9 +127,13 @@ StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping
         undo_new_states(state);
         return result;
     }
-    const bool with_norm = clipping.max_norm >= 0.0;
+    const bool with_norm = clipping.max_norm >= 0.0 || clipping.only_finite;
     if (cuda == nullptr) {
         const GradientScale scale = cpu_clip(grads_, elements_, clipping, with_norm, result);
+        if (clipping.only_finite && !std::isfinite(result.norm)) {
+            undo_new_states(state);
+            return result;
+        }
         for (const StepCounter& counter : counters_) *counter.value = counter.next;
         run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
     } else {

@@ -36,11 +36,12 @@ struct Clipping {
     double grad_scale = 1.0;   // multiplies every gradient first (the inverse loss scale)
     double max_norm = -1.0;    // of the scaled gradients; negative: none
     double clip_value = -1.0;  // negative: none
+    bool only_finite = false;  // CPU: leave everything as it is where a gradient is NaN or infinite
 };
 
 struct StepResult {
     bool has_norm = false;  // on the host; with CUDA the norm is in the context's tensor
-    float norm = 0.0F;      // of the scaled gradients, before clipping
+    double norm = 0.0;      // of the scaled gradients, before clipping; finite exactly when every gradient is
     std::string refusal;    // why nothing was done; empty when the step was taken
 };
 

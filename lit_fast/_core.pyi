@@ -59,6 +59,15 @@ class Stepper:
         clip_value: float,
         /,
     ) -> float | str | None: ...
+    def step_if_finite(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        grad_scale: float,
+        max_norm: float,
+        clip_value: float,
+        /,
+    ) -> float | str: ...
     def step_on_cuda(
         self,
         param_groups: list[dict[str, Any]],

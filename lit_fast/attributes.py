@@ -141,6 +141,12 @@ class Attributes(Runtime):
         return self._progress.global_step
 
     @property
+    def skipped_steps(self) -> int:
+        """Steps that `nonfinite="skip"` has left out in the last fit. `global_step` counts them too."""
+        guard = self.fit_loop.plans.binding.guard if self.fit_loop.plans is not None else None
+        return 0 if guard is None else guard.skipped_steps
+
+    @property
     def current_epoch(self) -> int:
         """Epochs finished."""
         return self._progress.epoch

@@ -31,6 +31,7 @@ from lit_fast.calls import (
     without_index,
 )
 from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
+from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
@@ -39,6 +40,7 @@ from lit_fast.optim.clip import step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
+from lit_fast.optim.nonfinite import Guard, all_finite
 from lit_fast.precision.amp import scaled_step
 from lit_fast.profiler.actions import recorded
 from lit_fast.window import Place, WindowWeights, bind_backward, bind_mean
@@ -103,6 +105,7 @@ class Binding:
         self.trains = not trainer.fit_loop._skip_backward
         self._plugin_step = self.precision.asks_for("optimizer_step")
         self.in_place_clipping = bool(trainer.gradient_clip_val) and self.gradients_are_watched()
+        self.guard = self._bind_guard(before)
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
         self.adopted: list[AdoptedOptimizer] = [self._adopt(each, kept.get(id(each))) for each in trainer.optimizers]
@@ -232,19 +235,39 @@ class Binding:
         by_value = trainer.gradient_clip_algorithm == "value"
         by_torch = trainer.config.device.type == "cpu"  # see _update
         adopted.set_clipping(max_norm=None if by_value or by_torch else limit, clip_value=limit if by_value else None)
+        if self.guard is not None:
+            adopted.set_guard(None if self._clips_by_torch else self.guard)
         return adopted
+
+    def _bind_guard(self, before: Binding | None) -> Guard | None:
+        trainer = self.trainer
+        nonfinite = trainer.config.nonfinite
+        if nonfinite == "propagate":
+            return None
+        if self._plugin_step or any(map(calls_closure_itself, trainer.optimizers)):
+            who = "the precision plugin" if self._plugin_step else "an optimizer that evaluates the loss itself"
+            raise MisconfigurationException(
+                f"Trainer(nonfinite={nonfinite!r}): {who} decides when a step is taken, so no step can be left out. "
+                f"Use nonfinite='propagate', or an optimizer of torch's other than LBFGS."
+            )
+        self._note("update", "Trainer", f"nonfinite={nonfinite!r}: first, whether every gradient is finite")
+        return before.guard if before is not None else Guard(nonfinite, self.module.named_parameters)
+
+    @property
+    def _clips_by_torch(self) -> bool:
+        """On the CPU a norm is clipped with torch's bits; on a GPU nobody waits for the norm."""
+        trainer = self.trainer
+        by_norm = self._clips_in_registers and trainer.gradient_clip_algorithm != "value"
+        return by_norm and trainer.config.device.type == "cpu"
 
     @property
     def _clips_in_registers(self) -> bool:
         return self.automatic and bool(self.trainer.gradient_clip_val) and not self.in_place_clipping
 
     def update_of(self, adopted: AdoptedOptimizer) -> Callable[[], Any]:
-        """The step itself; on the CPU a norm is clipped with torch's bits, on a GPU nobody waits for the norm."""
-        trainer = self.trainer
-        by_norm = self._clips_in_registers and trainer.gradient_clip_algorithm != "value"
         stepper = self._stepper(adopted)
-        if by_norm and trainer.config.device.type == "cpu":
-            return step_clipped_by_norm(stepper, trainer.gradient_clip_val)
+        if self._clips_by_torch:
+            return step_clipped_by_norm(stepper, self.trainer.gradient_clip_val, self.guard)
         return stepper.step
 
     def _stepper(self, adopted: AdoptedOptimizer) -> AdoptedOptimizer | InParameterDtype:
@@ -361,6 +384,8 @@ class Binding:
         if self.in_place_clipping:
             self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
             clip = self.precision.clip_gradients
+            if self.guard is not None:
+                clip = unless_nonfinite(clip)
             in_place = self.trainer._recorded("configure_gradient_clipping", lambda: clip(optimizer, value, algorithm))
             return (self.wrap("optimizer", in_place),)
         self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
@@ -456,3 +481,13 @@ class Binding:
             return result
 
         return recorded(self.trainer._actions, "optimizer_step", counted)
+
+
+def unless_nonfinite(clip: Callable[..., None]) -> Callable[..., None]:
+    """`clip`, which leaves gradients alone where one is NaN or infinite: by value it would hide that from the step."""
+
+    def clip_finite(optimizer: Optimizer, *arguments: Any) -> None:
+        if all_finite(optimizer.param_groups):
+            clip(optimizer, *arguments)
+
+    return clip_finite

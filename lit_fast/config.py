@@ -16,6 +16,7 @@ import torch
 
 from lit_fast.accelerators import Accelerator, resolve_accelerator
 from lit_fast.errors import MisconfigurationException, MisconfigurationTypeError
+from lit_fast.optim.nonfinite import check_nonfinite
 from lit_fast.precision import Precision, precision_plugin, resolve_precision
 from lit_fast.states import GradClipAlgorithmType
 
@@ -64,6 +65,7 @@ class TrainerConfig:
     suggest_integrations: bool
     keep_freed_memory: bool
     grad_dtype: torch.dtype | None  # of 16-bit parameters; None: their own
+    nonfinite: str  # gradients that are NaN or infinite, see optim/nonfinite.py
 
 
 class Option:
@@ -235,7 +237,9 @@ def resolve_config(**given: Any) -> TrainerConfig:
         suggest_integrations=given["suggest_integrations"],
         keep_freed_memory=given["keep_freed_memory"],
         grad_dtype=_resolve_grad_dtype(given["grad_dtype"]),
+        nonfinite=given["nonfinite"],
     )
+    _check_nonfinite(config)
     config = _short_run(config) if config.fast_dev_run else config
     if config.overfit_batches:
         config = replace(config, limit_train_batches=config.overfit_batches, limit_val_batches=config.overfit_batches)
@@ -304,6 +308,15 @@ def _resolve_grad_dtype(given: Any) -> torch.dtype | None:
         return None
     _check_choice("grad_dtype", given, (None, "float32", torch.float32))
     return torch.float32
+
+
+def _check_nonfinite(config: TrainerConfig) -> None:
+    check_nonfinite(config.nonfinite, config.device)
+    if config.nonfinite != "propagate" and getattr(config.precision, "scaler", None) is not None:
+        raise MisconfigurationException(
+            f"Trainer(nonfinite={config.nonfinite!r}, precision={config.precision.precision!r}): the loss scaler of "
+            f"this precision skips such steps already, and finds its scale by them. Leave nonfinite out."
+        )
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -46,6 +46,10 @@ class KernelError(LitFastError, RuntimeError):
     """A compiled kernel refused its input (dtype, device, layout, aliasing); the message names the tensor."""
 
 
+class NonFiniteGradientError(LitFastError, FloatingPointError):
+    """A gradient is NaN or infinite, and `nonfinite="raise"` asks for this error. Nothing was changed."""
+
+
 class TrainingSpikeException(LitFastError, RuntimeError):
     """The loss leapt away from its running mean (see SpikeDetection). Named as in Lightning."""
 

@@ -75,6 +75,8 @@ class Stepper:
         step: `step(param_groups, state, grad_scale, max_norm, clip_value)`. Returns None when the step was
             taken; with a `max_norm` instead the norm of the scaled gradients (a float on the CPU, a tensor on
             CUDA); or a str, the reason why nothing was done. A negative `max_norm` or `clip_value` is none.
+        step_if_finite: the same on the CPU, which does nothing where a gradient is NaN or infinite. Returns the norm
+            with or without a `max_norm`: a float, finite exactly when every gradient is.
 
     Example:
         >>> from lit_fast.optim.sgd import MAPPING
@@ -94,6 +96,7 @@ class Stepper:
         self.where = _core.build_info()["cpu_target"] if kernels == "CPU" else str(device)
         self._why_not = "" if kernels else why
         self.step: Callable[[ParamGroups, State, float, float, float], Tensor | float | str | None] = self._core.step
+        self.step_if_finite = self._core.step_if_finite
         if kernels == "CUDA":
             self.step = self._step_on_cuda
         elif kernels == "Triton":

@@ -64,6 +64,8 @@ class Trainer(Attributes):
             more than every kernel here. It holds for the process and stays on after the fit.
         grad_dtype: "float32" keeps and accumulates the gradients of bfloat16 and float16 parameters in float32, for the
             length of a fit (torch's `Tensor.grad_dtype`); None keeps them in the parameters' dtype.
+        nonfinite: a step with a gradient that is NaN or infinite is taken ("propagate", as torch does), left out and
+            counted in `trainer.skipped_steps` ("skip"), or an error that names the parameter ("raise").
 
     Raises:
         MisconfigurationException: an option is unknown, out of range, contradicts another, or is not built yet.
@@ -123,6 +125,7 @@ class Trainer(Attributes):
         suggest_integrations: bool = True,
         keep_freed_memory: bool = True,
         grad_dtype: Any = None,
+        nonfinite: str = "propagate",
         **unknown: NoReturn,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__", "unknown")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import warnings
 from collections.abc import Callable
 from types import CodeType, FunctionType
@@ -15,13 +16,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as torch_lr_scheduler
 from torch.optim import optimizer as torch_optimizer
 
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
+from lit_fast.optim.nonfinite import Guard, all_finite, check_nonfinite
 from lit_fast.optim.storage import DEFAULTS, asks_for_storage, convert, keep_dtypes_on_load, set_options
 
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
@@ -37,6 +39,7 @@ def adopt(
     max_norm: float | None = None,
     clip_value: float | None = None,
     *,
+    nonfinite: str = "propagate",
     state_dtype: str | torch.dtype | None = None,
     master: str | None = None,
     rounding: str = "nearest",
@@ -48,13 +51,16 @@ def adopt(
         optimizer: any `torch.optim.Optimizer`. One without a kernel is stepped by its own `step`: see `reason`.
         max_norm: within the step, clip the L2 norm of all gradients to this, as `clip_grad_norm_` does.
         clip_value: within the step, clip gradients to [-clip_value, clip_value], as `clip_grad_value_` does.
+        nonfinite: what a step does where a gradient is NaN or infinite: "propagate" takes it, as torch does; "skip"
+            changes nothing and counts it in `skipped_steps`; "raise" changes nothing and raises. The last two are for
+            the CPU, and read the gradients once more unless they are clipped by norm.
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`, for every param group; what state there is
             already is converted. Left at their defaults, the param groups stay as they are. With them, call `step` of
             what is returned, never `optimizer.step`.
 
     Raises:
-        MisconfigurationException: not an optimizer, both clippings at once, a limit that is not positive, or a storage
-            option that is not allowed.
+        MisconfigurationException: not an optimizer, both clippings at once, a limit that is not positive, a `nonfinite` or
+            storage option that there is not.
         KernelError: storage options for an optimizer or parameters that the core cannot step.
 
     Example:
@@ -73,7 +79,7 @@ def adopt(
     options = {"state_dtype": state_dtype, "master": master, "rounding": rounding, "seed": seed}
     if options != DEFAULTS:
         _store_as(optimizer, options)
-    adopted = AdoptedOptimizer(optimizer, max_norm, clip_value)
+    adopted = AdoptedOptimizer(optimizer, max_norm, clip_value, nonfinite)
     if options != DEFAULTS:
         adopted.must_be_compiled()
     return adopted
@@ -105,11 +111,27 @@ class AdoptedOptimizer:
         optimizer: the user's `torch.optim` object, the only owner of options and state.
         compiled: whether the core takes the steps. It turns False when a step meets what no kernel can do.
         reason: one sentence: which kernel, or why none.
+        guard: what keeps steps with a NaN or an infinite gradient from being taken; None with nonfinite="propagate".
     """
 
-    def __init__(self, optimizer: Optimizer, max_norm: float | None, clip_value: float | None) -> None:
+    def __init__(
+        self, optimizer: Optimizer, max_norm: float | None, clip_value: float | None, nonfinite: str = "propagate"
+    ) -> None:
         self.optimizer = optimizer
         self.set_clipping(max_norm, clip_value)
+        check_nonfinite(nonfinite, self._device())
+        self.set_guard(None if nonfinite == "propagate" else Guard(nonfinite))
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that nonfinite="skip" has left out."""
+        return 0 if self.guard is None else self.guard.skipped_steps
+
+    def set_guard(self, guard: Guard | None) -> None:
+        """Have `guard` asked before every step from now on; None: none is left out. Raises as `adopt` does."""
+        if guard is not None:
+            check_nonfinite(guard.nonfinite, self._device())
+        self.guard = guard
         self._bind()
 
     def set_clipping(self, max_norm: float | None = None, clip_value: float | None = None) -> None:
@@ -197,10 +219,12 @@ class AdoptedOptimizer:
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
         if mapping is not None:
-            first = next((p for group in optimizer.param_groups for p in group["params"]), None)
-            stepper = ops.Stepper(mapping, torch.device("cpu") if first is None else first.device)
+            stepper = ops.Stepper(mapping, self._device())
             why_not = stepper.refusal(optimizer.param_groups)
             self._core_step = stepper.step
+            if self.guard is not None:
+                check_nonfinite(self.guard.nonfinite, stepper.device)
+                self._core_step = _guarded(stepper, self.guard)
         self.compiled, self._why_not = not why_not, why_not
         if self.compiled and mapping is not None:
             ways = dict.fromkeys(_given(group) for group in optimizer.param_groups)
@@ -208,6 +232,14 @@ class AdoptedOptimizer:
             self.reason = f"{name}: compiled step ({mapping.formula} on {stepper.where}{stored})"
         else:
             self.reason = f"{name}: its own step, because {why_not}"
+
+    def _device(self) -> torch.device:
+        first = next((p for group in self.optimizer.param_groups for p in group["params"]), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _norm_of_torch(self, grad_scale: float) -> Tensor:
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return get_total_norm(gradients) * abs(grad_scale)
 
     def _limits(self, clip: bool) -> tuple[float, float]:
         return (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
@@ -227,7 +259,7 @@ class AdoptedOptimizer:
         norm = self._try_core(grad_scale, *self._limits(clip))
         if isinstance(norm, str):
             self._give_up(norm)
-            return self._own_step(grad_scale, clip)
+            return self._step_in_full(grad_scale, clip)
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         return norm
 
@@ -242,6 +274,9 @@ class AdoptedOptimizer:
         optimizer = self.optimizer
         if optimizer.__dict__.get("step") is not self._instance_step or type(optimizer).step is not self._class_step:
             self._bind()
+        if self.guard is not None and not all_finite(optimizer.param_groups):  # before a clipping can hide it
+            self.guard.refuse(optimizer.param_groups)
+            return self._norm_of_torch(grad_scale) if clip and self._max_norm >= 0.0 else None
         if not self.compiled:
             return self._own_step(grad_scale, clip)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(optimizer).__name__}.step"):
@@ -309,6 +344,22 @@ class AdoptedOptimizer:
         if clip_value >= 0.0:
             clip_grad_value_(params, clip_value)
         return clip_grad_norm_(params, max_norm) if max_norm >= 0.0 else None
+
+
+def _guarded(stepper: ops.Stepper, guard: Guard) -> Callable[..., Tensor | str | None]:
+    """The core's step, that is not taken where a gradient is NaN or infinite."""
+
+    def step(
+        param_groups: ops.ParamGroups, state: ops.State, grad_scale: float, max_norm: float, clip_value: float
+    ) -> Tensor | str | None:
+        norm = stepper.step_if_finite(param_groups, state, grad_scale, max_norm, clip_value)
+        if isinstance(norm, str):
+            return norm
+        if not math.isfinite(norm):
+            guard.refuse(param_groups)
+        return None if max_norm < 0.0 else torch.tensor(norm, dtype=torch.float32)
+
+    return step
 
 
 def _refuse(*_: Any) -> str:

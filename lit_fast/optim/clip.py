@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,18 +12,24 @@ from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim.adopt import AdoptedOptimizer
 from lit_fast.optim.grad_dtype import InParameterDtype
+from lit_fast.optim.nonfinite import Guard, all_finite
 
 # Torch sums squares in float32, in another order than the core. Its norm of a gradient cannot be further from the
 # core's than this: below it the coefficient is 1 in both, and nothing needs torch's own.
 SURELY_BELOW = 0.99
 
 
-def step_clipped_by_norm(adopted: AdoptedOptimizer | InParameterDtype, max_norm: float) -> Callable[..., None]:
+def step_clipped_by_norm(
+    adopted: AdoptedOptimizer | InParameterDtype, max_norm: float, guard: Guard | None = None
+) -> Callable[..., None]:
     """`step(grad_scale=1.0)`: one on gradients times `grad_scale`, clipped to `max_norm`, that stay in memory as they
     are.
 
     Most steps of a training are not clipped: the core's norm, one read, says so. Where it is, torch's own norm makes
     the coefficient, so that the weights are those of a loop written with `clip_grad_norm_`, to the last bit.
+
+    Args:
+        guard: asked where a gradient is NaN or infinite, which the norm tells; `adopted` needs none then.
     """
     optimizer = adopted.optimizer
 
@@ -31,6 +38,9 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer | InParameterDtype, max_norm:
             norm = ops.gradient_norm(optimizer.param_groups, grad_scale).item()
         except KernelError:  # a dtype or layout without a kernel
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            if guard is not None and not all_finite(optimizer.param_groups):
+                guard.refuse(optimizer.param_groups)
+                return
             if grad_scale != 1.0:
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], grad_scale)
             clip_grad_norm_(parameters, max_norm)
@@ -38,6 +48,10 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer | InParameterDtype, max_norm:
             return
         if norm < SURELY_BELOW * max_norm:
             adopted.step(grad_scale=grad_scale, clip=False)
+            return
+        # A norm that is not finite may be one that float32 cannot hold.
+        if guard is not None and not math.isfinite(norm) and not all_finite(optimizer.param_groups):
+            guard.refuse(optimizer.param_groups)
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # Both sides of the quotient divided by grad_scale, in double precision: the same bits where it is 1.
