@@ -383,10 +383,12 @@ class Binding:
             return ()
         if self.in_place_clipping:
             self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
-            clip = self.precision.clip_gradients
+            rewrite: Callable[..., None] = self.precision.clip_gradients
             if self.guard is not None:
-                clip = unless_nonfinite(clip)
-            in_place = self.trainer._recorded("configure_gradient_clipping", lambda: clip(optimizer, value, algorithm))
+                rewrite = unless_nonfinite(rewrite)
+            in_place = self.trainer._recorded(
+                "configure_gradient_clipping", lambda: rewrite(optimizer, value, algorithm)
+            )
             return (self.wrap("optimizer", in_place),)
         self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
         return ()

@@ -196,8 +196,13 @@ def clip_gradients_(
     grad_scale: float = 1.0,
     max_norm: float = NO_CLIPPING,
     clip_value: float = NO_CLIPPING,
+    norm_type: float = 2.0,
 ) -> Tensor | None:
     """Rewrite all gradients in place: times `grad_scale`, then clipped as torch's `clip_grad_norm_`/`_value_`.
+
+    Args:
+        norm_type: which norm, a positive number or infinity, under the name that torch gives it. 2 is read by the core;
+            others by torch, summed in float64.
 
     Returns:
         The norm after scaling and before clipping (0-dim float32, on the gradients' device), or None without
@@ -205,8 +210,57 @@ def clip_gradients_(
 
     Raises:
         KernelError: a gradient's device, dtype or layout has no kernel; no gradient was changed.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, -4.0])
+        >>> clip_gradients_([{"params": [weight]}], max_norm=1.0, norm_type=float("inf"))
+        tensor(4.)
+        >>> weight.grad
+        tensor([ 0.7500, -1.0000])
     """
+    if max_norm >= 0.0 and norm_type != 2.0:
+        norm = gradient_p_norm(param_groups, norm_type, grad_scale)
+        scale_gradients_(param_groups, clip_coefficient(norm, max_norm) * grad_scale)
+        return norm
     return _norm_and_rewrite("clip_gradients_", param_groups, grad_scale, max_norm, clip_value, True)
+
+
+def gradient_p_norm(param_groups: ParamGroups, norm_type: float, grad_scale: float = 1.0) -> Tensor:
+    """`(sum |g * grad_scale|^p)^(1/p)` over all gradients, p being `norm_type`; their largest magnitude for infinity.
+
+    Returns:
+        0-dim float32 tensor on the gradients' device; powers are summed in float64.
+
+    Raises:
+        KernelError: a gradient is not a dense tensor.
+    """
+    if norm_type == 2.0:
+        return gradient_norm(param_groups, grad_scale)
+    gradients = _gradients(param_groups)
+    if any(gradient.layout != torch.strided for gradient in gradients):
+        raise KernelError("gradient_p_norm: a gradient is sparse. Make it dense, or clip by value.")
+    gradients = [gradient for gradient in gradients if gradient.numel()]
+    if not gradients:
+        return torch.zeros(())
+    norms = torch.stack([n.double() for n in torch._foreach_norm(gradients, norm_type, torch.float64)])
+    norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    return norm.mul(abs(grad_scale)).float()
+
+
+def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients of that norm are multiplied by, as in `torch.nn.utils.clip_grad_norm_`."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def scale_gradients_(param_groups: ParamGroups, factor: Tensor) -> None:
+    """Multiply all gradients by a 0-dim tensor, which lies on their device or on the CPU."""
+    if gradients := _gradients(param_groups):
+        torch._foreach_mul_(gradients, factor)
+
+
+def _gradients(param_groups: ParamGroups) -> list[Tensor]:
+    return [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
 
 
 def _norm_and_rewrite(

@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable
 from types import CodeType, FunctionType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from lit_fast.optim.storage import DEFAULTS, asks_for_storage, convert, keep_dty
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
 _profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _POST_HOOKS = torch_optimizer._global_optimizer_post_hooks
+CoreStep: TypeAlias = Callable[..., Tensor | float | str | None]
 _NO_CLIPPING = (ops.NO_CLIPPING, ops.NO_CLIPPING)
 # Files whose wrappers around `step` (hooks, grad mode, scheduler bookkeeping) `AdoptedOptimizer.step` replaces.
 _KNOWN_WRAPPERS = (torch_optimizer.__file__, torch_lr_scheduler.__file__)
@@ -39,6 +40,8 @@ def adopt(
     max_norm: float | None = None,
     clip_value: float | None = None,
     *,
+    norm_type: float = 2.0,
+    per_group: bool = False,
     nonfinite: str = "propagate",
     state_dtype: str | torch.dtype | None = None,
     master: str | None = None,
@@ -49,8 +52,11 @@ def adopt(
 
     Args:
         optimizer: any `torch.optim.Optimizer`. One without a kernel is stepped by its own `step`: see `reason`.
-        max_norm: within the step, clip the L2 norm of all gradients to this, as `clip_grad_norm_` does.
+        max_norm: within the step, clip the norm of all gradients to this, as `clip_grad_norm_` does.
         clip_value: within the step, clip gradients to [-clip_value, clip_value], as `clip_grad_value_` does.
+        norm_type: which norm `max_norm` limits, named as in `clip_grad_norm_`: a positive number, or infinity. Others
+            than 2 are computed by torch, in float64; on a GPU the gradients are then clipped in memory.
+        per_group: clip each param group by its own norm, to `max_norm` each; in memory, where it is exceeded.
         nonfinite: what a step does where a gradient is NaN or infinite: "propagate" takes it, as torch does; "skip"
             changes nothing and counts it in `skipped_steps`; "raise" changes nothing and raises. The last two are for
             the CPU, and read the gradients once more unless they are clipped by norm.
@@ -59,8 +65,8 @@ def adopt(
             what is returned, never `optimizer.step`.
 
     Raises:
-        MisconfigurationException: not an optimizer, both clippings at once, a limit that is not positive, a `nonfinite` or
-            storage option that there is not.
+        MisconfigurationException: not an optimizer, both clippings at once, a limit or `norm_type` that is not
+            positive, `per_group` without `max_norm`, a `nonfinite` or storage option that there is not.
         KernelError: storage options for an optimizer or parameters that the core cannot step.
 
     Example:
@@ -79,7 +85,7 @@ def adopt(
     options = {"state_dtype": state_dtype, "master": master, "rounding": rounding, "seed": seed}
     if options != DEFAULTS:
         _store_as(optimizer, options)
-    adopted = AdoptedOptimizer(optimizer, max_norm, clip_value, nonfinite)
+    adopted = AdoptedOptimizer(optimizer, max_norm, clip_value, norm_type, per_group, nonfinite)
     if options != DEFAULTS:
         adopted.must_be_compiled()
     return adopted
@@ -115,10 +121,18 @@ class AdoptedOptimizer:
     """
 
     def __init__(
-        self, optimizer: Optimizer, max_norm: float | None, clip_value: float | None, nonfinite: str = "propagate"
+        self,
+        optimizer: Optimizer,
+        max_norm: float | None,
+        clip_value: float | None,
+        norm_type: float = 2.0,
+        per_group: bool = False,
+        nonfinite: str = "propagate",
     ) -> None:
         self.optimizer = optimizer
-        self.set_clipping(max_norm, clip_value)
+        self.guard: Guard | None = None
+        self._bound_clipping: tuple[float, bool] | None = None
+        self.set_clipping(max_norm, clip_value, norm_type, per_group)
         check_nonfinite(nonfinite, self._device())
         self.set_guard(None if nonfinite == "propagate" else Guard(nonfinite))
 
@@ -134,8 +148,14 @@ class AdoptedOptimizer:
         self.guard = guard
         self._bind()
 
-    def set_clipping(self, max_norm: float | None = None, clip_value: float | None = None) -> None:
-        """Replace both clipping limits; None switches one off. Raises as `adopt` does."""
+    def set_clipping(
+        self,
+        max_norm: float | None = None,
+        clip_value: float | None = None,
+        norm_type: float = 2.0,
+        per_group: bool = False,
+    ) -> None:
+        """Replace everything about clipping; a limit of None switches one off. Raises as `adopt` does."""
         for name, limit in (("max_norm", max_norm), ("clip_value", clip_value)):
             if limit is not None and not limit > 0.0:
                 raise MisconfigurationException(
@@ -146,6 +166,13 @@ class AdoptedOptimizer:
                 f"max_norm={max_norm}, clip_value={clip_value}: gradients are clipped by norm or by value. "
                 "Leave one of them None."
             )
+        if not norm_type > 0.0:
+            raise MisconfigurationException(f"norm_type={norm_type}: it must be a positive number, or infinity.")
+        if per_group and max_norm is None:
+            raise MisconfigurationException("per_group=True clips each group to max_norm, which is None: give it.")
+        self._norm_type, self._per_group = float(norm_type), per_group
+        if self._bound_clipping not in (None, (self._norm_type, per_group)):
+            self._bind()
         self._max_norm = ops.NO_CLIPPING if max_norm is None else float(max_norm)
         self._clip_value = ops.NO_CLIPPING if clip_value is None else float(clip_value)
 
@@ -158,7 +185,7 @@ class AdoptedOptimizer:
 
         Returns:
             With `max_norm`: the norm of the scaled gradients before clipping, a 0-dim float32 tensor on their
-            device. Otherwise None.
+            device; with `per_group` a tensor of one for each group. Otherwise None.
         """
         optimizer = self.optimizer
         if (
@@ -216,6 +243,7 @@ class AdoptedOptimizer:
         self._class_step = type(optimizer).step
         self._own_zero_grad = _function(optimizer.zero_grad) is not Optimizer.zero_grad
         self._core_step: Callable[..., Tensor | float | str | None] = _refuse
+        self._bound_clipping = self._norm_type, self._per_group
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
         if mapping is not None:
@@ -225,6 +253,8 @@ class AdoptedOptimizer:
             if self.guard is not None:
                 check_nonfinite(self.guard.nonfinite, stepper.device)
                 self._core_step = _guarded(stepper, self.guard)
+            if self._per_group or self._norm_type != 2.0:
+                self._core_step = _clipped_outside(self._core_step, self._norm_type, self._per_group)
         self.compiled, self._why_not = not why_not, why_not
         if self.compiled and mapping is not None:
             ways = dict.fromkeys(_given(group) for group in optimizer.param_groups)
@@ -238,8 +268,9 @@ class AdoptedOptimizer:
         return torch.device("cpu") if first is None else first.device
 
     def _norm_of_torch(self, grad_scale: float) -> Tensor:
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        return get_total_norm(gradients) * abs(grad_scale)
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.numel()]
+        gradients = [p.grad for p in params if p.grad is not None]
+        return get_total_norm(gradients, self._norm_type) * abs(grad_scale)
 
     def _limits(self, clip: bool) -> tuple[float, float]:
         return (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
@@ -331,19 +362,27 @@ class AdoptedOptimizer:
     def _rewrite_gradients(self, grad_scale: float, max_norm: float, clip_value: float) -> Tensor | None:
         if grad_scale == 1.0 and max_norm < 0.0 and clip_value < 0.0:
             return None
+        if self._per_group and max_norm >= 0.0:
+            groups = self.optimizer.param_groups
+            return torch.stack([self._rewrite([g], grad_scale, max_norm, clip_value) for g in groups])  # type: ignore[misc]
+        return self._rewrite(self.optimizer.param_groups, grad_scale, max_norm, clip_value)
+
+    def _rewrite(
+        self, param_groups: ops.ParamGroups, grad_scale: float, max_norm: float, clip_value: float
+    ) -> Tensor | None:
         if self.compiled:
             try:
-                return ops.clip_gradients_(self.optimizer.param_groups, grad_scale, max_norm, clip_value)
+                return ops.clip_gradients_(param_groups, grad_scale, max_norm, clip_value, self._norm_type)
             except KernelError as error:  # nothing was changed
                 self._give_up(str(error))
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        params = [p for group in param_groups for p in group["params"] if p.numel()]  # torch: no inf norm of nothing
         if grad_scale != 1.0:
             for p in params:
                 if p.grad is not None:
                     p.grad.mul_(grad_scale)
         if clip_value >= 0.0:
             clip_grad_value_(params, clip_value)
-        return clip_grad_norm_(params, max_norm) if max_norm >= 0.0 else None
+        return clip_grad_norm_(params, max_norm, self._norm_type) if max_norm >= 0.0 else None
 
 
 def _guarded(stepper: ops.Stepper, guard: Guard) -> Callable[..., Tensor | str | None]:
@@ -358,6 +397,34 @@ def _guarded(stepper: ops.Stepper, guard: Guard) -> Callable[..., Tensor | str |
         if not math.isfinite(norm):
             guard.refuse(param_groups)
         return None if max_norm < 0.0 else torch.tensor(norm, dtype=torch.float32)
+
+    return step
+
+
+def _clipped_outside(core_step: CoreStep, norm_type: float, per_group: bool) -> CoreStep:
+    """The core's step, clipped by a norm that is not its own: in registers where the host may know one coefficient."""
+
+    def step(
+        param_groups: ops.ParamGroups, state: ops.State, grad_scale: float, max_norm: float, clip_value: float
+    ) -> Tensor | float | str | None:
+        if max_norm < 0.0:
+            return core_step(param_groups, state, grad_scale, max_norm, clip_value)
+        parts = [[group] for group in param_groups] if per_group else [param_groups]
+        try:
+            norms = [ops.gradient_p_norm(part, norm_type, grad_scale) for part in parts]
+        except KernelError as error:
+            return str(error)
+        scale = grad_scale
+        for part, norm in zip(parts, norms, strict=True):
+            coefficient = ops.clip_coefficient(norm, max_norm)
+            if norm.is_cpu and not per_group:
+                scale = grad_scale * coefficient.item()
+            elif not norm.is_cpu or coefficient.item() != 1.0:
+                ops.scale_gradients_(part, coefficient)
+        refusal = core_step(param_groups, state, scale, *_NO_CLIPPING)
+        if refusal is not None:
+            return refusal
+        return torch.stack(norms) if per_group else norms[0]
 
     return step
 
