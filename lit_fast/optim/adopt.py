@@ -96,7 +96,6 @@ def _store_as(optimizer: Optimizer, options: dict[str, Any]) -> None:
     if mapping is None:
         raise KernelError(f"adopt with storage options ({_given(options)}): {why_not}, and torch's step knows none.")
     set_options(optimizer, mapping.state_keys, options, override=True)
-    keep_dtypes_on_load(optimizer)
     for group in optimizer.param_groups:
         for param in group["params"]:
             if optimizer.state.get(param):
@@ -130,6 +129,8 @@ class AdoptedOptimizer:
         nonfinite: str = "propagate",
     ) -> None:
         self.optimizer = optimizer
+        if any(map(asks_for_storage, optimizer.param_groups)):
+            keep_dtypes_on_load(optimizer)  # a copy of an optimizer has lost it
         self.guard: Guard | None = None
         self._bound_clipping: tuple[float, bool] | None = None
         self.set_clipping(max_norm, clip_value, norm_type, per_group)

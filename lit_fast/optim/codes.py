@@ -33,14 +33,15 @@ def encode(values: Tensor, signed: bool, chance: Tensor | int = NEAREST) -> tupl
         >>> decode(codes, scale, signed=True)
         tensor([ 1.8750, -1.0000,  0.0000])
     """
-    blocks = _blocks(in_memory_order(values).float())
+    row = in_memory_order(values).float()
+    blocks = _blocks(row)
     largest = blocks.abs().view(torch.int32).amax(1) if len(blocks) else torch.empty(0, dtype=torch.int32)
     magnitude, empty = largest.view(torch.float32), largest < _SMALLEST
     scale = torch.where(empty, 0.0, magnitude / _LARGEST_CODE)
     scaled = (blocks * torch.where(empty, 0.0, _LARGEST_CODE / magnitude)[:, None]).view(-1)[: values.numel()]
     bits = scaled.view(torch.int32).long() & 0xFFFFFFFF
     steps = (((bits & 0x7FFFFFFF) + (chance << 4)) >> 20) - _OFFSET[signed]
-    signs = (bits >> 24) & 128
+    signs = (row.view(torch.int32).long() >> 24) & 128  # of an infinite value too, which scaled is none
     positive = torch.where(scaled > 0.0, steps.clamp(1, 255), 0)  # what is not zero stays so: its root divides
     flat = steps.clamp(0, 127) | signs if signed else positive
     codes = torch.empty_like(values, dtype=torch.uint8)

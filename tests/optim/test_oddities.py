@@ -288,7 +288,7 @@ def test_the_trainer_adopts_names_saves_and_resumes_them(kind, storage, tmp_path
 # ---- any combination ----
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_combination_steps_or_says_why_not(data):
     kind = data.draw(st.sampled_from(KINDS))
@@ -324,7 +324,8 @@ def test_any_combination_steps_or_says_why_not(data):
     state = copy.deepcopy(optimizer.state_dict())  # torch takes the very tensors that it is given
     again = kind([{"params": [Parameter(p.detach().clone()) for p in g["params"]]} for g in groups], lr=0.5)
     again.load_state_dict(state)
-    if all(p.dtype != torch.float64 for p in params):
+    refused = [g for g in groups if g["master"] == "remainder" and any(p.dtype == torch.float16 for p in g["params"])]
+    if all(p.dtype != torch.float64 for p in params) and not refused:
         assert not params or stepped_alike(optimizer, again)
 
 

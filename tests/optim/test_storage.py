@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
 import torch
 from optimizer_cases import parameters, set_gradients
+from storage_cases import random_bits, state_chance
 from torch.nn import Parameter
 
 from lit_fast.errors import KernelError, MisconfigurationException
@@ -152,6 +154,26 @@ def test_the_state_says_by_its_keys_how_it_is_kept(options, expected, adopted):
             assert entry["exp_avg_scale"].numel() == -(-param.numel() // 256)
 
 
+def test_an_adopted_torch_optimizer_keeps_its_storage_in_copies_checkpoints_and_late_groups():
+    params = weights()
+    adopted = adopt(torch.optim.AdamW(params[:1]), state_dtype="8bit", master="remainder")
+    adopted.optimizer.add_param_group({"params": params[1:]})
+    adopted.step()
+    adopt(adopted.optimizer).step()  # no options: those of the groups stay
+    other = adopt(copy.deepcopy(adopted.optimizer))
+    other.optimizer.load_state_dict(copy.deepcopy(adopted.optimizer.state_dict()))
+    copied = [p for group in other.optimizer.param_groups for p in group["params"]]
+    for each in (params, copied):
+        set_gradients(each, seed=8)
+    adopted.step()
+    other.step()
+    for ours, theirs in zip(params, copied, strict=True):
+        first, second = adopted.optimizer.state[ours], other.optimizer.state[theirs]
+        assert torch.equal(ours, theirs) and first.keys() == second.keys() and first["step"] == 3.0
+        assert torch.equal(first["remainder"], second["remainder"]) and second["remainder"].dtype == torch.int16
+        assert torch.equal(first["exp_avg_codes"], second["exp_avg_codes"])
+
+
 # ---- another form ----
 
 
@@ -225,6 +247,45 @@ def test_decoding_all_codes_and_encoding_them_gives_them_back(signed):
     again, scale = encode(values, signed)
     assert scale.item() == 0.5
     assert torch.equal(decode(again, scale, signed), values)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_core_makes_the_same_codes_of_every_kind_of_number(signed):
+    """The first momentum of SGD is the gradient, the first sum of squares (1 - beta2) times its square."""
+    tiny = [0.0, -0.0, 1e-45, -1e-45, 1e-38, -1e-37]
+    blocks = [
+        [1.0, -1.0, *tiny, 1e-6, -1e-5, 3e-5, 0.5 + 2.0**-20],
+        [math.inf, -math.inf, 1.0, -1.0, *tiny],
+        [math.nan, -1.0, math.inf, *tiny],
+        [3.4e38, -3.4e38, -1e33, 1e34, *tiny],
+        tiny,  # below 2^-120 all of a block is zero
+        [1e-36, *tiny],
+    ]
+    grad = torch.cat([torch.tensor(block + [0.25 * block[0]] * (256 - len(block))) for block in blocks])
+    kind, name = (SGD, "momentum_buffer") if signed else (AdamW, "exp_avg_sq")
+    more = {"momentum": 0.9} if signed else {"betas": (0.9, 0.5)}
+    entries = []
+    for state_dtype in ("8bit", "float32"):
+        param = Parameter(torch.zeros(len(grad)))
+        param.grad = grad.clone()
+        optimizer = kind([param], lr=0.0, state_dtype=state_dtype, seed=6, **more)
+        optimizer.step()
+        entries.append(optimizer.state[param])
+    chance = state_chance(random_bits(6, 1, torch.arange(len(grad))), 0 if signed else 1)
+    codes, scale = encode(entries[1][name], signed, chance)
+    assert torch.equal(entries[0][f"{name}_codes"], codes)
+    assert torch.equal(entries[0][f"{name}_scale"].nan_to_num(-1.0), scale.nan_to_num(-1.0))
+
+
+def test_moments_of_another_shape_are_refused_by_number():
+    first, second = weights()
+    optimizer = AdamW([first, second], master="remainder")
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["exp_avg"] = torch.zeros(7)
+    optimizer.load_state_dict(saved)
+    with pytest.raises(KernelError, match=r"exp_avg differs from its parameter in .*shape.*parameter 1 of the"):
+        optimizer.step()
 
 
 def test_splitting_and_rebuilding_gives_every_kind_of_float32_back():
