@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -90,15 +91,20 @@ struct CudaStream {
 
 struct CudaClip {
     GradientScale scale;
-    float max_norm = -1.0F;       // negative: no clipping by norm
-    const float* norm = nullptr;  // on the device
+    float max_norm = -1.0F;    // negative: no clipping by norm
+    float* norm = nullptr;     // on the device; nullptr: no norm is asked for
+    double norm_scale = 1.0;   // the norm is that of the gradients times this
 };
 
-std::int64_t cuda_norm_chunks(const std::vector<Span>& grads);
-// partial: [cuda_norm_chunks(grads)] on the device; norm: one number on the device, sqrt(sum) * scale.
-void cuda_norm(const std::vector<Span>& grads, double scale, double* partial, float* norm, const CudaStream& on);
+// Memory on the device of that many 8-byte words, aligned to 16 bytes, which lives until the stream is done.
+using CudaWorkspace = std::function<void*(std::int64_t words)>;
+
+// *clip.norm <- norm of grads, in two launches.
+void cuda_norm(const std::vector<Span>& grads, const CudaClip& clip, const CudaWorkspace& workspace,
+               const CudaStream& on);
 void cuda_scale(const std::vector<Span>& grads, const CudaClip& clip, const CudaStream& on);
-void cuda_count_steps(const std::vector<float*>& counters, const CudaStream& on);
-void cuda_step(const StepBatch& batch, const CudaClip& clip, const CudaStream& on);
+// The norm of grads first, where clip asks for it; then every task, whose counters on the device are counted up.
+void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const CudaClip& clip,
+               const CudaWorkspace& workspace, const CudaStream& on);
 
 }  // namespace lit_fast

@@ -343,10 +343,6 @@ bool Stepper::collect_parameter(const Group& group, PyObject* param, PyObject* s
         return false;
     }
     task.layout = layout_of(task.storage);
-    if (cuda_ != nullptr && task.layout == Layout::staged) {
-        refusal = "there is no CUDA kernel for the dtypes and options in which it is stored";
-        return false;
-    }
     task.step_number = static_cast<std::uint64_t>(step);
     task.body = p.numel;
     const Storage& s = task.storage;

@@ -26,7 +26,7 @@ struct StepTask {
     std::uint64_t first_index = 0;   // global index of element 0 among all of the optimizer's elements
     std::uint64_t seed = 0;          // of stochastic rounding
     std::uint64_t step_number = 0;   // this step's, where the host knows it
-    const float* step = nullptr;     // this step's number where only the device knows it
+    float* step = nullptr;           // the counter of steps, before this one, where only the device knows it
     std::int32_t coefficients = 0;   // index into the batch's coefficient blocks
     unsigned form = 0;               // see formulas/math.h
     Layout layout = Layout::staged;  // of storage

@@ -67,19 +67,22 @@ void* pointer_of(PyObject* tensor) {
     return view.data;
 }
 
-// The same, queued; the workspace is kept in `refs` until the queueing is done.
-CudaClip cuda_clip(const std::vector<Span>& grads, const Clipping& clipping, bool with_norm, const CudaContext& cuda,
-                   References& refs) {
+CudaClip cuda_clip(const Clipping& clipping, bool with_norm, const CudaContext& cuda) {
     CudaClip clip;
     clip.scale = scale_without_norm(clipping);
     if (!with_norm) return clip;
-    PyObject* chunks = refs.keep(checked(PyLong_FromLongLong(cuda_norm_chunks(grads) + 1)));
-    PyObject* partial = refs.keep(checked(PyObject_CallOneArg(cuda.workspace, chunks)));
-    auto* norm = static_cast<float*>(pointer_of(cuda.norm));
-    cuda_norm(grads, std::fabs(clipping.grad_scale), static_cast<double*>(pointer_of(partial)), norm, cuda.on);
+    clip.norm = static_cast<float*>(pointer_of(cuda.norm));
+    clip.norm_scale = std::fabs(clipping.grad_scale);
     clip.max_norm = static_cast<float>(clipping.max_norm);
-    clip.norm = norm;
     return clip;
+}
+
+// Kept in `refs` until the queueing is done: torch's allocator hands it out again in the stream's order only.
+CudaWorkspace workspace_of(const CudaContext& cuda, References& refs) {
+    return [&](std::int64_t words) {
+        PyObject* size = refs.keep(checked(PyLong_FromLongLong(words)));
+        return pointer_of(refs.keep(checked(PyObject_CallOneArg(cuda.workspace, size))));
+    };
 }
 #endif
 
@@ -138,10 +141,8 @@ StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping
         run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
     } else {
 #if LIT_FAST_HAS_CUDA
-        const CudaClip clip = cuda_clip(grads_, clipping, with_norm, *cuda, refs_);
+        cuda_step(batch_, grads_, cuda_clip(clipping, with_norm, *cuda), workspace_of(*cuda, refs_), cuda->on);
         for (const StepCounter& counter : counters_) *counter.value = counter.next;
-        cuda_count_steps(device_counters_, cuda->on);
-        cuda_step(batch_, clip, cuda->on);
 #else
         throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");
 #endif
@@ -186,7 +187,8 @@ StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool 
         if (rewrite) run(grads.elements, [&](int threads) { cpu_scale(grads.spans, scale, threads); });
     } else {
 #if LIT_FAST_HAS_CUDA
-        const CudaClip clip = cuda_clip(grads.spans, clipping, with_norm, *cuda, grads.refs);
+        const CudaClip clip = cuda_clip(clipping, with_norm, *cuda);
+        if (with_norm) cuda_norm(grads.spans, clip, workspace_of(*cuda, grads.refs), cuda->on);
         if (rewrite) cuda_scale(grads.spans, clip, cuda->on);
 #else
         throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");

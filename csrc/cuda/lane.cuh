@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../dtypes.h"
-#include "../formulas/math.h"
+#include "../formulas/storage.h"
 
 namespace lit_fast::cuda {
 
@@ -31,16 +31,11 @@ __device__ __forceinline__ Lane clamp(Lane a, Lane low, Lane high) {
 }
 
 __device__ __forceinline__ Lane load(const float& x) { return Lane(x); }
+__device__ __forceinline__ Lane load(const bf16& x) { return Lane(widen(x)); }
+__device__ __forceinline__ Lane load(const f16& x) { return Lane(widen(x)); }
 __device__ __forceinline__ void store(float& x, Lane a) { x = a.value; }
-__device__ __forceinline__ Lane load(const bf16& x) {
-    return Lane(__uint_as_float(static_cast<unsigned>(x.bits) << 16));
-}
-// To nearest even; every NaN becomes 0x7fc0.
-__device__ __forceinline__ void store(bf16& x, Lane a) {
-    const unsigned bits = __float_as_uint(a.value);
-    const unsigned rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    x.bits = static_cast<unsigned short>(a.value != a.value ? 0x7fc0U : rounded);
-}
+__device__ __forceinline__ void store(bf16& x, Lane a) { x = nearest_bf16(a.value); }
+__device__ __forceinline__ void store(f16& x, Lane a) { x = nearest_f16(a.value); }
 
 // Neighbouring elements that one thread moves in one access of up to 128 bits. The address must be a multiple of the
 // pack's size.

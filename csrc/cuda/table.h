@@ -1,5 +1,6 @@
 // What one launch works on, passed by value in the kernel's arguments: it needs no upload, no pinned buffer whose
-// lifetime could end too early, and is captured whole by a CUDA graph.
+// lifetime could end too early, and is captured whole by a CUDA graph. What does not fit rides in the arguments of the
+// launch before, which writes it to the workspace.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -8,60 +9,24 @@
 
 #include "../formulas/all.h"
 #include "../formulas/scale.h"
+#include "../span.h"
 
 namespace lit_fast::cuda {
 
-// Kernel arguments may take 32,764 bytes from CUDA 12.1 on, 4,096 before.
+// Of a kernel's arguments: 32,764 from CUDA 12.1 on, 4,096 before.
 #if CUDART_VERSION >= 12010
-constexpr int kMaxTensors = 320;
-constexpr int kMaxCoefficients = 64;
-constexpr int kMaxCounters = 2048;
+constexpr std::int64_t kArgumentBytes = 32764;
 #else
-constexpr int kMaxTensors = 40;
-constexpr int kMaxCoefficients = 16;
-constexpr int kMaxCounters = 448;
+constexpr std::int64_t kArgumentBytes = 4096;
 #endif
+constexpr bool kLargeArguments = kArgumentBytes > 4096;
 
 // One block of threads takes one chunk. 32 Ki elements: 64 to 128 accesses of 128 bits in flight a thread's lifetime,
 // and thousands of blocks in a model.
 constexpr int kThreads = 256;
 constexpr std::int64_t kChunk = 1 << 15;
 
-struct TensorEntry {
-    void* param;
-    const void* grad;
-    void* state[kMaxStates];
-    const float* step;  // on the device, or nullptr: then the coefficients are ready
-    std::int64_t numel;
-    std::int32_t first_chunk;  // of this launch
-    std::int32_t coefficients;
-};
-
-// Either a formula's coefficients or, with the step on the device, its options.
-union CoefficientEntry {
-    CoefficientBlock block;
-    double options[kMaxOptions];
-};
-
-struct StepTable {
-    TensorEntry tensors[kMaxTensors];
-    CoefficientEntry coefficients[kMaxCoefficients];
-    std::int32_t tensor_count;
-};
-
-struct GradTable {
-    struct Entry {
-        void* data;
-        std::int64_t numel;
-        std::int32_t first_chunk;
-    } tensors[kMaxTensors];
-    std::int32_t tensor_count;
-};
-
-struct CounterTable {
-    float* counters[kMaxCounters - 1];
-    std::int32_t count;
-};
+using Word = std::uint64_t;
 
 // GradientScale before the norm is known on the host.
 struct DeviceScale {
@@ -71,10 +36,102 @@ struct DeviceScale {
     const float* norm;  // on the device, of the scaled gradients
 };
 
-#if CUDART_VERSION >= 12010
-static_assert(sizeof(StepTable) + sizeof(DeviceScale) <= 32764);
-#else
-static_assert(sizeof(StepTable) + sizeof(DeviceScale) <= 4096);
+// ---- step: a stream of words, rows first, then the coefficients of which rows share some ----
+//
+//     row    numel;  first chunk, coefficients (upper half);  first index;  the addresses that there are
+//     coefficients    CoefficientBlock; seed; step number
+
+struct Row {
+    void *param, *grad, *master;
+    void* state[kMaxStates];
+    void* code_scale[kMaxStates];
+    std::int64_t numel;
+    std::uint64_t first_index;
+    std::int32_t first_chunk;
+    std::int32_t coefficients;  // index in the stream; negative: ~index of those computed on the device
+};
+constexpr int kHeadWords = 3;
+constexpr int kBlockWords = static_cast<int>(sizeof(CoefficientBlock) / sizeof(Word));
+constexpr int kCoefficientWords = kBlockWords + 2;
+
+// Every address of a row that this form and storage have, in the order in which it holds them.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable  // the host visits with functions of its own
 #endif
+template <class Visit>
+LIT_FAST_INLINE void for_each_address(Row& row, unsigned form, const Storage& storage, const Visit& visit) {
+    visit(row.param);
+    visit(row.grad);
+    if (storage.master != Master::none) visit(row.master);
+    for (int k = 0; k < kMaxStates; ++k) {
+        if (!uses(form, k)) continue;
+        visit(row.state[k]);
+        if (storage.state == Dtype::uint8) visit(row.code_scale[k]);
+    }
+}
+
+constexpr int kStepWords = static_cast<int>((kArgumentBytes - sizeof(DeviceScale) - 64) / sizeof(Word));
+
+struct StepTable {
+    const Word* more;      // the stream from word kStepWords on
+    const Word* computed;  // coefficients of the rows whose step only the device knows
+    Storage storage;       // of all rows
+    std::int32_t rows;
+    std::int32_t row_words;
+    Word words[kStepWords];
+};
+static_assert(sizeof(StepTable) + sizeof(DeviceScale) <= kArgumentBytes);
+
+// ---- what must be done before a step, in a kernel of its own: the norm from its partial sums, the counters of steps
+// on the device and the coefficients that follow from them, and the words that do not fit into a StepTable ----
+
+constexpr int kMaxCounters = kLargeArguments ? 1024 : 96;
+constexpr int kMaxCounterOptions = kLargeArguments ? 16 : 4;
+
+struct CounterOptions {
+    double values[kMaxOptions];
+    std::uint64_t seed;
+    std::int64_t first;
+};
+
+struct PrepareHead {
+    const double* partial = nullptr;  // [partials]
+    std::int64_t partials = 0;
+    double norm_scale = 1.0;
+    float* norm = nullptr;
+    Word* computed = nullptr;  // [counters, kCoefficientWords]
+    Word* cargo_to = nullptr;
+    std::int32_t cargo_words = 0;
+    std::int32_t counters = 0;
+    FormulaId formula = FormulaId::count;
+};
+constexpr int kCargoWords =
+    static_cast<int>((kArgumentBytes - sizeof(PrepareHead) - sizeof(CounterOptions) * kMaxCounterOptions -
+                      (sizeof(float*) + sizeof(std::int16_t)) * kMaxCounters - 16) /
+                     sizeof(Word));
+
+struct PrepareTable {
+    PrepareHead head;
+    CounterOptions options[kMaxCounterOptions];
+    float* counter[kMaxCounters];
+    Word cargo[kCargoWords];
+    std::int16_t options_of[kMaxCounters];
+};
+static_assert(sizeof(PrepareTable) <= kArgumentBytes);
+
+// ---- gradients alone ----
+
+constexpr int kMaxGrads = kLargeArguments ? 1280 : 128;
+
+struct GradTable {
+    struct Entry {
+        void* data;
+        std::int64_t numel;
+        std::int32_t first_chunk;  // of this launch
+        Dtype dtype;
+    } tensors[kMaxGrads];
+    std::int32_t tensor_count;
+};
+static_assert(sizeof(GradTable) + sizeof(DeviceScale) <= kArgumentBytes);
 
 }  // namespace lit_fast::cuda
