@@ -91,9 +91,9 @@ struct CudaStream {
 
 struct CudaClip {
     GradientScale scale;
-    float max_norm = -1.0F;    // negative: no clipping by norm
-    float* norm = nullptr;     // on the device; nullptr: no norm is asked for
-    double norm_scale = 1.0;   // the norm is that of the gradients times this
+    float max_norm = -1.0F;   // negative: no clipping by norm
+    float* norm = nullptr;    // on the device; nullptr: no norm is asked for
+    double norm_scale = 1.0;  // the norm is that of the gradients times this
 };
 
 // Memory on the device of that many 8-byte words, aligned to 16 bytes, which lives until the stream is done.

@@ -2,8 +2,6 @@
 // that convert in registers, in which the widest elements move by 128 bits.
 #pragma once
 
-#include <type_traits>
-
 #include "lane.cuh"
 #include "table.h"
 
@@ -86,25 +84,25 @@ __global__ void __launch_bounds__(kThreads)
 
     const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - work.row.first_chunk) * kChunk;
     const std::int64_t end = begin + kChunk < work.row.numel ? begin + kChunk : work.row.numel;
-    P* param = static_cast<P*>(work.row.param);
-    W* weight = static_cast<W*>(kMaster ? work.row.master : work.row.param);
-    const P* grad = static_cast<const P*>(work.row.grad);
+    P* param = global<P>(work.row.param);
+    W* weight = global<W>(kMaster ? work.row.master : work.row.param);
+    const P* grad = global<const P>(work.row.grad);
     S* state[Formula::states];
     bool packed = aligned<P, kPack>(param) && aligned<P, kPack>(grad) && aligned<W, kPack>(weight);
 #pragma unroll
     for (int k = 0; k < Formula::states; ++k) {
-        state[k] = static_cast<S*>(work.row.state[k]);
+        state[k] = global<S>(work.row.state[k]);
         if (uses(kForm, k)) packed = packed && aligned<S, kPack>(state[k]);
     }
 
     const std::int64_t packed_end = packed ? begin + (end - begin) / kPack * kPack : begin;
     for (std::int64_t i = begin + threadIdx.x * kPack; i < packed_end; i += kThreads * kPack) {
-        Pack<W, kPack> w = *reinterpret_cast<const Pack<W, kPack>*>(weight + i);
-        const Pack<P, kPack> g = *reinterpret_cast<const Pack<P, kPack>*>(grad + i);
+        Pack<W, kPack> w = read_pack<kPack>(weight + i);
+        const Pack<P, kPack> g = read_pack<kPack>(grad + i);
         Pack<S, kPack> s[Formula::states];
 #pragma unroll
         for (int k = 0; k < Formula::states; ++k) {
-            if (uses(kForm, k)) s[k] = *reinterpret_cast<const Pack<S, kPack>*>(state[k] + i);
+            if (uses(kForm, k)) s[k] = read_pack<kPack>(state[k] + i);
         }
         Pack<P, kPack> p;
 #pragma unroll
@@ -125,12 +123,13 @@ __global__ void __launch_bounds__(kThreads)
         }
 #pragma unroll
         for (int k = 0; k < Formula::states; ++k) {
-            if (uses(kForm, k)) *reinterpret_cast<Pack<S, kPack>*>(state[k] + i) = s[k];
+            if (uses(kForm, k)) write_pack(state[k] + i, s[k]);
         }
-        *reinterpret_cast<Pack<W, kPack>*>(weight + i) = w;
-        if constexpr (kMaster) *reinterpret_cast<Pack<P, kPack>*>(param + i) = p;
+        write_pack(weight + i, w);
+        if constexpr (kMaster) write_pack(param + i, p);
     }
     // What is misaligned or does not fill a pack, an element a thread.
+#pragma unroll 1
     for (std::int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
         Lane lane = load(weight[i]);
         Lane lanes[Formula::states];

@@ -13,59 +13,60 @@ __device__ __forceinline__ const GradTable::Entry& entry_of_block(const GradTabl
     return table.tensors[entry_of_block(table.tensor_count, [&](int i) { return table.tensors[i].first_chunk; })];
 }
 
-// Calls visit(element) for the block's elements of one tensor, a pack a thread where the tensor lies so.
-template <class T, class Visit>
+// Of one tensor, 128 bits an access where it lies so.
+template <bool kWrite, class T, class Visit>
 __device__ __forceinline__ void for_each_element(const GradTable::Entry& t, const Visit& visit) {
     constexpr int kPack = 16 / static_cast<int>(sizeof(T));
     const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - t.first_chunk) * kChunk;
     const std::int64_t end = begin + kChunk < t.numel ? begin + kChunk : t.numel;
-    T* values = static_cast<T*>(t.data);
+    T* values = global<T>(t.data);
     const std::int64_t packed_end = aligned<T, kPack>(values) ? begin + (end - begin) / kPack * kPack : begin;
     for (std::int64_t i = begin + threadIdx.x * kPack; i < packed_end; i += kThreads * kPack) {
-        visit(*reinterpret_cast<Pack<T, kPack>*>(values + i));
+        Pack<T, kPack> pack = read_pack<kPack>(values + i);
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) visit(pack.values[e]);
+        if constexpr (kWrite) write_pack(values + i, pack);
     }
+#pragma unroll 1
     for (std::int64_t i = packed_end + threadIdx.x; i < end; i += kThreads) {
-        visit(*reinterpret_cast<Pack<T, 1>*>(values + i));
+        T value = values[i];
+        visit(value);
+        if constexpr (kWrite) values[i] = value;
     }
 }
 
-// Calls visit(elements as a Pack of their type) for each access of the block.
-template <class Visit>
-__device__ __forceinline__ void for_each_pack(const GradTable& table, const Visit& visit) {
+// Calls visit(element) for all elements of the block, which may change them with kWrite.
+template <bool kWrite, class Visit>
+__device__ __forceinline__ void for_each_element(const GradTable& table, const Visit& visit) {
     const GradTable::Entry& t = entry_of_block(table);
     if (t.dtype == Dtype::float32) {
-        for_each_element<float>(t, visit);
+        for_each_element<kWrite, float>(t, visit);
     } else if (t.dtype == Dtype::bfloat16) {
-        for_each_element<bf16>(t, visit);
+        for_each_element<kWrite, bf16>(t, visit);
     } else {
-        for_each_element<f16>(t, visit);
+        for_each_element<kWrite, f16>(t, visit);
     }
 }
 
-struct ScalePack {
+struct ScaleElement {
     GradientScale scale;
-    template <class T, int kCount>
-    __device__ __forceinline__ void operator()(Pack<T, kCount>& at) const {
-        Pack<T, kCount> pack = at;
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) store(pack.values[e], scaled_gradient(scale, load(pack.values[e])));
-        at = pack;
+    template <class T>
+    __device__ __forceinline__ void operator()(T& value) const {
+        store(value, scaled_gradient(scale, load(value)));
     }
 };
 
-struct SquarePack {
+struct SquareElement {
     Wide& sum;
-    template <class T, int kCount>
-    __device__ __forceinline__ void operator()(const Pack<T, kCount>& at) const {
-        const Pack<T, kCount> pack = at;
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) add_square(sum, Wide{static_cast<double>(load(pack.values[e]).value)});
+    template <class T>
+    __device__ __forceinline__ void operator()(const T& value) const {
+        add_square(sum, Wide{static_cast<double>(load(value).value)});
     }
 };
 
 static __global__ void __launch_bounds__(kThreads)
     scale_kernel(const __grid_constant__ GradTable table, const __grid_constant__ DeviceScale device_scale) {
-    for_each_pack(table, ScalePack{resolve(device_scale)});
+    for_each_element<true>(table, ScaleElement{resolve(device_scale)});
 }
 
 // Sum over the block in a fixed order, in thread 0.
@@ -84,7 +85,7 @@ __device__ __forceinline__ double block_sum(double mine) {
 static __global__ void __launch_bounds__(kThreads)
     square_kernel(const __grid_constant__ GradTable table, double* partial) {
     Wide sum{0.0};
-    for_each_pack(table, SquarePack{sum});
+    for_each_element<false>(table, SquareElement{sum});
     const double total = block_sum(sum.value);
     if (threadIdx.x == 0) partial[blockIdx.x] = total;
 }

@@ -19,14 +19,14 @@ struct Place {
 };
 
 template <class T>
-__device__ __forceinline__ void read(T (&values)[kNeighbours], const void* from, const Place& at) {
+__device__ __forceinline__ void read(T (&values)[kNeighbours], void* from, const Place& at) {
     constexpr int kPack = sizeof(T) == 4 ? 4 : 8;
-    const T* p = static_cast<const T*>(from) + at.first;
+    const T* p = global<const T>(from) + at.first;
 #pragma unroll
     for (int i = 0; i < kNeighbours; i += kPack) {
         Pack<T, kPack> pack{};
         if (at.whole) {
-            pack = *reinterpret_cast<const Pack<T, kPack>*>(p + i);
+            pack = read_pack<kPack>(p + i);
         } else {
 #pragma unroll
             for (int e = 0; e < kPack; ++e) {
@@ -41,14 +41,14 @@ __device__ __forceinline__ void read(T (&values)[kNeighbours], const void* from,
 template <class T>
 __device__ __forceinline__ void write(void* to, const T (&values)[kNeighbours], const Place& at) {
     constexpr int kPack = sizeof(T) == 4 ? 4 : 8;
-    T* p = static_cast<T*>(to) + at.first;
+    T* p = global<T>(to) + at.first;
 #pragma unroll
     for (int i = 0; i < kNeighbours; i += kPack) {
         if (at.whole) {
             Pack<T, kPack> pack;
 #pragma unroll
             for (int e = 0; e < kPack; ++e) pack.values[e] = values[i + e];
-            *reinterpret_cast<Pack<T, kPack>*>(p + i) = pack;
+            write_pack(p + i, pack);
         } else {
 #pragma unroll
             for (int e = 0; e < kPack; ++e) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void write(void* to, const T (&values)[kNeighbours], 
 }
 
 template <class T>
-__device__ __forceinline__ void read_as(float (&out)[kNeighbours], const void* from, const Place& at) {
+__device__ __forceinline__ void read_as(float (&out)[kNeighbours], void* from, const Place& at) {
     T values[kNeighbours];
     read(values, from, at);
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ void write_as(void* to, const float (&in)[kNeighbours
     write(to, values, at);
 }
 
-__device__ __forceinline__ void read_number(float (&out)[kNeighbours], const void* from, Dtype dtype, const Place& at) {
+__device__ __forceinline__ void read_number(float (&out)[kNeighbours], void* from, Dtype dtype, const Place& at) {
     if (dtype == Dtype::float32) {
         read_as<float>(out, from, at);
     } else if (dtype == Dtype::bfloat16) {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void write_number(void* to, const float (&in)[kNeighb
 }
 
 template <bool kSigned>
-__device__ __forceinline__ void read_codes(float (&out)[kNeighbours], const void* from, float scale, const Place& at) {
+__device__ __forceinline__ void read_codes(float (&out)[kNeighbours], void* from, float scale, const Place& at) {
     std::uint8_t codes[kNeighbours];
     read(codes, from, at);
 #pragma unroll
@@ -175,7 +175,7 @@ __device__ __forceinline__ void read_states(float (&values)[Formula::states][kNe
     if constexpr (k < Formula::states) {
         if constexpr (uses(kForm, k)) {
             if (s.state == Dtype::uint8) {
-                const float scale = static_cast<const float*>(row.code_scale[k])[block];
+                const float scale = global<const float>(row.code_scale[k])[block];
                 read_codes<uses(Formula::signed_states, k)>(values[k], row.state[k], scale, at);
             } else {
                 read_number(values[k], row.state[k], s.state, at);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void write_states(const float (&values)[Formula::stat
         if constexpr (uses(kForm, k)) {
             const auto chance = [&](int e) { return state_bits(random[e], k); };
             if (s.state == Dtype::uint8) {
-                float& scale = static_cast<float*>(row.code_scale[k])[block];
+                float& scale = global<float>(row.code_scale[k])[block];
                 write_codes<uses(Formula::signed_states, k)>(row.state[k], scale, values[k], at, chance);
             } else {
                 write_number(row.state[k], values[k], s.state, s.stochastic, at, chance);
@@ -242,7 +242,8 @@ __global__ void __launch_bounds__(kThreads)
             if (index >> 32 != first >> 32) key = random_key(seed, step, index);
 #pragma unroll
             for (int e = 0; e < kNeighbours; ++e) {
-                random[e] = random_bits(static_cast<std::uint32_t>(index) + static_cast<std::uint32_t>(lane * kNeighbours + e), key);
+                random[e] = random_bits(
+                    static_cast<std::uint32_t>(index) + static_cast<std::uint32_t>(lane * kNeighbours + e), key);
             }
         } else {
 #pragma unroll

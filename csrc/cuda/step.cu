@@ -227,7 +227,8 @@ struct Stream {
         row.first_chunk = static_cast<std::int32_t>(blocks);
         row.coefficients = ~counter;
         if (counter < 0) {
-            if (sources.empty() || batch.tasks[static_cast<std::size_t>(sources.back())].coefficients != task.coefficients) {
+            if (sources.empty() ||
+                batch.tasks[static_cast<std::size_t>(sources.back())].coefficients != task.coefficients) {
                 sources.push_back(static_cast<std::int32_t>(index));
             }
             row.coefficients = static_cast<std::int32_t>(sources.size()) - 1;

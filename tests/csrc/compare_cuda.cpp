@@ -1,10 +1,12 @@
-// Runs csrc/cuda/step.cu, compiled as ordinary C++ on cuda_emulation/, against the scalar CPU target: chunk tables that
-// overflow one launch, chunk ends, misaligned tensors, every formula, form and layout, steps known to the device only.
+// Runs csrc/cuda/step.cu, compiled as ordinary C++ on cuda_emulation/, against the scalar CPU target: tables that
+// overflow one launch, chunk ends, misaligned tensors, every formula and form, every storage that dtypes.h allows,
+// steps known to the device only.
 #include <algorithm>
 #include <cmath>
 #include <deque>
 
 #include "cases.h"
+#include "formulas/storage.h"
 
 namespace {
 
@@ -12,141 +14,206 @@ using namespace lit_fast;
 using namespace lit_fast::cases;
 
 Tally tally;
+std::deque<std::vector<double>> memory;  // of the device, until the program ends
+void* workspace(std::int64_t words) {
+    memory.emplace_back(static_cast<std::size_t>(words), NAN);
+    return memory.back().data();
+}
 
-// Twice the same numbers: for the reference and for the emulated device.
-template <class T>
+constexpr int kGuardBytes = 64;
+
+// Twice the same numbers, with guards: for the reference and for the emulated device.
 struct Twice {
-    Guarded<T> host, device;
-    Twice(std::int64_t n, int shift, float (*value)()) : host(shift, static_cast<int>(n), value), device(host) {}
-    T* data(bool on_device) { return (on_device ? device : host).data(); }
-    void compare(const char* what, int which) const { tally.compare(what, which, device, host); }
+    std::vector<unsigned char> host, device;
+    std::int64_t numel;
+    std::size_t start;
+    Dtype dtype;
+
+    Twice(Dtype dtype, std::int64_t n, int shift, bool positive) : numel(n), dtype(dtype) {
+        const auto size = static_cast<std::size_t>(bytes_of(dtype));
+        start = kGuardBytes + static_cast<std::size_t>(shift) * size;
+        host.resize(start + static_cast<std::size_t>(n) * size + kGuardBytes);
+        for (unsigned char& byte : host) byte = static_cast<unsigned char>(random_word());
+        for (std::int64_t i = 0; i < n; ++i) {
+            const float value = positive ? __builtin_fabsf(ordinary_value()) : ordinary_value();
+            unsigned char* at = host.data() + start + static_cast<std::size_t>(i) * size;
+            if (dtype == Dtype::float32) std::memcpy(at, &value, 4);
+            const bf16 brain = nearest_bf16(value);
+            const f16 half = nearest_f16(value);
+            if (dtype == Dtype::bfloat16) std::memcpy(at, &brain, 2);
+            if (dtype == Dtype::float16) std::memcpy(at, &half, 2);
+        }
+        device = host;
+    }
+    void* data(bool on_device) { return (on_device ? device : host).data() + start; }
+    void compare(const char* what, int which, int storage) const {
+        if (tally.expect(host == device)) return;
+        std::size_t i = 0;
+        while (host[i] == device[i]) ++i;
+        std::printf("%s, case %d, storage %d: length %ld: byte %ld differs\n", what, which, storage,
+                    static_cast<long>(numel), static_cast<long>(i) - static_cast<long>(start));
+    }
 };
 
-float positive_value() { return __builtin_fabsf(ordinary_value()); }
+struct Size {
+    std::int64_t numel;
+    std::uint64_t first_index;
+};
 
 // Parameters in `groups` groups, each with coefficients of its own.
-template <class P, class S>
-void compare_step(int which, const Case& c, Layout layout, const std::vector<std::int64_t>& sizes, bool step_on_device,
+void compare_step(int which, const Storage& storage, int number, const std::vector<Size>& sizes, bool step_on_device,
                   int groups) {
-    std::deque<Twice<P>> params, grads;
-    std::deque<Twice<S>> states[kMaxStates];
+    const Case& c = all()[static_cast<std::size_t>(which)];
+    std::deque<Twice> arrays;
     std::deque<float> steps;
+    std::vector<Span> grads;
     StepBatch host, device;
     host.formula = device.formula = c.id;
     for (std::size_t i = 0; i < sizes.size(); ++i) {
         const auto group = static_cast<int>(i * static_cast<std::size_t>(groups) / sizes.size());
-        while (static_cast<int>(host.coefficients.size()) <= group) {
+        if (static_cast<int>(host.coefficients.size()) <= group) {
             Options options = c.options;
-            options.step = static_cast<double>(steps.size() + 2);
+            options.step = static_cast<double>(group + 2);
             host.coefficients.push_back(c.coefficients(options));
             device.options.push_back(options);
             device.coefficients.push_back(step_on_device ? CoefficientBlock{} : host.coefficients.back());
-            steps.push_back(static_cast<float>(options.step) - 1.0F);
         }
+        steps.push_back(static_cast<float>(group + 1));
+        StepTask tasks[2];
         const int shift = static_cast<int>(i % 3);
-        params.emplace_back(sizes[i], shift, ordinary_value);
-        grads.emplace_back(sizes[i], shift, ordinary_value);
-        StepTask task;
-        task.numel = task.body = sizes[i];
-        task.layout = layout;
-        task.form = c.form;
-        task.coefficients = group;
+        const auto add = [&](Dtype dtype, std::int64_t numel, bool positive, const auto& set) {
+            arrays.emplace_back(dtype, numel, shift, positive);
+            set(tasks[0], arrays.back().data(false));
+            set(tasks[1], arrays.back().data(true));
+        };
+        const std::int64_t numel = sizes[i].numel;
+        add(storage.param, numel, false, [](StepTask& t, void* p) { t.param = p; });
+        add(storage.grad, numel, false, [](StepTask& t, void* p) { t.grad = p; });
+        grads.push_back({arrays.back().data(true), numel, storage.grad});
         for (int k = 0; k < kMaxStates; ++k) {
-            const bool positive = uses(c.positive, k);
-            states[k].emplace_back(sizes[i], shift, positive ? positive_value : ordinary_value);
+            if (!c.has_state(k)) continue;
+            const bool positive = (c.positive >> k & 1U) != 0;
+            add(storage.state, numel, positive, [&](StepTask& t, void* p) { t.state[k] = p; });
+            if (storage.state != Dtype::uint8) continue;
+            add(Dtype::float32, (numel + kCodeBlock - 1) / kCodeBlock, true,
+                [&](StepTask& t, void* p) { t.code_scale[k] = static_cast<float*>(p); });
         }
-        for (const bool on_device : {false, true}) {
-            task.param = params.back().data(on_device);
-            task.grad = grads.back().data(on_device);
-            for (int k = 0; k < kMaxStates; ++k) {
-                if (c.has_state(k)) task.state[k] = states[k].back().data(on_device);
-            }
-            task.step = on_device && step_on_device ? &steps[static_cast<std::size_t>(group)] : nullptr;
-            (on_device ? device : host).tasks.push_back(task);
+        if (storage.master != Master::none) {
+            add(storage.master == Master::float32 ? Dtype::float32 : Dtype::int16, numel, false,
+                [](StepTask& t, void* p) { t.master = p; });
         }
-    }
-    const CudaStream stream;
-    if (step_on_device) {
-        std::vector<float*> counters;
-        for (float& step : steps) counters.push_back(&step);
-        cuda_count_steps(counters, stream);
+        for (StepTask& task : tasks) {
+            task.numel = task.body = numel;
+            task.layout = layout_of(storage);
+            task.storage = storage;
+            task.form = c.form;
+            task.coefficients = group;
+            task.first_index = sizes[i].first_index;
+            task.seed = 7;
+            task.step_number = static_cast<std::uint64_t>(group + 2);
+        }
+        if (step_on_device) {
+            tasks[1].step = &steps.back();
+            tasks[1].step_number = 0;
+        }
+        host.tasks.push_back(tasks[0]);
+        device.tasks.push_back(tasks[1]);
     }
     float norm = 2.0F;
     CudaClip clip;
     clip.scale.scale = 0.3F;
     if (which % 2 == 0) clip.scale.limit = 0.1F;
-    clip.max_norm = 1.5F;
-    clip.norm = &norm;
-    cuda_step(device, clip, stream);
+    if (number % 2 == 0) {
+        clip.norm = &norm;
+        clip.norm_scale = 0.3;
+        clip.max_norm = 1.5F;
+    }
+    cuda_step(device, grads, clip, workspace, {});
     GradientScale scale = clip.scale;
-    scale.scale *= clip_coefficient(norm, clip.max_norm);
+    if (clip.norm != nullptr) scale.scale *= clip_coefficient(norm, clip.max_norm);
     for (std::size_t i = 0; i < sizes.size(); ++i) {
         const StepTask& t = host.tasks[i];
-        scalar::kernels().step[static_cast<int>(c.id)][static_cast<int>(layout)](
+        scalar::kernels().step[static_cast<int>(c.id)][static_cast<int>(t.layout)](
             t, host.coefficients[static_cast<std::size_t>(t.coefficients)], scale, 0, t.numel);
-        params[i].compare("param", which);
-        grads[i].compare("grad", which);
-        for (auto& state : states) state[i].compare("state", which);
+        if (step_on_device) tally.expect(steps[i] == static_cast<float>(t.step_number));
     }
+    for (const Twice& array : arrays) array.compare("step", which, number);
 }
 
-template <class P, class S>
-void compare_layout(Layout layout, const std::vector<std::int64_t>& sizes, int groups) {
-    for (std::size_t i = 0; i < all().size(); ++i) {
-        const Case& c = all()[i];
-        compare_step<P, S>(static_cast<int>(i), c, layout, sizes, false, groups);
-        if (c.counts_steps && !c.options.first) compare_step<P, S>(static_cast<int>(i), c, layout, sizes, true, groups);
+std::vector<Storage> storages() {
+    std::vector<Storage> possible;
+    const Dtype kinds[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+    for (const Dtype param : kinds) {
+        for (const Dtype grad : kinds) {
+            for (const Dtype state : {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::uint8}) {
+                for (const Master master : {Master::none, Master::float32, Master::remainder}) {
+                    for (const bool stochastic : {false, true}) {
+                        const Storage storage{param, grad, state, master, stochastic};
+                        if (impossible(storage) == nullptr) possible.push_back(storage);
+                    }
+                }
+            }
+        }
     }
+    return possible;
 }
 
-template <class T>
-void compare_norm_and_scale(Dtype dtype, const std::vector<std::int64_t>& sizes) {
-    std::deque<Twice<T>> grads;
+void compare_norm_and_scale(const std::vector<Dtype>& dtypes, const std::vector<Size>& sizes) {
+    std::deque<Twice> grads;
     std::vector<Span> spans;
     double exact = 0.0;
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-        grads.emplace_back(sizes[i], static_cast<int>(i % 3), ordinary_value);
-        spans.push_back({grads.back().data(true), sizes[i], dtype});
-        for (std::int64_t begin = 0; begin < sizes[i]; begin += kSquareChunk) {
-            const std::int64_t count = std::min(kSquareChunk, sizes[i] - begin);
-            exact += scalar::kernels().sum_of_squares[static_cast<int>(dtype)](grads.back().data(false) + begin, count);
+        const Dtype dtype = dtypes[i % dtypes.size()];
+        const std::int64_t numel = sizes[i].numel;
+        grads.emplace_back(dtype, numel, static_cast<int>(i % 3), false);
+        spans.push_back({grads.back().data(true), numel, dtype});
+        for (std::int64_t begin = 0; begin < numel; begin += kSquareChunk) {
+            const auto* values = static_cast<const unsigned char*>(grads.back().data(false)) + begin * bytes_of(dtype);
+            exact += scalar::kernels().sum_of_squares[static_cast<int>(dtype)](values,
+                                                                               std::min(kSquareChunk, numel - begin));
         }
     }
-    std::vector<double> partial(static_cast<std::size_t>(cuda_norm_chunks(spans)) + 1);
     float norm = -1.0F;
-    cuda_norm(spans, 0.5, partial.data(), &norm, {});
-    if (!tally.expect(norm == static_cast<float>(0.5 * std::sqrt(exact)))) std::printf("norm differs\n");
     CudaClip clip;
     clip.scale.scale = 0.5F;
     clip.max_norm = 1.0F;
     clip.norm = &norm;
+    clip.norm_scale = 0.5;
+    cuda_norm(spans, clip, workspace, {});
+    if (!tally.expect(norm == static_cast<float>(0.5 * std::sqrt(exact)))) std::printf("norm differs\n");
     cuda_scale(spans, clip, {});
     GradientScale scale;
     scale.scale = 0.5F * clip_coefficient(norm, 1.0F);
     for (std::size_t i = 0; i < sizes.size(); ++i) {
-        scalar::kernels().scale[static_cast<int>(dtype)](grads[i].data(false), scale, sizes[i]);
-        grads[i].compare("scale", static_cast<int>(dtype));
+        scalar::kernels().scale[static_cast<int>(spans[i].dtype)](grads[i].data(false), scale, sizes[i].numel);
+        grads[i].compare("scale", static_cast<int>(spans[i].dtype), 0);
     }
 }
 
 }  // namespace
 
 int main() {
-    const std::vector<std::int64_t> long_ones = {40000, 0, 1, 32768, 7, 32769, 13, 65539};
-    const std::vector<std::int64_t> short_ones = {23, 0, 1, 8, 16, 77};
-    const std::vector<std::int64_t> many(60, 5);  // more than one launch's table holds
-    const Case& adamw = all().front();
-    for (const bool step_on_device : {false, true}) {
-        compare_step<float, float>(0, adamw, Layout::float32, long_ones, step_on_device, 1);
-        compare_step<bf16, bf16>(0, adamw, Layout::bfloat16, long_ones, step_on_device, 3);
-        compare_step<float, bf16>(0, adamw, Layout::float32_bfloat16_state, long_ones, step_on_device, 8);
-        compare_step<float, float>(0, adamw, Layout::float32, many, step_on_device, 18);  // and more coefficients
+    const std::vector<Size> long_ones = {
+        {40000, 0}, {0, 0}, {1, 0}, {32768, 0}, {7, 0}, {32769, 1U << 20}, {13, 0}, {65539, (1ULL << 32) - 512}};
+    const std::vector<Size> short_ones = {{300, 512}, {23, 0}, {1, 256}, {0, 0}, {256, 1ULL << 33}, {16, 0}, {77, 0}};
+    const std::vector<Size> many(150, {5, 0});  // more than one launch's table holds
+    const auto cases = static_cast<int>(all().size());
+    const std::vector<Storage> every = storages();
+    // Each storage with cases that wander over all of them, and each case with the direct storages and the densest one.
+    for (int s = 0; s < static_cast<int>(every.size()); ++s) {
+        const Storage& storage = every[static_cast<std::size_t>(s)];
+        const bool direct = layout_of(storage) != Layout::staged;
+        const bool densest = storage.state == Dtype::uint8 && storage.master == Master::remainder && storage.stochastic;
+        for (int c = 0; c < cases; ++c) {
+            const bool counts = all()[static_cast<std::size_t>(c)].counts_steps;
+            const bool on_device = counts && (s + c) % 3 == 0;
+            if (direct || densest || c % 9 == s % 9) compare_step(c, storage, s + c, short_ones, on_device, 1 + c % 3);
+        }
+        if (direct || densest) compare_step(0, storage, s, long_ones, s % 2 == 0, 8);
     }
-    compare_layout<float, float>(Layout::float32, short_ones, 1);
-    compare_layout<bf16, bf16>(Layout::bfloat16, short_ones, 2);
-    compare_layout<float, bf16>(Layout::float32_bfloat16_state, short_ones, 3);
-    compare_norm_and_scale<float>(Dtype::float32, long_ones);
-    compare_norm_and_scale<bf16>(Dtype::bfloat16, long_ones);
-    compare_norm_and_scale<float>(Dtype::float32, many);
+    for (const bool step_on_device : {false, true}) compare_step(0, Storage{}, 0, many, step_on_device, 18);
+    compare_norm_and_scale({Dtype::float32}, long_ones);
+    compare_norm_and_scale({Dtype::bfloat16, Dtype::float16, Dtype::float32}, long_ones);
+    compare_norm_and_scale({Dtype::float32}, many);
     return tally.report();
 }

@@ -138,18 +138,32 @@ def test_neon_equals_scalar(objects, tmp_path):
     compare(objects, tmp_path, "aarch64-linux-gnu-g++", "neon", [], ["qemu-aarch64-static"], "-static")
 
 
+EMULATION = [*FLAGS, "-std=c++20", f"-I{HERE / 'cuda_emulation'}", "-Wno-unknown-pragmas"]
+
+
 def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path):
     """The kernels' indexing, tables and arithmetic, without a GPU; what a GPU adds is tested where there is one."""
     need("g++")
-    emulation = [*FLAGS, f"-I{HERE / 'cuda_emulation'}", "-std=c++20", "-Wno-unknown-pragmas", "-x", "c++"]
     parts = [
-        objects.start("g++", CSRC / "cuda" / "step.cu", *emulation),
+        objects.start("g++", CSRC / "cuda" / "step.cu", *EMULATION, "-x", "c++"),
         objects.start("g++", HERE / "compare_cuda.cpp", *FLAGS, "-std=c++20"),
         objects.target("g++", "scalar", []),
     ]
     program = str(tmp_path / "compare")
-    subprocess.run(["g++", *(str(part.result()) for part in parts), "-pthread", "-o", program], check=True)
+    subprocess.run(["g++", *(str(part.result()) for part in parts), "-o", program], check=True)
     run_program([program])
+
+
+def test_norm_and_step_of_600_tensors_are_three_launches(objects, tmp_path):
+    need("g++")
+    large = [*EMULATION, "-O0", "-DCUDART_VERSION=13000", "-x", "c++"]  # with the arguments that kernels have today
+    parts = [
+        objects.start("g++", CSRC / "cuda" / "step.cu", *large),
+        objects.start("g++", HERE / "count_launches.cpp", *large),
+    ]
+    program = str(tmp_path / "count")
+    subprocess.run(["g++", *(str(part.result()) for part in parts), "-o", program], check=True)
+    assert "parameters: 3 launches" in run_program([program])
 
 
 def test_the_own_pool_works_where_there_is_no_openmp(tmp_path):
