@@ -14,11 +14,11 @@ from lit_fast.optim.adopt import AdoptedOptimizer, innermost
 def calls_closure_itself(optimizer: Optimizer) -> bool:
     """Whether `optimizer.step(closure)` has to be called with the closure, as Lightning calls every optimizer.
 
-    torch's own optimizers but LBFGS call a closure once, before anything else, so that forward and backward may as
-    well run before the step. What somebody else's `step` does with it, and how often, cannot be known.
+    torch's own optimizers but LBFGS, and ours, call a closure once, before anything else, so that forward and backward
+    may as well run before the step. What somebody else's `step` does with it, and how often, cannot be known.
     """
-    step = innermost(optimizer.step)
-    return not getattr(step, "__module__", "").startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS)
+    known = getattr(innermost(optimizer.step), "__module__", "").startswith(("torch.optim.", "lit_fast.optim."))
+    return not known or isinstance(optimizer, torch.optim.LBFGS)
 
 
 def plain_step(

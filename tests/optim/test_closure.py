@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_fast.optim import adopt
+from lit_fast.optim import SGD, AdamW, Lion, adopt
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 
 
@@ -49,3 +49,9 @@ def test_order_within_a_step(kind: Any) -> None:
     step = plain_step(adopted, adopted.step, after)
     assert step(closure) == "loss"
     assert order == ["closure", "after"] and parameter.item() == 0.5
+
+
+def test_the_loop_evaluates_the_loss_for_our_own_optimizers() -> None:
+    weight = [torch.nn.Parameter(torch.ones(2))]
+    assert not calls_closure_itself(AdamW(weight))
+    assert not calls_closure_itself(Lion(weight)) and not calls_closure_itself(SGD(weight))
