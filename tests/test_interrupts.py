@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 import lit_fast
 from lit_fast.data import worker_signals
 from lit_fast.demos.boring_classes import BoringModel, RandomDataset
+from lit_fast.states import TrainerStatus
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
 QUIET |= {"enable_checkpointing": False, "enable_model_summary": False}
@@ -69,7 +70,8 @@ def test_a_signal_to_the_group_ends_workers_and_trainer(tmp_path: Path) -> None:
     codes, seen, ends, workers = json.loads(done.stdout)
     assert codes == [143, 1] * 3
     assert seen == [0, 1, 2] * 6
-    assert ends == [["SystemExit", True, "interrupted"], ["KeyboardInterrupt", False, "interrupted"]] * 3
+    status = str(TrainerStatus.INTERRUPTED)
+    assert ends == [["SIGTERMException", True, status], ["KeyboardInterrupt", False, status]] * 3
     assert workers == 0
     assert not list(tmp_path.glob("pymp-*"))
 

@@ -441,7 +441,7 @@ class RichProgressBar(ProgressBar):
         self._evaluation = Track(description, self._evaluation_total())
 
     def _evaluation_total(self) -> int | float:
-        stage = str(getattr(self._trainer.state, "stage", "validate"))
+        stage = getattr(self._trainer.state, "stage", "validate")
         if stage == "test":
             return self.total_test_batches_current_dataloader
         if stage == "predict":
