@@ -22,6 +22,7 @@ from typing import Any
 
 import progress_bar_program
 import pytest
+import rich.live  # noqa: F401  # imported by the drawing thread, a first run would be over before
 import torch
 from callback_programs import Names, make_module, make_trainer
 from callback_standins import StandInTrainer
