@@ -10,7 +10,7 @@ for bfloat16 tensors; the scalars in front are computed in float64.
 
 Bits: equal to torch 2.13's `fused=True` on x86-64 with AVX2 or AVX-512 (float32 and all-bfloat16), also in the
 remainder behind torch's last full vector, where its compiler fused the other product of beta2 v + (1 - beta2) g^2.
-`fused=False` rounds in another order in torch itself and differs from this by rounding, as torch's two paths do.
+`fused=False` differs by rounding: on the CPU torch takes MKL's square root there, which is not correctly rounded.
 With `amsgrad` the root is taken of the largest v so far (Reddi et al. 2018, arXiv:1904.09237).
 
 Not here: `differentiable`, a learning rate in a tensor on a device; torch's own step runs then.
