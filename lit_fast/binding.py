@@ -237,6 +237,8 @@ class Binding:
         adopted.set_clipping(max_norm=None if by_value or by_torch else limit, clip_value=limit if by_value else None)
         if self.guard is not None:
             adopted.set_guard(None if self._clips_by_torch else self.guard)
+        if trainer.config.grad_dtype is not None:
+            adopted.around_own_step = InParameterDtype(optimizer)
         return adopted
 
     def _bind_guard(self, before: Binding | None) -> Guard | None:
@@ -265,14 +267,9 @@ class Binding:
         return self.automatic and bool(self.trainer.gradient_clip_val) and not self.in_place_clipping
 
     def update_of(self, adopted: AdoptedOptimizer) -> Callable[[], Any]:
-        stepper = self._stepper(adopted)
         if self._clips_by_torch:
-            return step_clipped_by_norm(stepper, self.trainer.gradient_clip_val, self.guard)
-        return stepper.step
-
-    def _stepper(self, adopted: AdoptedOptimizer) -> AdoptedOptimizer | InParameterDtype:
-        """What takes the steps. Once a kernel reads float32 gradients of 16-bit parameters: `adopted`, if compiled."""
-        return adopted if self.trainer.config.grad_dtype is None else InParameterDtype(adopted)
+            return step_clipped_by_norm(adopted, self.trainer.gradient_clip_val, self.guard)
+        return adopted.step
 
     def _wrap_optimizers(self, before: list[LightningOptimizer]) -> list[LightningOptimizer]:
         """What user code holds as `self.optimizers()`; it may keep it, so the object stays while its optimizer does."""
@@ -397,7 +394,8 @@ class Binding:
         adopted = self.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
         if self.trainer.config.grad_dtype is not None:
-            self._note("update", "Trainer", "gradients of 16-bit parameters, float32 till then, cast to their dtype")
+            read = "as they are" if adopted.compiled else "cast to their parameters' dtype"
+            self._note("update", "Trainer", f"float32 gradients of 16-bit parameters are read {read}")
         return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self.update_of(adopted))),)
 
     def _bind_schedulers(self) -> Bound:
@@ -459,8 +457,8 @@ class Binding:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
         adopted, optimizer, progress = self.adopted[index], self.trainer.optimizers[index], self.progress
         after = (*self._before_step(index), *(self._bind_clip() if self.automatic else ()))
-        stepper = self._stepper(adopted)
-        casts = stepper if isinstance(stepper, InParameterDtype) and calls_closure_itself(optimizer) else None
+        wide = self.trainer.config.grad_dtype is not None
+        casts = InParameterDtype(optimizer) if wide and calls_closure_itself(optimizer) else None
         if casts is not None:
             after = (*after, casts.cast)
         if self._plugin_step:
@@ -469,7 +467,7 @@ class Binding:
                 optimizer, model=module, closure=closure or no_closure, **kwargs
             )
         elif self.scaler is not None:
-            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), stepper.step)
+            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), adopted.step)
         else:
             run_step = plain_step(adopted, self.update_of(adopted), lambda: run_all(after))
         if casts is not None:

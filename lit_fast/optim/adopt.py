@@ -11,6 +11,7 @@ import importlib
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType
 from typing import Any, TypeAlias, cast
 
@@ -117,6 +118,7 @@ class AdoptedOptimizer:
         compiled: whether the core takes the steps. It turns False when a step meets what no kernel can do.
         reason: one sentence: which kernel, or why none.
         guard: what keeps steps with a NaN or an infinite gradient from being taken; None with nonfinite="propagate".
+        around_own_step: entered whenever torch's own step runs, and left after it.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class AdoptedOptimizer:
         if any(map(asks_for_storage, optimizer.param_groups)):
             keep_dtypes_on_load(optimizer)  # a copy of an optimizer has lost it
         self.guard: Guard | None = None
+        self.around_own_step: AbstractContextManager[None] = nullcontext()
         self._bound_clipping: tuple[float, bool] | None = None
         self.set_clipping(max_norm, clip_value, norm_type, per_group)
         check_nonfinite(nonfinite, self._device())
@@ -343,7 +346,7 @@ class AdoptedOptimizer:
                 self._give_up(result)
             self.must_be_compiled()
             clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
-            with torch.no_grad():
+            with torch.no_grad(), self.around_own_step:
                 innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
         else:
             clipped = result
@@ -356,7 +359,8 @@ class AdoptedOptimizer:
     def _own_step(self, grad_scale: float, clip: bool) -> Tensor | None:
         self.must_be_compiled()
         norm = self._rewrite_gradients(grad_scale, *self._limits(clip))
-        self.optimizer.step()
+        with self.around_own_step:
+            self.optimizer.step()
         return norm
 
     @torch.no_grad()

@@ -11,7 +11,6 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim.adopt import AdoptedOptimizer
-from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.nonfinite import Guard, all_finite
 
 # Torch sums squares in float32, in another order than the core. Its norm of a gradient cannot be further from the
@@ -19,9 +18,7 @@ from lit_fast.optim.nonfinite import Guard, all_finite
 SURELY_BELOW = 0.99
 
 
-def step_clipped_by_norm(
-    adopted: AdoptedOptimizer | InParameterDtype, max_norm: float, guard: Guard | None = None
-) -> Callable[..., None]:
+def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float, guard: Guard | None = None) -> Callable[..., None]:
     """`step(grad_scale=1.0)`: one on gradients times `grad_scale`, clipped to `max_norm`, that stay in memory as they
     are.
 

@@ -1,4 +1,4 @@
-"""Gradients in float32 of parameters in 16 bits: torch's `Tensor.grad_dtype`, and steps that do not know it.
+"""Gradients in float32 of parameters in 16 bits: torch's `Tensor.grad_dtype`, and its steps that know none.
 
 bfloat16 has 8 bits: what is less than 1/256 of a sum is lost when it is added. Where `grad_dtype` is float32, autograd
 casts each micro-batch's gradient and adds it in float32 (of a parameter that is used twice, each use's).
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lit_fast.errors import MisconfigurationException
-from lit_fast.optim.adopt import AdoptedOptimizer
 
 SHORT = (torch.bfloat16, torch.float16)
 
@@ -60,23 +60,20 @@ def _set_grad_dtype(p: Tensor, dtype: torch.dtype | None) -> None:
 
 
 class InParameterDtype:
-    """Steps of an adopted optimizer with gradients cast to their parameters' dtype meanwhile.
+    """Gradients cast to their parameters' dtype while torch's own step reads them, which may know no other.
 
-    torch's own Adam, and whatever is fused, raises an error where the two differ, and so far no kernel takes them.
+    torch's Adam and whatever is fused raise an error where the two differ. The compiled steps read both dtypes.
     """
 
-    def __init__(self, adopted: AdoptedOptimizer) -> None:
-        self.optimizer = adopted.optimizer
-        self._step = adopted.step
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
         self._wide: list[tuple[Tensor, Tensor]] = []
 
-    def step(self, grad_scale: float = 1.0, clip: bool = True) -> Tensor | None:
-        """As `AdoptedOptimizer.step`. Afterwards `p.grad` is again what it was."""
+    def __enter__(self) -> None:
         self.cast()
-        try:
-            return self._step(grad_scale, clip)
-        finally:
-            self.restore()
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
 
     def around(self, run_step: Callable[..., Any]) -> Callable[..., Any]:
         """`run_step(closure, **kwargs)`, each of whose evaluations ends with `cast`."""
@@ -101,6 +98,7 @@ class InParameterDtype:
                     _set_grad_dtype(p, p.dtype)
 
     def restore(self) -> None:
+        """Every `p.grad` is again what it was."""
         for p, gradient in self._wide:
             p.grad = None
             p.grad_dtype = gradient.dtype

@@ -10,6 +10,7 @@ import torch
 from heart_models import Plain, batches, fitted, network, trainer
 from torch import Tensor, nn
 
+from lit_fast import optim
 from lit_fast.errors import MisconfigurationException
 from lit_fast.optim import adopt, grad_dtype
 from lit_fast.optim.grad_dtype import keep_gradients_in
@@ -22,6 +23,7 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
     "adam_foreach": lambda p: torch.optim.Adam(p, lr=1e-2),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=1e-2),  # no kernel
 }
 
 
@@ -81,49 +83,84 @@ def test_a_window_is_summed_in_float32(precision: str, weights: list[float] | No
     assert max(errors) > 1.0, "16 bits are not as good, so the test would notice"
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_compiled_step_reads_the_float32_sum(precision: str) -> None:
+    """A first SGD step's buffer is the gradient, its master the weight: both as float64 has them but for float32's
+    roundings, and closer than what sums of 16 bits give."""
+    dtype = DTYPES[precision]
+    data = [batch.to(dtype) for batch in batches(WINDOW)]
+    gradients = micro_gradients(network().to(dtype), data, [1 / WINDOW] * WINDOW)
+    options: dict[str, Any] = {"lr": 0.5, "momentum": 0.9, "state_dtype": "float32", "master": "float32"}
+    runs = {}
+    for wide in ("float32", None):
+        model = Ours(lambda p: optim.SGD(p, **options))
+        made = fitted(
+            model, data, max_epochs=1, accumulate_grad_batches=WINDOW, precision=precision, grad_dtype=wide
+        )  # fmt: skip
+        assert "read as they are" in made.explain() or not wide
+        runs[wide] = [made.optimizers[0].state[p] for p in model.parameters()]
+    errors = []
+    for before, each, state, narrow in zip(
+        network().to(dtype).parameters(), gradients, runs["float32"], runs[None], strict=True
+    ):
+        exact = sum(gradient.double() for gradient in each)
+        bound = WINDOW * torch.finfo(torch.float32).eps * sum(gradient.double().abs() for gradient in each)
+        weight = before.detach().double() - 0.5 * exact
+        last_rounding = torch.finfo(torch.float32).eps * weight.abs()
+        assert ((state["momentum_buffer"] - exact).abs() <= bound).all()
+        assert ((state["master"] - weight).abs() <= 0.5 * bound + last_rounding).all()
+        for key, value, limit in (("momentum_buffer", exact, bound), ("master", weight, 0.5 * bound + last_rounding)):
+            errors.append(((narrow[key] - value).abs() / limit).max())
+    assert min(errors[:2]) > 100.0, "sums of 16 bits are far worse, so the test would notice"
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0, 7.0, 2.0]], ids=["shares", "weights"])
-def test_steps_take_the_sum_in_the_parameters_dtype(optimizer: str, watched: bool, weights: Any) -> None:
-    """By hand: sums in float32, cast once, then a step. A factor that is left to the step comes after the cast."""
+def test_steps_take_the_sum(optimizer: str, watched: bool, weights: Any) -> None:
+    """By hand: sums in float32, read by compiled steps as they are, by torch's own cast; a window's factor before."""
     make, data = OPTIMIZERS[optimizer], [batch.bfloat16() for batch in batches(4)]
     shares = [0.5] * 4 if weights is None else [1 / (2 * (weights[at - at % 2] / weights[at])) for at in range(4)]
     net = network().bfloat16()
     adopted = adopt(make(net.parameters()))
+    assert adopted.compiled is (optimizer != "nadam")
+    if adopted.compiled:
+        keep_gradients_in(torch.float32, net.parameters())
     for begin in (0, 2):
         factor = 1.0 if weights is None else 2 / (1 + weights[begin + 1] / weights[begin])
         gradients = micro_gradients(net, data[begin : begin + 2], shares[begin : begin + 2])
+        in_memory = watched or not adopted.compiled
         for parameter, each in zip(net.parameters(), gradients, strict=True):
-            total = in_order(each, torch.float32)
-            parameter.grad = (total * factor if watched else total).bfloat16()
-        adopted.step(grad_scale=1.0 if watched else factor)
+            total = in_order(each, torch.float32) * (factor if in_memory else 1.0)
+            parameter.grad = total if adopted.compiled else total.bfloat16()
+        adopted.step(grad_scale=1.0 if in_memory else factor)
     model = (Watched if watched else Ours)(make, weights)
     made = fitted(model, data, max_epochs=1, accumulate_grad_batches=2, precision="bf16-true", grad_dtype=torch.float32)
     for mine, theirs in zip(model.net.parameters(), net.parameters(), strict=True):
         assert mine.dtype is torch.bfloat16 and torch.equal(mine, theirs)
     assert ("compiled step" in made.explain()) is adopted.compiled
-    assert "cast to their dtype" in made.explain()
+    assert ("read as they are" in made.explain()) is adopted.compiled
+    assert ("cast to their parameters' dtype" in made.explain()) is not adopted.compiled
 
 
 @pytest.mark.parametrize("how", ["norm", "value"])
 @pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
-def test_clipped(how: str, watched: bool) -> None:
-    """By norm of the float32 sum; the step casts what it is given."""
+@pytest.mark.parametrize("optimizer", ["sgd", "nadam"])
+def test_clipped(how: str, watched: bool, optimizer: str) -> None:
+    """The float32 sum is clipped, whoever steps."""
     data, limit = [batch.bfloat16() for batch in batches(4)], {"norm": 0.25, "value": 0.0625}[how]
     net = network().bfloat16()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-    shares = [0.25] * 4
-    gradients = micro_gradients(net, data, shares)
-    sums = [in_order(each, torch.float32) for each in gradients]
+    adopted = adopt(OPTIMIZERS[optimizer](net.parameters()))
+    if adopted.compiled:
+        keep_gradients_in(torch.float32, net.parameters())
+    sums = [in_order(each, torch.float32) for each in micro_gradients(net, data, [0.25] * 4)]
     norm = torch.nn.utils.get_total_norm(sums)
+    coefficient = (limit / (norm + 1e-6)).item()
     for parameter, total in zip(net.parameters(), sums, strict=True):
-        coefficient = (limit / (norm + 1e-6)).item()
-        if watched:
-            parameter.grad = (total * coefficient if how == "norm" else total.clamp(-limit, limit)).bfloat16()
-        else:
-            parameter.grad = total.bfloat16() if how == "norm" else total.bfloat16().clamp(-limit, limit)
-    adopt(optimizer).step(grad_scale=coefficient if how == "norm" and not watched else 1.0)
-    model = (Watched if watched else Ours)(lambda p: torch.optim.SGD(p, lr=0.05))
+        clipped = total * coefficient if how == "norm" else total.clamp(-limit, limit)
+        parameter.grad = clipped if adopted.compiled else clipped.bfloat16()
+    adopted.step()
+    model = (Watched if watched else Ours)(OPTIMIZERS[optimizer])
     if watched:
         model.on_train_batch_end = lambda *args: None  # looks after clipping
     fitted(
@@ -133,6 +170,42 @@ def test_clipped(how: str, watched: bool) -> None:
     assert norm > limit
     for mine, theirs in zip(model.net.parameters(), net.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_hooks_of_a_step_see_the_dtype_that_it_reads() -> None:
+    """Of a compiled step float32, of torch's own the parameter's; and float32 again afterwards."""
+    for name, dtype in (("adamw", torch.float32), ("nadam", torch.bfloat16)):
+        model, seen = Ours(OPTIMIZERS[name]), []
+        model.on_train_batch_end = lambda *_, m=model: m.before_step.append([p.grad for p in m.parameters()])
+
+        def configure(model: Any = model, seen: list[Any] = seen, name: str = name) -> Any:
+            optimizer = OPTIMIZERS[name](model.parameters())
+            look = lambda o, *_: seen.extend(p.grad.dtype for g in o.param_groups for p in g["params"])  # noqa: E731
+            optimizer.register_step_pre_hook(look)
+            optimizer.register_step_post_hook(look)
+            return optimizer
+
+        model.configure_optimizers = configure
+        fitted(model, [batches(1)[0].bfloat16()], max_epochs=1, precision="bf16-true", grad_dtype="float32")
+        assert set(seen) == {dtype} and len(seen) == 2 * len(list(model.parameters()))
+        assert {gradient.dtype for gradient in model.before_step[0]} == {torch.float32}
+
+
+def test_a_compiled_step_that_gives_up_casts() -> None:
+    """A gradient that no kernel reads comes in the second step."""
+
+    class Late(Ours):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.global_step == 1:
+                weight = self.net[0].weight
+                weight.grad = weight.grad.repeat(1, 2)[:, ::2]
+                assert weight.grad.dtype is torch.float32
+
+    model = Late(OPTIMIZERS["adam_foreach"])
+    with pytest.warns(UserWarning, match="its own step"):
+        made = fitted(model, [b.bfloat16() for b in batches(2)], max_epochs=1, precision="bf16-true",
+                      grad_dtype="float32")  # fmt: skip
+    assert {int(state["step"]) for state in made.optimizers[0].state.values()} == {2}
 
 
 @pytest.mark.parametrize("window", [1, 2])
