@@ -224,9 +224,7 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     const bool draws = group.stochastic || group.state == Dtype::uint8;
     const bool lacks_step = draws && !absent && get_item(entry, mapping_.step_key) == nullptr;
     if (absent || missing != 0 || lacks_master || lacks_step) {
-        PyObject* arguments[] = {state, group.object, param};
-        Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
-        new_states_.push_back({param, absent, missing});
+        init_state(state, group.object, param);
         first = missing != 0;
         entry = get_item(state, param);
     }
@@ -427,18 +425,29 @@ bool Stepper::memory_is_disjoint(std::string& refusal) {
     return true;
 }
 
-// A refused step leaves the state as it found it: torch's own step must see a first step as one.
+// Has what a parameter's state lacks made.
+void Stepper::init_state(PyObject* state, PyObject* group, PyObject* param) {
+    PyObject* entry = get_item(state, param);
+    Py_XINCREF(entry);
+    if (entry != nullptr) refs_.keep(entry);
+    PyObject* values = entry != nullptr && PyDict_Check(entry) ? refs_.keep(checked(PyDict_Copy(entry))) : nullptr;
+    new_states_.push_back({param, entry, values});
+    PyObject* arguments[] = {state, group, param};
+    Py_DECREF(checked(PyObject_Vectorcall(mapping_.init_state, arguments, 3, nullptr)));
+}
+
+// A step that is not taken leaves the state as it found it: torch's own step must see a first step as one.
 void Stepper::undo_new_states(PyObject* state) {
-    for (const NewState& entry : new_states_) {
-        if (entry.absent) {
-            if (PyDict_DelItem(state, entry.param) != 0) PyErr_Clear();
+    for (const NewState& before : new_states_) {
+        if (before.entry == nullptr) {
+            if (PyDict_DelItem(state, before.param) != 0) PyErr_Clear();  // init_state failed before it made one
             continue;
         }
-        PyObject* values = get_item(state, entry.param);
-        for (int k = 0; values != nullptr && k < info_->state_count; ++k) {
-            if ((entry.missing >> k & 1U) == 0) continue;
-            if (PyDict_SetItem(values, PyTuple_GET_ITEM(mapping_.state_keys, k), Py_None) != 0) throw PythonError{};
+        if (before.values != nullptr) {
+            PyDict_Clear(before.entry);
+            if (PyDict_Update(before.entry, before.values) != 0) throw PythonError{};
         }
+        if (PyDict_SetItem(state, before.param, before.entry) != 0) throw PythonError{};
     }
 }
 

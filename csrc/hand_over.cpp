@@ -53,40 +53,20 @@ void Table::launch(const Launcher& launcher) const {
 
 StepResult Stepper::hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher,
                               const CudaContext* cuda) {
-    struct Release {
-        References& refs;
-        ~Release() { refs.clear(); }
-    } release{refs_};
-    cuda_ = cuda;
-    StepResult result;
-    if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
-    if (!collect(param_groups, state, result.refusal)) {
-        undo_new_states(state);
-        return result;
-    }
-    Table table;
-    for (const StepTask& task : batch_.tasks) {
-        // What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
-        if (task.layout == Layout::staged || uses(task.form, Table::kTableStates)) {
-            result.refusal = "only the core has a kernel for its dtypes or options";
-            undo_new_states(state);
-            return result;
+    return collected(param_groups, state, cuda, [&](StepResult& result) {
+        Table table;
+        for (const StepTask& task : batch_.tasks) {
+            // What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
+            if (task.layout == Layout::staged || uses(task.form, Table::kTableStates)) {
+                result.refusal = "only the core has a kernel for its dtypes or options";
+                return false;
+            }
+            table.add(task, launcher.chunk);
         }
-        table.add(task, launcher.chunk);
-    }
-    for (const Options& options : batch_.options) table.add(options);
-    try {
+        for (const Options& options : batch_.options) table.add(options);
         table.launch(launcher);
-    } catch (const PythonError&) {
-        PyObject *type, *value, *traceback;  // undoing calls Python too
-        PyErr_Fetch(&type, &value, &traceback);
-        undo_new_states(state);
-        PyErr_Restore(type, value, traceback);
-        throw;
-    }
-    for (const StepCounter& counter : counters_) *counter.value = counter.next;
-    increment_versions(written_);
-    return result;
+        return true;
+    });
 }
 
 StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launcher& launcher,

@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "check.h"
 #include "python.h"
 #include "threads.h"
 
@@ -119,36 +118,21 @@ Stepper::~Stepper() {
 }
 
 StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping& clipping, const CudaContext* cuda) {
-    struct Release {
-        References& refs;
-        ~Release() { refs.clear(); }
-    } release{refs_};
-    cuda_ = cuda;
-    StepResult result;
-    if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
-    if (!collect(param_groups, state, result.refusal)) {
-        undo_new_states(state);
-        return result;
-    }
-    const bool with_norm = clipping.max_norm >= 0.0 || clipping.only_finite;
-    if (cuda == nullptr) {
-        const GradientScale scale = cpu_clip(grads_, elements_, clipping, with_norm, result);
-        if (clipping.only_finite && !std::isfinite(result.norm)) {
-            undo_new_states(state);
-            return result;
+    return collected(param_groups, state, cuda, [&](StepResult& result) {
+        const bool with_norm = clipping.max_norm >= 0.0 || clipping.only_finite;
+        if (cuda == nullptr) {
+            const GradientScale scale = cpu_clip(grads_, elements_, clipping, with_norm, result);
+            if (clipping.only_finite && !std::isfinite(result.norm)) return false;
+            run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
+            return true;
         }
-        for (const StepCounter& counter : counters_) *counter.value = counter.next;
-        run(elements_, [&](int threads) { cpu_step(batch_, scale, threads); });
-    } else {
 #if LIT_FAST_HAS_CUDA
         cuda_step(batch_, grads_, cuda_clip(clipping, with_norm, *cuda), workspace_of(*cuda, refs_), cuda->on);
-        for (const StepCounter& counter : counters_) *counter.value = counter.next;
+        return true;
 #else
         throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");
 #endif
-    }
-    increment_versions(written_);
-    return result;
+    });
 }
 
 std::string Gradients::collect(PyObject* param_groups, const CudaContext* cuda) {

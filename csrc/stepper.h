@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "check.h"
 #include "tensor_reader.h"
 
 namespace lit_fast {
@@ -97,10 +98,11 @@ class Stepper {
     Stepper(const Stepper&) = delete;
     Stepper& operator=(const Stepper&) = delete;
 
-    // Everything is checked before anything is written. Throws PythonError when a Python call failed.
+    // Everything is checked before anything is written; a step that is not taken leaves the state as it was. Throws
+    // PythonError when a Python call failed.
     // cuda: nullptr for the CPU.
     StepResult step(PyObject* param_groups, PyObject* state, const Clipping& clipping, const CudaContext* cuda);
-    // The same step by other kernels, which do the clipping too. What `launch` raises leaves the state as it was.
+    // The same step by other kernels, which do the clipping too.
     StepResult hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher, const CudaContext* cuda);
     // The same checks for every parameter, gradients and state left alone: "" or why there is no kernel.
     std::string check_parameters(PyObject* param_groups, bool on_cuda, int device_index);
@@ -114,10 +116,11 @@ class Stepper {
         const char *begin, *end;
         bool written;
     };
+    // What stood in the state before a step filled it in; borrowed from refs_.
     struct NewState {
-        PyObject* param;   // borrowed from refs_
-        bool absent;       // state had no (or an empty) entry for it
-        unsigned missing;  // bit k: it had no state k
+        PyObject* param;
+        PyObject* entry;   // nullptr: nothing
+        PyObject* values;  // a copy of the entry
     };
     // What a param group asks for, read once a step.
     struct Group {
@@ -130,6 +133,9 @@ class Stepper {
         std::uint64_t seed = 0;
     };
 
+    // Everything that surrounds the arithmetic, which is work(result) -> whether it was done.
+    template <class Work>
+    StepResult collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, const Work& work);
     bool collect(PyObject* param_groups, PyObject* state, std::string& refusal);
     bool collect_parameter(const Group& group, PyObject* param, PyObject* state, std::string& refusal);
     bool collect_state(const Group& group, PyObject* param, const TensorView& like, PyObject* state, StepTask& task,
@@ -140,6 +146,7 @@ class Stepper {
     bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
     unsigned missing_states(PyObject* entry, unsigned form) const;
     bool memory_is_disjoint(std::string& refusal);
+    void init_state(PyObject* state, PyObject* group, PyObject* param);
     void undo_new_states(PyObject* state);
 
     Mapping mapping_;
@@ -190,5 +197,33 @@ StepResult gradient_norm(PyObject* param_groups, const Clipping& clipping, bool 
 StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launcher& launcher, const CudaContext* cuda);
 void increment_versions(const std::vector<PyObject*>& tensors);
 void release_gradients(PyObject* param_groups);
+
+template <class Work>
+StepResult Stepper::collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, const Work& work) {
+    struct Release {
+        References& refs;
+        ~Release() { refs.clear(); }
+    } release{refs_};
+    cuda_ = cuda;
+    StepResult result;
+    if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
+    bool done = false;
+    try {
+        done = collect(param_groups, state, result.refusal) && work(result);
+    } catch (...) {
+        PyObject *type, *value, *traceback;  // undoing calls Python too
+        PyErr_Fetch(&type, &value, &traceback);
+        undo_new_states(state);
+        PyErr_Restore(type, value, traceback);
+        throw;
+    }
+    if (!done) {
+        undo_new_states(state);
+        return result;
+    }
+    for (const StepCounter& counter : counters_) *counter.value = counter.next;
+    increment_versions(written_);
+    return result;
+}
 
 }  // namespace lit_fast

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
+from collections import defaultdict
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from optimizer_cases import parameters, set_gradients
 from storage_cases import random_bits, state_chance
 from torch.nn import Parameter
 
+from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim import SGD, Adagrad, AdamW, Lion, RMSprop, adopt, to_torch_state_dict
 from lit_fast.optim.codes import decode, encode, rebuilt, split
@@ -323,3 +326,57 @@ def test_torch_refuses_codes_and_takes_what_they_are_exported_as(kind, implement
         reference.state[params[1]][name], decode(entry[f"{name}_codes"], entry[f"{name}_scale"], signed=True)
     )
     reference.step()
+
+
+# ---- steps that are not taken ----
+
+HAD: dict[str, dict | None] = {
+    "nothing": None,
+    "an empty entry": {},
+    "a counter": {"step": torch.tensor(3.0)},
+    "one moment": {"step": torch.tensor(3.0), "exp_avg": None, "momentum_buffer": None, "mine": "kept"},
+}
+
+
+@pytest.mark.parametrize("why", ["refused", "not finite", "an error"])
+@pytest.mark.parametrize("had", HAD)
+@pytest.mark.parametrize(
+    "storage",
+    [{}, {"state_dtype": "8bit"}, {"master": "float32"}, {"state_dtype": "8bit", "master": "remainder"}],
+    ids=["plain", "codes", "master", "codes and remainder"],
+)
+@pytest.mark.parametrize("kind", [AdamW, SGD])
+def test_the_state_is_as_it_was_after_a_step_that_was_not_taken(kind, storage, had, why):
+    """What it made for the first parameter is gone: moments, codes and their scales, masters, remainders, counters."""
+    params = weights()
+    optimizer = kind(params, lr=0.1, **({"momentum": 0.9} if kind is SGD else {}))
+    optimizer.step()
+    optimizer.param_groups[0].update(storage)
+    if HAD[had] is None:
+        optimizer.state.clear()
+    else:
+        optimizer.state = defaultdict(dict, {p: copy.deepcopy(HAD[had]) for p in params})
+    entries = dict(optimizer.state)
+    before = {p: dict(entry) for p, entry in entries.items()}
+
+    def fails(state, group, param):
+        if param is params[1]:
+            state.get(param, {}).clear()
+            raise MemoryError("no more")
+        kind.mapping.init_state(state, group, param)
+
+    mapping = dataclasses.replace(kind.mapping, init_state=fails) if why == "an error" else kind.mapping
+    stepper = ops.Stepper(mapping, torch.device("cpu"))
+    arguments = optimizer.param_groups, optimizer.state, 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING
+    if why == "refused":
+        params[1].grad = params[1].grad.to_sparse()
+        assert "cannot be read" in stepper.step(*arguments)
+    elif why == "not finite":
+        params[1].grad[7] = float("inf")
+        assert stepper.step_if_finite(*arguments) == float("inf")
+    else:
+        with pytest.raises(MemoryError, match="no more"):
+            stepper.step(*arguments)
+    assert dict(optimizer.state) == before and all(optimizer.state[p] is entry for p, entry in entries.items())
+    params[1].grad = torch.ones_like(params[1])
+    assert ops.Stepper(kind.mapping, torch.device("cpu")).step(*arguments) is None
