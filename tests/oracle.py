@@ -4,6 +4,8 @@ Independent of the kernels: written from the papers' formulas. `Bounded` carries
 error that a float32 evaluation of the same expression can have against it (running error analysis, Higham,
 "Accuracy and stability of numerical algorithms", section 3.3). A fused multiply-add rounds once where this counts
 two roundings, so the bound holds for it too.
+
+Options are numbers, or tensors with one for each element of the others: many cases are then stepped at once.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Number = float | Tensor
 
 # Largest relative error of one rounding to nearest; the stochastic one errs by less than twice that.
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -76,10 +80,32 @@ def exact(tensor: Tensor) -> Bounded:
     return Bounded(tensor.detach().double(), torch.zeros_like(tensor, dtype=torch.float64))
 
 
-def scalar(number: float) -> Bounded:
+def scalar(number: Number) -> Bounded:
     """A constant that the kernel computes in float64 and rounds to float32."""
-    value = torch.tensor(number, dtype=torch.float64)
-    return Bounded(value, UNIT[torch.float32] * value.abs())
+    value = torch.as_tensor(number, dtype=torch.float64)
+    return Bounded(value, SECOND_ORDER * UNIT[torch.float32] * value.abs())
+
+
+def choose(condition: bool | Tensor, yes: Bounded, no: Bounded) -> Bounded:
+    if isinstance(condition, bool):
+        return yes if condition else no
+    return Bounded(torch.where(condition, yes.value, no.value), torch.where(condition, yes.error, no.error))
+
+
+def is_used(number: Number) -> bool:
+    """Whether a number that switches a state on is not zero; for all elements alike."""
+    used = torch.as_tensor(number) != 0.0
+    assert bool(used.all()) or not used.any()
+    return bool(used.any())
+
+
+def directed(grad: Tensor, maximize: bool | Tensor) -> Bounded:
+    return choose(maximize, -exact(grad), exact(grad))
+
+
+def decayed(g: Bounded, p: Bounded, weight_decay: Number) -> Bounded:
+    """The gradient with L2 decay; without one nothing is rounded."""
+    return choose(weight_decay != 0.0, g + scalar(weight_decay) * p, g)
 
 
 def adamw_step(
@@ -87,15 +113,15 @@ def adamw_step(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    step: int,
+    step: int | Tensor,
     *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
+    lr: Number,
+    betas: tuple[Number, Number],
+    eps: Number,
+    weight_decay: Number,
     decoupled: bool,
     grad_scale: float = 1.0,
-    maximize: bool = False,
+    maximize: bool | Tensor = False,
     max_exp_avg_sq: Tensor | None = None,
 ) -> dict[str, Bounded]:
     """One step of Adam(W), amsgrad with a third moment; `step` counts from 1. Keys: param and the moments."""
@@ -103,12 +129,11 @@ def adamw_step(
     beta1, beta2 = betas
     if grad_scale != 1.0:
         g = g * scalar(grad_scale)
-    if maximize:
-        g = -g
+    g = choose(maximize, -g, g)
     if decoupled:
         p = p * scalar(1.0 - lr * weight_decay)
-    elif weight_decay != 0.0:
-        g = g + scalar(weight_decay) * p
+    else:
+        g = decayed(g, p, weight_decay)
     m = m + scalar(1.0 - beta1) * (g - m)
     v = scalar(beta2) * v + scalar(1.0 - beta2) * g * g
     largest = v if max_exp_avg_sq is None else v.larger(exact(max_exp_avg_sq))
@@ -125,24 +150,23 @@ def sgd_step(
     grad: Tensor,
     momentum_buffer: Tensor | None,
     *,
-    lr: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
+    lr: Number,
+    momentum: Number = 0.0,
+    dampening: Number = 0.0,
+    weight_decay: Number = 0.0,
+    nesterov: bool | Tensor = False,
+    maximize: bool | Tensor = False,
 ) -> dict[str, Bounded]:
     """One step of SGD; no buffer means a parameter's first step. Keys: param and, with momentum, momentum_buffer."""
-    p, g = exact(param), -exact(grad) if maximize else exact(grad)
-    if weight_decay != 0.0:
-        g = g + scalar(weight_decay) * p
+    p = exact(param)
+    g = decayed(directed(grad, maximize), p, weight_decay)
     results: dict[str, Bounded] = {}
-    if momentum != 0.0:
+    if is_used(momentum):
         buffer = g
         if momentum_buffer is not None:
             buffer = scalar(momentum) * exact(momentum_buffer) + scalar(1.0 - dampening) * g
         results["momentum_buffer"] = buffer
-        g = g + scalar(momentum) * buffer if nesterov else buffer
+        g = choose(nesterov, g + scalar(momentum) * buffer, buffer)
     results["param"] = p - scalar(lr) * g
     return {name: result.stored(param.dtype) for name, result in results.items()}
 
@@ -152,19 +176,18 @@ def lion_step(
     grad: Tensor,
     exp_avg: Tensor,
     *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
+    lr: Number,
+    betas: tuple[Number, Number],
+    weight_decay: Number,
     grad_scale: float = 1.0,
-    maximize: bool = False,
+    maximize: bool | Tensor = False,
 ) -> dict[str, Bounded]:
     """One step of Lion. Keys: param, exp_avg. A sign that rounding can turn is uncertain by 2."""
     p, g, m = (exact(t) for t in (param, grad, exp_avg))
     beta1, beta2 = betas
     if grad_scale != 1.0:
         g = g * scalar(grad_scale)
-    if maximize:
-        g = -g
+    g = choose(maximize, -g, g)
     blend = scalar(beta1) * m + scalar(1.0 - beta1) * g
     turnable = (blend.value.abs() <= blend.error) & ((m.value != 0.0) | (g.value != 0.0))
     direction = Bounded(blend.value.sign(), 2.0 * turnable.double())
@@ -179,18 +202,17 @@ def adagrad_step(
     param: Tensor,
     grad: Tensor,
     sum: Tensor,
-    step: int,
+    step: int | Tensor,
     *,
-    lr: float,
-    lr_decay: float = 0.0,
-    eps: float,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
+    lr: Number,
+    lr_decay: Number = 0.0,
+    eps: Number,
+    weight_decay: Number = 0.0,
+    maximize: bool | Tensor = False,
 ) -> dict[str, Bounded]:
     """One step of Adagrad; `step` counts from 1. Keys: param, sum."""
-    p, g = exact(param), -exact(grad) if maximize else exact(grad)
-    if weight_decay != 0.0:
-        g = g + scalar(weight_decay) * p
+    p = exact(param)
+    g = decayed(directed(grad, maximize), p, weight_decay)
     total = exact(sum) + g * g
     results = {
         "param": p - scalar(lr / (1.0 + (step - 1.0) * lr_decay)) * g / (total.sqrt() + scalar(eps)),
@@ -206,17 +228,16 @@ def rmsprop_step(
     grad_avg: Tensor | None = None,
     momentum_buffer: Tensor | None = None,
     *,
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float = 0.0,
-    momentum: float = 0.0,
-    maximize: bool = False,
+    lr: Number,
+    alpha: Number,
+    eps: Number,
+    weight_decay: Number = 0.0,
+    momentum: Number = 0.0,
+    maximize: bool | Tensor = False,
 ) -> dict[str, Bounded]:
     """One step of RMSprop: centered with a `grad_avg`, with momentum if there is a buffer. Keys: param, the moments."""
-    p, g = exact(param), -exact(grad) if maximize else exact(grad)
-    if weight_decay != 0.0:
-        g = g + scalar(weight_decay) * p
+    p = exact(param)
+    g = decayed(directed(grad, maximize), p, weight_decay)
     square = scalar(alpha) * exact(square_avg) + scalar(1.0 - alpha) * g * g
     results, variance = {"square_avg": square}, square
     if grad_avg is not None:

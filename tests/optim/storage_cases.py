@@ -65,13 +65,17 @@ def moments(kind: type, made: dict[str, Any]) -> tuple[str, ...]:
     return ("sum",) if kind is Adagrad else ("exp_avg",)
 
 
-def random_moments(names: tuple[str, ...], numel: int, scale: float) -> dict[str, Tensor]:
-    """Moments that gradients of that scale may have left behind; square_avg leaves a variance around grad_avg."""
+def random_moments(names: tuple[str, ...], numel: int, scale: float | Tensor) -> dict[str, Tensor]:
+    """Moments that gradients of that scale may have left behind; square_avg leaves a variance around grad_avg.
+
+    With a = grad_avg <= scale the variance is 0.01 scale^2 at least, and bfloat16 takes 2^-9 (square_avg + 2 a^2) of it
+    at most, which is 0.006 scale^2: it stays positive.
+    """
     values = {name: scale * torch.randn(numel) for name in names}
     for name in values.keys() & {"exp_avg_sq", "max_exp_avg_sq", "sum", "square_avg"}:
         values[name] = values[name].square() + 0.01 * scale**2
     if "grad_avg" in values:
-        values["grad_avg"] *= 0.3
+        values["grad_avg"] = (0.3 * values["grad_avg"]).clamp(-scale, scale)
         values["square_avg"] += values["grad_avg"].square()
     return values
 

@@ -7,16 +7,17 @@ import io
 import math
 import pickle
 import random
+from typing import Any
 
 import pytest
 import torch
 from optimizer_cases import parameters, set_gradients, tensors_of
-from storage_cases import KINDS, storages
+from storage_cases import CODED, KINDS, storages
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast.optim import SGD, AdamW
-from lit_fast.optim.codes import decode
+from lit_fast.optim import SGD, Adam, AdamW, RMSprop
+from lit_fast.optim.codes import UNSIGNED, decode
 
 DRAWS = 1_000_000
 BF16 = torch.bfloat16
@@ -41,40 +42,84 @@ def test_parameters_are_rounded_without_bias(share, sign):
     assert_unbiased(sign * param.detach(), 1.0 + step, 1.0, 1.0 + 2.0**-7)
 
 
-def moments_of_one_step(**storage) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """All moments of AdamW after a step on 1e6 equal gradients, and their value in float32; each block's first
-    element is larger: it sets the scale of codes."""
-    grad = torch.full((DRAWS,), 0.337)
-    grad[::256] = 1.0
+def with_all_moments(kind: type) -> dict[str, Any]:
+    """Options with which a parameter has every moment that may be rounded."""
+    if kind in (AdamW, Adam):
+        return {"amsgrad": True}
+    return {"momentum": 0.9, "weight_decay": 0.01} if kind in (SGD, RMSprop) else {}
+
+
+def one_step(kind: type, sign: float, **storage: Any) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Parameter and moments after a step of 1e6 elements alike, and their value in float32.
+
+    Each block's first element is larger and left out: it sets the scale of codes.
+    """
+    grad = torch.full((DRAWS,), sign * 0.337).to(BF16)
+    grad[::256] = sign
     results = []
-    for options in (storage, {}):
-        param = Parameter(torch.zeros(DRAWS))
-        param.grad = grad
-        optimizer = AdamW([param], amsgrad=True, seed=3, **options)
+    for dtype, options in ((BF16, storage), (torch.float32, {})):
+        param = Parameter(torch.ones(DRAWS, dtype=dtype))
+        param.grad = grad.to(dtype)
+        optimizer = kind([param], lr=0.011, seed=3, **with_all_moments(kind), **options)
         optimizer.step()
-        results.append(optimizer.state[param])
-    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        results.append({"param": param.detach(), **optimizer.state[param]})
+    names = ["param", *(name for name in kind.mapping.state_keys if name in results[1])]
     keep = torch.arange(DRAWS) % 256 != 0
     ours, exact = results
-    if "exp_avg_codes" in ours:
-        ours = {name: decode(ours[f"{name}_codes"], ours[f"{name}_scale"], name == "exp_avg") for name in names}
+    for name in names:
+        if f"{name}_codes" in ours:
+            ours[name] = decode(ours[f"{name}_codes"], ours[f"{name}_scale"], name not in UNSIGNED)
     return {name: ours[name][keep] for name in names}, {name: exact[name][1].item() for name in names}
 
 
-def test_moments_in_bfloat16_are_rounded_without_bias():
-    stored, values = moments_of_one_step(state_dtype="bfloat16", rounding="stochastic")
-    for name, value in values.items():
-        unit = 2.0 ** (math.floor(math.log2(value)) - 7)
-        low = math.floor(value / unit) * unit
-        assert_unbiased(stored[name], value, low, low + unit)
+def neighbours(value: float) -> tuple[float, float]:
+    """The numbers of bfloat16 around a positive one, which is none."""
+    unit = 2.0 ** (math.floor(math.log2(value)) - 7)
+    low = math.floor(value / unit) * unit
+    assert low < value
+    return low, low + unit
 
 
-def test_codes_are_rounded_with_a_bias_of_2_to_the_minus_16_of_a_code_at_most():
-    stored, values = moments_of_one_step(state_dtype="8bit")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_and_moments_in_bfloat16_are_rounded_without_bias(kind, sign):
+    stored, values = one_step(kind, sign, state_dtype="bfloat16", rounding="stochastic")
+    assert len(values) == 1 + len(kind.mapping.state_keys) - (kind is RMSprop)  # centered there is none in bfloat16
     for name, value in values.items():
-        low, high = stored[name].min().item(), stored[name].max().item()
-        assert low < value < high and high - low <= value / 8 * 1.001
-        assert_unbiased(stored[name], value, low, high, bias=2.0**-16)
+        assert_unbiased(math.copysign(1.0, value) * stored[name], abs(value), *neighbours(abs(value)))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", CODED)
+def test_codes_are_rounded_with_a_bias_of_2_to_the_minus_16_of_a_code_at_most(kind, sign):
+    stored, values = one_step(kind, sign, state_dtype="8bit", rounding="stochastic")
+    assert_unbiased(stored.pop("param"), value := values.pop("param"), *neighbours(value))
+    assert len(values) == len(kind.mapping.state_keys)
+    for name, value in values.items():
+        drawn = math.copysign(1.0, value) * stored[name]
+        low, high = drawn.min().item(), drawn.max().item()
+        assert low < abs(value) < high and high - low <= abs(value) / 8 * 1.001
+        assert_unbiased(drawn, abs(value), low, high, bias=2.0**-16)
+
+
+@pytest.mark.parametrize("over", ["steps", "seeds"])
+def test_1000_draws_of_1000_elements_are_unbiased_and_uncorrelated(over):
+    """From one step, or seed, to the next, and from one element to the next."""
+    param = Parameter(torch.ones(1000, dtype=BF16))
+    param.grad = torch.full((1000,), -0.3 * 2.0**-7).to(BF16)
+    optimizer = SGD([param], lr=1.0, rounding="stochastic", seed=5)
+    drawn = torch.empty(1000, 1000)
+    for row in drawn:
+        param.data.fill_(1.0)
+        optimizer.step()
+        row.copy_(param.detach())
+        if over == "seeds":
+            optimizer.param_groups[0]["seed"] += 1
+            optimizer.state[param]["step"].zero_()
+    assert_unbiased(drawn, 1.0 - param.grad[0].item(), 1.0, 1.0 + 2.0**-7)
+    for first, second in ((drawn[1:], drawn[:-1]), (drawn[:, 1:], drawn[:, :-1])):
+        correlation = torch.corrcoef(torch.stack([first.reshape(-1), second.reshape(-1)]).double())[0, 1]
+        assert abs(correlation.item()) <= 4.0 / math.sqrt(first.numel())
 
 
 def test_the_bits_of_a_parameter_and_its_moments_are_uncorrelated():
@@ -91,23 +136,26 @@ def test_the_bits_of_a_parameter_and_its_moments_are_uncorrelated():
 
 # ---- the same bits ----
 
-SHAPES = ((300, 401), (70001,), (3,))
+SHAPES = ((41_001,), (130, 201), (3,))  # five chunks and more, and as many elements as several threads are called for
 
 
-def trained(kind, storage, *, steps=2, shapes=SHAPES, dtype=BF16, seed=9, skip=None):
+def trained(kind, storage, *, steps=2, shapes=SHAPES, dtype=BF16, seed=9, skip=None, threads=1):
     params = parameters(shapes, dtype)
-    optimizer = kind(params, lr=1e-2, seed=seed, **storage, **({"momentum": 0.9} if kind is SGD else {}))
-    go_on(optimizer, 0, steps, skip)
+    optimizer = kind(params, lr=1e-2, seed=seed, **storage, **with_all_moments(kind))
+    go_on(optimizer, 0, steps, skip, threads)
     return optimizer
 
 
-def go_on(optimizer, begin, end, skip=None):
+def go_on(optimizer, begin, end, skip=None, threads=1):
+    """Steps on so many threads, everything else on one."""
     params = optimizer.param_groups[0]["params"]
     for step in range(begin, end):
         set_gradients(params, seed=step)
         if skip is not None and step == 0:
             params[skip].grad = None
+        torch.set_num_threads(threads)
         optimizer.step()
+        torch.set_num_threads(1)
 
 
 def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
@@ -115,24 +163,6 @@ def same(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> bool:
     first, second = ({k: v for k, v in named.items() if isinstance(v, Tensor)} for named in (first, second))
     assert first.keys() == second.keys()
     return all(first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("kind", [AdamW, SGD])
-@pytest.mark.parametrize(
-    "storage",
-    [
-        {"rounding": "stochastic"},
-        {"state_dtype": "8bit", "rounding": "stochastic"},
-        {"state_dtype": "8bit", "master": "remainder"},
-        {"state_dtype": "float32", "master": "float32"},
-    ],
-)
-def test_any_number_of_threads_gives_the_same_bits(kind, storage):
-    torch.set_num_threads(1)
-    reference = trained(kind, storage)
-    for threads in (2, 3):
-        torch.set_num_threads(threads)
-        assert same(trained(kind, storage), reference)
 
 
 def saved_and_loaded(optimizer):
@@ -143,6 +173,16 @@ def saved_and_loaded(optimizer):
     made = type(optimizer)([Parameter(p.detach().clone()) for p in loaded["model"]])
     made.load_state_dict(loaded["optimizer"])
     return made
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Adam])  # whose formula is AdamW's
+def test_any_number_of_threads_and_a_resume_between_give_the_same_bits(kind):
+    for storage in storages(kind, BF16):
+        reference = trained(kind, storage)
+        for threads in (1, 2, 3):
+            resumed = saved_and_loaded(trained(kind, storage, steps=1, threads=threads))
+            go_on(resumed, 1, 2, threads=4 - threads)
+            assert same(resumed, reference), storage
 
 
 @pytest.mark.parametrize("again", [saved_and_loaded, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
