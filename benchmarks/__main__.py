@@ -12,9 +12,8 @@ from pathlib import Path
 
 from benchmarks import harness
 
-NAMES = sorted(
-    p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("harness", "peers", "__init__", "__main__")
-)
+_BESIDE = ("harness", "peers", "curves_drawing", "__init__", "__main__")
+NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _BESIDE)
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, optimizer, peers
+from benchmarks import curves, curves_drawing, harness, optimizer, peers
 from benchmarks.__main__ import NAMES
 from benchmarks.harness import Rounds, Row, Time
 
@@ -163,3 +163,53 @@ def test_small_shapes_keep_gpt2s_number_of_tensors() -> None:
     sizes = [[math.prod(shape) for shape in peers.gpt2_shapes(parameters)] for parameters in (None, 1_000_000)]
     assert len(sizes[0]) == len(sizes[1]) == 148
     assert sum(sizes[0]) == 124_439_808 and 0.9e6 < sum(sizes[1]) < 1.1e6
+
+
+def test_curves_further_than_torchs_own_are_seen() -> None:
+    """Windows of 20 steps: the last two of four for the mean, any for the worst."""
+    flat, bumpy = [0.0] * 80, [0.0] * 20 + [0.5] * 20 + [0.25] * 20 + [0.0] * 20
+    assert curves.windowed(bumpy) == [0, 0.5, 0.25, 0]
+    assert curves.apart([curves.windowed(flat)], [curves.windowed(bumpy)]) == (0.125, 0.5)
+    assert curves.noise([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0]]) == pytest.approx((4 / 3, 4 / 3))
+
+    def kept(ours: float) -> list[bool | None]:
+        runs = {name: [flat, flat] for name in curves.PRECISIONS[curves.FLOAT32].runs}
+        runs[curves.FOREACH] = [[0.25 * value for value in bumpy]] * 2
+        runs[curves.OURS] = [[ours * value for value in bumpy]] * 2
+        rows = curves.rows_of({curves.FLOAT32: runs})
+        return [row.kept for row in rows if row.case.startswith("float32: ours from torch fused")]
+
+    assert kept(0.0) == kept(0.5) == [True, True]
+    assert kept(0.625) == [False, False]
+
+
+def test_a_rounding_that_torch_has_not() -> None:
+    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-9])
+    assert curves.rounded_half_up(ties).float().tolist() == [1 + 2**-7, 1 + 2**-6, -1 - 2**-7, 1.0]
+
+
+def test_curves_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(curves_drawing, "DRAWING", tmp_path / "curves.svg")
+    monkeypatch.setenv("LIT_FAST_CACHE", str(tmp_path / "cache"))
+    arguments = [f"--data={harness.ROOT / 'README.md'}", "--steps=2", "--seeds=2"]
+    assert curves.main(arguments) == 0
+    found = {row["case"]: row for row in harness.latest("curves")}
+    unlike = [row for case, row in found.items() if case.endswith("losses unlike torch fused's, with its clipping")]
+    assert len(unlike) == 4 and all(row["value"] == row["limit"].removeprefix("<= ") == "0" for row in unlike)
+    ulp, seeds = (
+        f"float32: one {change}, mean" for change in ("ulp in the first weights from none", "seed from another")
+    )
+    assert 0 < 100 * float(found[ulp]["value"]) < float(found[seeds]["value"])
+    assert found["bfloat16 stochastic, 8-bit moments: ours from float32, mean"]["limit"].startswith("<= ")
+
+    ends, kept = curves.read()
+    assert ends == [2] and kept.keys() == curves.PRECISIONS.keys()
+    assert all(len(seeds) == 2 for runs in kept.values() for seeds in runs.values())
+    drawn = (tmp_path / "curves.svg").read_text()
+    (tmp_path / "curves.svg").unlink()
+    assert curves.main(["--draw"]) == 0
+    assert (tmp_path / "curves.svg").read_text() == drawn  # nothing of the day or the folder is in it
+    assert "prefers-color-scheme: dark" in drawn and all(where in drawn for where in curves.PRECISIONS)
