@@ -186,6 +186,13 @@ PYBIND11_MODULE(_core, m) {
                          self.hand_over(param_groups.ptr(), state.ptr(), {launch.ptr(), chunk}, place.get()));
                  });
              })
+        .def("check_step",
+             [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, bool by_table,
+                int cuda_device) {
+                 const Place place(cuda_device);
+                 return python_errors(
+                     [&] { return self.check_step(param_groups.ptr(), state.ptr(), by_table, place.get()); });
+             })
         .def("check_parameters", [](lf::Stepper& self, const py::handle& param_groups, bool on_cuda, int device_index) {
             return python_errors([&] { return self.check_parameters(param_groups.ptr(), on_cuda, device_index); });
         });

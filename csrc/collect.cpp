@@ -283,7 +283,8 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     return true;
 }
 
-bool Stepper::collect_parameter(const Group& group, PyObject* param, PyObject* state, std::string& refusal) {
+bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* param, PyObject* state,
+                                std::string& refusal) {
     const TensorReader& reader = torch_side().reader;
     if (!reader.plain(param)) {
         refusal = "a parameter is a " + type_name(param) + ", not a plain tensor";
@@ -299,7 +300,13 @@ bool Stepper::collect_parameter(const Group& group, PyObject* param, PyObject* s
     StepTask task;
     task.first_index = first_index_;
     first_index_ += static_cast<std::uint64_t>((p.numel + kCodeBlock - 1) / kCodeBlock * kCodeBlock);
-    PyObject* grad = checked(PyObject_GetAttr(param, grad_name()));
+    PyObject* grad = nullptr;
+    if (group.grads == nullptr) {
+        grad = checked(PyObject_GetAttr(param, grad_name()));
+    } else {
+        grad = PyList_GET_ITEM(group.grads, index);
+        Py_INCREF(grad);
+    }
     if (grad == Py_None) {
         Py_DECREF(grad);
         return true;  // skipped, as torch does
@@ -382,9 +389,14 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
     for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t) {
         Group group;
         ok = ok && read_group(object, group, refusal);
+        group.grads = get_item(object, grads_name());
+        if (group.grads != nullptr &&
+            (!PyList_Check(group.grads) || PyList_GET_SIZE(group.grads) != PyList_GET_SIZE(params))) {
+            throw KernelError("param_group['grads'] is not a list beside param_group['params'].");
+        }
         last_step_ = -1.0;  // coefficients are shared within a group only
         for (Py_ssize_t i = 0; ok && i < PyList_GET_SIZE(params); ++i) {
-            ok = collect_parameter(group, PyList_GET_ITEM(params, i), state, refusal);
+            ok = collect_parameter(group, i, PyList_GET_ITEM(params, i), state, refusal);
             if (!ok) refusal += " (parameter " + std::to_string(number) + " of the optimizer)";
             ++number;
         }
@@ -484,6 +496,15 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
         }
     });
     return refusal;
+}
+
+std::string Stepper::check_step(PyObject* param_groups, PyObject* state, bool by_table, const CudaContext* cuda) {
+    return collected(param_groups, state, cuda,
+                     [&](StepResult& result) {
+                         if (by_table) fits_table(result.refusal);
+                         return false;
+                     })
+        .refusal;
 }
 
 }  // namespace lit_fast

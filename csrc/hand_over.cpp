@@ -51,18 +51,22 @@ void Table::launch(const Launcher& launcher) const {
     refs.keep(checked(PyObject_Vectorcall(launcher.launch, arguments, 6, nullptr)));
 }
 
+// What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
+bool Stepper::fits_table(std::string& refusal) const {
+    for (const StepTask& task : batch_.tasks) {
+        if (task.layout != Layout::staged && !uses(task.form, Table::kTableStates)) continue;
+        refusal = "only the core has a kernel for its dtypes or options";
+        return false;
+    }
+    return true;
+}
+
 StepResult Stepper::hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher,
                               const CudaContext* cuda) {
     return collected(param_groups, state, cuda, [&](StepResult& result) {
+        if (!fits_table(result.refusal)) return false;
         Table table;
-        for (const StepTask& task : batch_.tasks) {
-            // What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
-            if (task.layout == Layout::staged || uses(task.form, Table::kTableStates)) {
-                result.refusal = "only the core has a kernel for its dtypes or options";
-                return false;
-            }
-            table.add(task, launcher.chunk);
-        }
+        for (const StepTask& task : batch_.tasks) table.add(task, launcher.chunk);
         for (const Options& options : batch_.options) table.add(options);
         table.launch(launcher);
         return true;

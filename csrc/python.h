@@ -15,6 +15,11 @@ inline PyObject* grad_name() {
     return name;
 }
 
+inline PyObject* grads_name() {
+    static PyObject* name = PyUnicode_InternFromString("grads");
+    return name;
+}
+
 inline PyObject* params_name() {
     static PyObject* name = PyUnicode_InternFromString("params");
     return name;

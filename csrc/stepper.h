@@ -106,6 +106,8 @@ class Stepper {
     StepResult hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher, const CudaContext* cuda);
     // The same checks for every parameter, gradients and state left alone: "" or why there is no kernel.
     std::string check_parameters(PyObject* param_groups, bool on_cuda, int device_index);
+    // "" or what `step` (`hand_over` with `by_table`) would refuse now. The state is left as it was.
+    std::string check_step(PyObject* param_groups, PyObject* state, bool by_table, const CudaContext* cuda);
 
   private:
     struct StepCounter {
@@ -125,6 +127,7 @@ class Stepper {
     // What a param group asks for, read once a step.
     struct Group {
         PyObject* object = nullptr;
+        PyObject* grads = nullptr;  // a list beside `params`, whose tensors (or None) stand for their own `grad`
         double options[kMaxOptions] = {};
         unsigned form = 0;
         bool stochastic = false;
@@ -137,7 +140,8 @@ class Stepper {
     template <class Work>
     StepResult collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, const Work& work);
     bool collect(PyObject* param_groups, PyObject* state, std::string& refusal);
-    bool collect_parameter(const Group& group, PyObject* param, PyObject* state, std::string& refusal);
+    bool collect_parameter(const Group& group, Py_ssize_t index, PyObject* param, PyObject* state,
+                           std::string& refusal);
     bool collect_state(const Group& group, PyObject* param, const TensorView& like, PyObject* state, StepTask& task,
                        double& step, bool& first, std::string& refusal);
     bool read_group(PyObject* object, Group& group, std::string& refusal) const;
@@ -145,6 +149,7 @@ class Stepper {
     bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
     bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
     unsigned missing_states(PyObject* entry, unsigned form) const;
+    bool fits_table(std::string& refusal) const;
     bool memory_is_disjoint(std::string& refusal);
     void init_state(PyObject* state, PyObject* group, PyObject* param);
     void undo_new_states(PyObject* state);

@@ -52,6 +52,10 @@ class Mapping:
     step_key: str | None
     init_state: Callable[[State, dict[str, Any], Tensor], None]
 
+    def stepper(self, device: torch.device) -> Stepper:
+        """What steps these classes on a device."""
+        return Stepper(self, device)
+
 
 def core_stepper(mapping: Mapping) -> _core.Stepper:
     """The core's stepper of a mapping, which keeps no tensor."""
@@ -69,6 +73,8 @@ def core_stepper(mapping: Mapping) -> _core.Stepper:
 
 class Stepper:
     """One optimizer class's compiled step on one device. Keeps no tensor.
+
+    A param group may have `grads`, a list beside `params`: what stands in for each `p.grad`, tensor or None.
 
     Attributes:
         where: in words, which kernels take the steps: "avx2", "cuda:0", "cuda:0 by Triton, because ...".
@@ -105,12 +111,17 @@ class Stepper:
             self.step = self._step_by_triton
         if self._why_not:
             self.step = lambda *_: self._why_not
+        self._by_table = kernels == "Triton"
 
     def refusal(self, param_groups: ParamGroups) -> str:
         """Why these parameters and options cannot be stepped here, or "" if they can."""
         return self._why_not or self._core.check_parameters(
             param_groups, self.device.type == "cuda", self.device.index or 0
         )
+
+    def refusal_of_step(self, param_groups: ParamGroups, state: State) -> str:
+        """Why `step` would refuse now, or ""; for who must know before another part of its step is taken."""
+        return self._why_not or self._core.check_step(param_groups, state, self._by_table, _cuda_index(self.device))
 
     def _step_on_cuda(
         self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float

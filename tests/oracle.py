@@ -251,6 +251,63 @@ def rmsprop_step(
     return {name: result.stored(param.dtype) for name, result in results.items()}
 
 
+def orthogonalized(x: Bounded, coefficients: tuple[float, float, float], steps: int, eps: float) -> Bounded:
+    """Muon's Newton-Schulz iteration of a matrix. Its bound is one number, of the error's Frobenius norm.
+
+    An iteration is X -> U f(S) V^T with the odd f(s) = a s + b s^3 + c s^5, which stretches a difference by at most the
+    largest |f'| up to the largest singular value (mean value theorem for f's divided differences); to that it adds
+    what its three products round (Higham, section 3.5, in Frobenius norms).
+    """
+    a, b, c = coefficients
+    unit = SECOND_ORDER * UNIT[torch.float32]
+    tall = x.value.size(0) > x.value.size(1)
+    m, rounding = (x.value.T if tall else x.value), x.error.norm().item()
+    size = max(m.norm().item(), eps)
+    rows, columns = m.shape
+    m, error = m / size, (rounding * 2 + (m.numel() + 3) * unit * m.norm().item()) / size
+    for _ in range(steps):
+        largest = torch.linalg.matrix_norm(m, 2).item() + error
+        s = torch.linspace(0.0, largest, 1000, dtype=torch.float64)
+        stretch = (a + 3 * b * s**2 + 5 * c * s**4).abs().max().item()
+        gram = m @ m.T
+        of_gram = columns * unit * m.norm().item() ** 2
+        inner = b * gram + c * gram @ gram
+        sizes = abs(b) * gram.norm().item() + abs(c) * gram.norm().item() ** 2
+        of_inner = (abs(b) + 2 * abs(c) * largest**2) * of_gram + (rows + 3) * unit * sizes
+        made = largest * of_inner + (rows + 3) * unit * (abs(a) + inner.norm().item()) * m.norm().item()
+        m, error = a * m + inner @ m, SECOND_ORDER * (stretch * error + made)
+    m = m.T if tall else m
+    return Bounded(m, torch.full_like(m, error))
+
+
+def muon_step(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    stochastic: bool = False,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    ns_coefficients: tuple[float, float, float],
+    ns_steps: int,
+    eps: float,
+    adjust_lr_fn: str | None = None,
+) -> dict[str, Bounded]:
+    """One step of Muon with products in float32. `dtype`: of the direction between the passes, rounded before and
+    after them. Keys: param, momentum_buffer."""
+    p, g = exact(param), exact(grad)
+    buffer = exact(momentum_buffer) + scalar(1.0 - momentum) * (g - exact(momentum_buffer))
+    direction = g + scalar(momentum) * (buffer - g) if nesterov else buffer
+    direction = orthogonalized(direction.stored(dtype, stochastic), ns_coefficients, ns_steps, eps).stored(dtype)
+    rows, columns = param.shape
+    factor = 0.2 * max(rows, columns) ** 0.5 if adjust_lr_fn == "match_rms_adamw" else max(1.0, rows / columns) ** 0.5
+    p = p * scalar(1.0 - lr * weight_decay) - scalar(lr * factor) * direction
+    return {"param": p, "momentum_buffer": buffer}
+
+
 def assert_within(actual: Tensor, expected: Bounded) -> None:
     """`actual` lies within the derived bound, and the bound says something."""
     difference = (actual.detach().double() - expected.value).abs()

@@ -102,10 +102,11 @@ def test_broken_and_old_installations_are_told(monkeypatch: pytest.MonkeyPatch) 
 @installed
 def test_formulas_have_kernels_with_the_same_options_or_none() -> None:
     formulas = ops.formulas()
-    for name, states in {"adamw": 2, "sgd": 1, "lion": 1}.items():  # amsgrad's third state is the core's alone
+    known = {"adamw": 2, "sgd": 1, "lion": 1, "muon": 1}  # amsgrad's third state is the core's alone
+    for name, states in known.items():
         kernel, why_not = triton.formula_named(name, formulas[name]["options"])
         assert kernel is not None and why_not == "" and states == kernel.STATES
-    for name in formulas.keys() - {"adamw", "sgd", "lion"}:
+    for name in formulas.keys() - known.keys():
         assert triton.formula_named(name, formulas[name]["options"])[1] == f"there is no Triton kernel for {name}"
 
 
@@ -248,7 +249,7 @@ def assert_no_spills(report: str) -> None:
         ("sgd", 90),
         *(
             pytest.param(formula, capability, marks=pytest.mark.slow)
-            for formula in ("adamw", "sgd", "lion")
+            for formula in ("adamw", "sgd", "lion", "muon")
             for capability in (80, 90, 100)
             if (formula, capability) != ("sgd", 90)
         ),

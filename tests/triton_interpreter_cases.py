@@ -6,6 +6,7 @@ Chunks are shorter here than on a GPU, but for one test: the interpreter takes 2
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from fractions import Fraction
 from types import ModuleType
@@ -24,6 +25,7 @@ from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim import adamw, adopt, lion, sgd
 from lit_fast.optim.lion import Lion
+from lit_fast.optim.muon import Muon
 from lit_fast.triton import adamw as adamw_kernel
 from lit_fast.triton import launch
 from lit_fast.triton import lion as lion_kernel
@@ -432,6 +434,32 @@ def test_the_table_goes_to_the_device_by_one_copy_that_is_not_waited_for(monkeyp
     work = launch.Work(elsewhere, 1.0, -1.0, -1.0, None, lion_kernel)
     work(*table_of([tensor], [0.1, 0.9, 0.99, 0.0, 0.0], ("exp_avg",)))
     assert copies == [(True, elsewhere)]
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_has_torchs_bits(nesterov) -> None:
+    """Both passes, over two chunks, around torch's products; AdamW's group beside it, one matrix without a gradient."""
+    shapes = ((40, 60), (5, 3), (4, 4), (64,))
+    ours, theirs = ([Parameter(numbers(math.prod(s), torch.float32, 1).view(s)) for s in shapes] for _ in range(2))
+    mine = Muon(ours, lr=0.1, nesterov=nesterov, momentum=0.6, adamw_lr=0.1)
+    muon = torch.optim.Muon(theirs[:3], lr=0.1, nesterov=nesterov, momentum=0.6)
+    adamw = torch.optim.AdamW(theirs[3:], lr=0.1, fused=True)
+    adopted = adopt(mine, max_norm=0.5)
+    assert adopted.compiled and "muon on cpu by Triton" in adopted.reason
+    for step in range(2):
+        for params in (ours, theirs):
+            for i, p in enumerate(params):
+                p.grad = None if (step, i) == (0, 1) else numbers(p.numel(), p.dtype, 100 * step + i).view(p.shape)
+        expected = ops.gradient_norm(muon.param_groups + adamw.param_groups)
+        ops.scale_gradients_(muon.param_groups + adamw.param_groups, ops.clip_coefficient(expected, 0.5))
+        muon.step()
+        adamw.step()
+        assert torch.equal(adopted.step(), expected)
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(KernelError, match="only the core has a kernel"):
+        Muon(ours[:2], state_dtype="8bit").step()
 
 
 def test_written_tensors_get_a_new_version_and_gradients_do_not() -> None:

@@ -4,6 +4,7 @@
 #include "adagrad.h"
 #include "adamw.h"
 #include "lion.h"
+#include "muon.h"
 #include "rmsprop.h"
 #include "sgd.h"
 
@@ -12,7 +13,8 @@
     X(Sgd)                   \
     X(Lion)                  \
     X(Adagrad)               \
-    X(RmsProp)
+    X(RmsProp)               \
+    X(Muon)
 
 namespace lit_fast {
 

@@ -6,6 +6,7 @@ from lit_fast.optim.adagrad import Adagrad
 from lit_fast.optim.adamw import Adam, AdamW
 from lit_fast.optim.adopt import AdoptedOptimizer, adopt
 from lit_fast.optim.lion import Lion
+from lit_fast.optim.muon import Muon
 from lit_fast.optim.rmsprop import RMSprop
 from lit_fast.optim.sgd import SGD
 from lit_fast.optim.storage import to_torch_state_dict
@@ -17,6 +18,7 @@ __all__ = [
     "AdamW",
     "AdoptedOptimizer",
     "Lion",
+    "Muon",
     "RMSprop",
     "adopt",
     "to_torch_state_dict",

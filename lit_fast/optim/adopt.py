@@ -251,7 +251,7 @@ class AdoptedOptimizer:
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
         if mapping is not None:
-            stepper = ops.Stepper(mapping, self._device())
+            stepper = mapping.stepper(self._device())
             why_not = stepper.refusal(optimizer.param_groups)
             self._core_step = stepper.step
             if self.guard is not None:

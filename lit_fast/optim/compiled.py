@@ -58,7 +58,7 @@ class Compiled(Optimizer):
         first = next((p for group in self.param_groups for p in group["params"]), None)
         device = torch.device("cpu") if first is None else first.device
         if self._stepper is None or self._stepper.device != device:
-            self._stepper = ops.Stepper(self.mapping, device)
+            self._stepper = self.mapping.stepper(device)
         refusal = self._stepper.step(self.param_groups, self.state, 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING)
         if isinstance(refusal, str):
             self._step_of_torch(refusal)

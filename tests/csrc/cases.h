@@ -161,6 +161,11 @@ inline const std::vector<Case>& all() {
         add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.99, 1e-8, 0.01, 0, 1, 1});
         add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.9, 1e-8, 0.01, 0.9, 0, 0});
         add<RmsProp>(c, FormulaId::RmsProp, {1e-2, 0.9, 1e-6, 0, 0.9, 1, 1});
+        // lr, adjusted_lr, weight_decay, momentum, nesterov, second_pass
+        add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0.95, 1, 0});
+        add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0.3, 0, 0});
+        add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0.3, 1, 0});
+        add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0, 0, 1});
         return c;
     }();
     return cases;

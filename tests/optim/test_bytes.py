@@ -10,24 +10,27 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast.optim import SGD, AdamW, Lion
+from lit_fast.optim import SGD, AdamW, Lion, Muon
 
 PAGE = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
-NUMEL = 256 * 100
+SHAPE = (256, 100)
 COLUMNS = [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "remainder"), (torch.bfloat16, "float32")]
 
 
 def counted(kind, state_dtype, dtype, master) -> float:
-    param = Parameter(torch.ones(NUMEL, dtype=dtype))
+    param = Parameter(torch.ones(SHAPE, dtype=dtype))
     param.grad = torch.ones_like(param)
     more = {"momentum": 0.9} if kind is SGD else {}
     optimizer = kind([param], lr=1e-3, state_dtype=state_dtype, master=master, **more)
     optimizer.step()
     state = [t for name, t in optimizer.state[param].items() if isinstance(t, Tensor) and name != "step"]
-    return sum(t.numel() * t.element_size() for t in (param, param.grad, *state)) / NUMEL
+    return sum(t.numel() * t.element_size() for t in (param, param.grad, *state)) / param.numel()
 
 
-@pytest.mark.parametrize(("kind", "title"), [(AdamW, "AdamW"), (Lion, "Lion, SGD with momentum"), (SGD, "Lion, SGD")])
+@pytest.mark.parametrize(
+    ("kind", "title"),
+    [(AdamW, "AdamW"), (Lion, "Lion, SGD"), (SGD, "Lion, SGD"), (Muon, "Lion, SGD with momentum, Muon")],
+)
 def test_the_manual_counts_bytes_as_the_tensors_do(kind, title):
     table = PAGE[PAGE.index(f"| {title}") :].split("\n\n")[0]
     rows = re.findall(r"^\| (?:`state_dtype=)?`?(None|\"\w+\")`? \|(.*)\|$", table, re.MULTILINE)
