@@ -91,9 +91,13 @@ struct CudaStream {
 
 struct CudaClip {
     GradientScale scale;
-    float max_norm = -1.0F;   // negative: no clipping by norm
-    float* norm = nullptr;    // on the device; nullptr: no norm is asked for
-    double norm_scale = 1.0;  // the norm is that of the gradients times this
+    float max_norm = -1.0F;           // negative: no clipping by norm
+    float* norm = nullptr;            // on the device; nullptr: no norm is asked for
+    double norm_scale = 1.0;          // the norm is that of the gradients times this
+    const float* factor = nullptr;    // on the device: multiplies the gradients, the norm is of what that gives
+    std::int64_t* skipped = nullptr;  // on the device: a step with a NaN or infinite gradient is counted there, and
+                                      // writes nothing else but the norm, which must be asked for; nullptr: it is taken
+    bool for_good = false;            // after the first such step none is taken
 };
 
 // Memory on the device of that many 8-byte words, aligned to 16 bytes, which lives until the stream is done.

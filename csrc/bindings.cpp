@@ -37,7 +37,8 @@ py::object result_object(const lf::StepResult& result) {
     return py::none();
 }
 
-// cuda: (device index, stream handle, norm tensor or None, workspace callable), torch's current ones; None for the CPU.
+// cuda: (device index, stream handle, norm tensor or None, workspace callable, factor tensor or None, tensor that
+// counts skipped steps or None, whether all are skipped after the first), torch's current ones; None for the CPU.
 struct CudaArgument {
     lf::CudaContext context;
     bool given;
@@ -49,13 +50,18 @@ struct CudaArgument {
         context.on.stream = reinterpret_cast<void*>(parts[1].cast<std::uintptr_t>());
         norm = parts[2];
         workspace = parts[3];
+        factor = parts[4];
+        skipped = parts[5];
         context.norm = norm.ptr();
         context.workspace = workspace.ptr();
+        context.factor = factor.ptr();
+        context.skipped = skipped.ptr();
+        context.for_good = parts[6].cast<bool>();
     }
     const lf::CudaContext* get() const { return given ? &context : nullptr; }
 
   private:
-    py::object norm, workspace;
+    py::object norm, workspace, factor, skipped;
 };
 
 // Where tensors must lie: a CUDA device, or the CPU (-1).

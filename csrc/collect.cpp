@@ -180,6 +180,15 @@ bool Stepper::read_beside(PyObject* entry, PyObject* key, const TensorView& like
     return true;
 }
 
+bool Stepper::counts_on_host(PyObject* entry) const {
+    PyObject* counter = get_item(entry, mapping_.step_key);
+    TensorView view;
+    std::string unused;
+    const TensorReader& reader = torch_side().reader;
+    return counter != nullptr && reader.plain(counter) && reader.read(counter, view, unused) &&
+           view.device == Device::cpu;
+}
+
 // step: this step's number, or 0 where only the device knows it (then task.step points to it).
 bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal) {
     const TensorReader& reader = torch_side().reader;
@@ -197,6 +206,11 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
     refs_.keep(counter);
     written_.push_back(counter);
     auto* value = static_cast<float*>(view.data);
+    if (view.device == Device::cpu && cuda_ != nullptr && cuda_->skips()) {
+        refusal = "the state " + text_of(mapping_.step_key) +
+                  " is on the CPU, where a step that the device leaves out would be counted";
+        return false;
+    }
     if (view.device == Device::cpu) {
         counters_.push_back({value, *value + 1.0F});
         step = counters_.back().next;
@@ -223,9 +237,12 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     const bool lacks_master = task.storage.master != Master::none && (absent || get_item(entry, master_key) == nullptr);
     const bool draws = group.stochastic || group.state == Dtype::uint8;
     const bool lacks_step = draws && !absent && get_item(entry, mapping_.step_key) == nullptr;
-    if (absent || missing != 0 || lacks_master || lacks_step) {
+    const bool skips = cuda_ != nullptr && cuda_->skips();
+    const bool must_move_step = skips && !absent && counts_on_host(entry);
+    if (absent || missing != 0 || lacks_master || lacks_step || must_move_step) {
         init_state(state, group.object, param);
-        first = missing != 0;
+        // Whether a step that may have been left out was the first one, only the device knows: new states are zeros.
+        first = missing != 0 && !skips;
         entry = get_item(state, param);
     }
     bool any = false;

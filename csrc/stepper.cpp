@@ -69,6 +69,9 @@ void* pointer_of(PyObject* tensor) {
 CudaClip cuda_clip(const Clipping& clipping, bool with_norm, const CudaContext& cuda) {
     CudaClip clip;
     clip.scale = scale_without_norm(clipping);
+    if (cuda.factor != Py_None) clip.factor = static_cast<const float*>(pointer_of(cuda.factor));
+    if (cuda.skips()) clip.skipped = static_cast<std::int64_t*>(pointer_of(cuda.skipped));
+    clip.for_good = cuda.for_good;
     if (!with_norm) return clip;
     clip.norm = static_cast<float*>(pointer_of(cuda.norm));
     clip.norm_scale = std::fabs(clipping.grad_scale);
@@ -127,7 +130,8 @@ StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping
             return true;
         }
 #if LIT_FAST_HAS_CUDA
-        cuda_step(batch_, grads_, cuda_clip(clipping, with_norm, *cuda), workspace_of(*cuda, refs_), cuda->on);
+        const CudaClip clip = cuda_clip(clipping, with_norm || cuda->skips(), *cuda);
+        cuda_step(batch_, grads_, clip, workspace_of(*cuda, refs_), cuda->on);
         return true;
 #else
         throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");

@@ -51,6 +51,12 @@ struct CudaContext {
     CudaStream on;                  // torch's current device and stream
     PyObject* norm = nullptr;       // 0-dim float32 tensor there, or None
     PyObject* workspace = nullptr;  // workspace(n) -> float64 tensor of n elements there
+    PyObject* factor = nullptr;     // 0-dim float32 tensor there, which multiplies the gradients, or None
+    PyObject* skipped = nullptr;  // 0-dim int64 tensor there, which counts steps with a NaN or infinite gradient, which
+                                  // leave everything else as it is; or None: they are taken
+    bool for_good = false;        // after the first such step none is taken
+
+    bool skips() const { return skipped != nullptr && skipped != Py_None; }
 };
 
 // Kernels outside the core, which finds and checks what they work on: launch(Table's fields in their order), see below.
@@ -146,6 +152,7 @@ class Stepper {
                        double& step, bool& first, std::string& refusal);
     bool read_group(PyObject* object, Group& group, std::string& refusal) const;
     bool read_options(PyObject* group, double* options, std::string& refusal) const;
+    bool counts_on_host(PyObject* entry) const;
     bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
     bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
     unsigned missing_states(PyObject* entry, unsigned form) const;

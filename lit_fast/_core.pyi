@@ -4,8 +4,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-# (device index, stream handle, 0-dim float32 norm tensor or None, workspace(n) -> n float64 on the device)
-CudaContext: TypeAlias = tuple[int, int, Tensor | None, Callable[[int], Tensor]]
+# (device index, stream handle, 0-dim float32 norm tensor or None, workspace(n) -> n float64 on the device,
+# 0-dim float32 tensor that multiplies the gradients or None, 0-dim int64 tensor that counts skipped steps or None,
+# whether every step is skipped after the first)
+CudaContext: TypeAlias = tuple[int, int, Tensor | None, Callable[[int], Tensor], Tensor | None, Tensor | None, bool]
 
 # (table, words of a row, words of a set of options, rows, chunks, aligned), see csrc/stepper.h
 Launch: TypeAlias = Callable[[bytearray, int, int, int, int, bool], None]

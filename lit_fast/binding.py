@@ -40,7 +40,7 @@ from lit_fast.optim.clip import step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
-from lit_fast.optim.nonfinite import Guard, all_finite
+from lit_fast.optim.nonfinite import Guard, unless_nonfinite
 from lit_fast.precision.amp import scaled_step
 from lit_fast.profiler.actions import recorded
 from lit_fast.window import Place, WindowWeights, bind_backward, bind_mean
@@ -255,6 +255,15 @@ class Binding:
         self._note("update", "Trainer", f"nonfinite={nonfinite!r}: first, whether every gradient is finite")
         return before.guard if before is not None else Guard(nonfinite, self.module.named_parameters)
 
+    def check_gradients(self) -> None:
+        """At an epoch's end: wait for a device that may have left out steps, which are an error.
+
+        Raises:
+            NonFiniteGradientError: see `Guard.check`.
+        """
+        if self.guard is not None:
+            self.guard.check([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
+
     @property
     def _clips_by_torch(self) -> bool:
         """On the CPU a norm is clipped with torch's bits; on a GPU nobody waits for the norm."""
@@ -381,7 +390,8 @@ class Binding:
         if self.in_place_clipping:
             self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
             rewrite: Callable[..., None] = self.precision.clip_gradients
-            if self.guard is not None:
+            # By norm a NaN or an infinity leaves NaN, which a GPU finds in the step, so nobody need wait for it here.
+            if self.guard is not None and (how == "value" or trainer.config.device.type == "cpu"):
                 rewrite = unless_nonfinite(rewrite)
             in_place = self.trainer._recorded(
                 "configure_gradient_clipping", lambda: rewrite(optimizer, value, algorithm)
@@ -481,13 +491,3 @@ class Binding:
             return result
 
         return recorded(self.trainer._actions, "optimizer_step", counted)
-
-
-def unless_nonfinite(clip: Callable[..., None]) -> Callable[..., None]:
-    """`clip`, which leaves gradients alone where one is NaN or infinite: by value it would hide that from the step."""
-
-    def clip_finite(optimizer: Optimizer, *arguments: Any) -> None:
-        if all_finite(optimizer.param_groups):
-            clip(optimizer, *arguments)
-
-    return clip_finite

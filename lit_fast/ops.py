@@ -11,7 +11,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,9 @@ from lit_fast.errors import KernelError
 
 ParamGroups: TypeAlias = list[dict[str, Any]]
 State: TypeAlias = dict[Tensor, Any]
+
+# (param_groups, state, grad_scale, max_norm, clip_value), see `Stepper.step`
+Step: TypeAlias = Callable[[ParamGroups, State, Any, float, float], Tensor | float | str | None]
 
 NO_CLIPPING = -1.0
 
@@ -77,10 +80,12 @@ class Stepper:
     A param group may have `grads`, a list beside `params`: what stands in for each `p.grad`, tensor or None.
 
     Attributes:
+        skips_on_device: whether `skipping` gives a step that nobody waits for.
         where: in words, which kernels take the steps: "avx2", "cuda:0", "cuda:0 by Triton, because ...".
         step: `step(param_groups, state, grad_scale, max_norm, clip_value)`. Returns None when the step was
             taken; with a `max_norm` instead the norm of the scaled gradients (a float on the CPU, a tensor on
-            CUDA); or a str, the reason why nothing was done. A negative `max_norm` or `clip_value` is none.
+            CUDA); or a str, the reason why nothing was done. A negative `max_norm` or `clip_value` is none. On a GPU
+            `grad_scale` may be a 0-dim tensor there, which nobody waits for.
         step_if_finite: the same on the CPU, which does nothing where a gradient is NaN or infinite. Returns the norm
             with or without a `max_norm`: a float, finite exactly when every gradient is.
 
@@ -97,14 +102,16 @@ class Stepper:
 
     def __init__(self, mapping: Mapping, device: torch.device) -> None:
         self.device = device
+        self._mapping = mapping
         self._core = core_stepper(mapping)
         kernels, why = kernels_for(device)
+        self.skips_on_device = kernels == "CUDA"
         self.where = _core.build_info()["cpu_target"] if kernels == "CPU" else str(device)
         self._why_not = "" if kernels else why
-        self.step: Callable[[ParamGroups, State, float, float, float], Tensor | float | str | None] = self._core.step
+        self.step: Step = self._core.step
         self.step_if_finite = self._core.step_if_finite
         if kernels == "CUDA":
-            self.step = self._step_on_cuda
+            self.step = functools.partial(self._step_on_cuda, self._core, None, False)
         elif kernels == "Triton":
             self.where = f"{device} by Triton, because {why}"
             self._formula, self._why_not = triton.formula_named(mapping.formula, formulas()[mapping.formula]["options"])
@@ -123,18 +130,48 @@ class Stepper:
         """Why `step` would refuse now, or ""; for who must know before another part of its step is taken."""
         return self._why_not or self._core.check_step(param_groups, state, self._by_table, _cuda_index(self.device))
 
+    def skipping(self, skipped: Tensor, for_good: bool) -> Step:
+        """`step` on CUDA, with everything left as it is where a gradient is NaN or infinite: only the device knows.
+
+        Counters of steps lie there then; those of earlier steps are moved. A new momentum begins at zero, not with the
+        gradient: the first step is the same unless it is dampened.
+
+        Args:
+            skipped: 0-dim int64 tensor on the device, to which each step that is left out adds one.
+            for_good: whether after the first such step no other is taken.
+        """
+        mapping = replace(self._mapping, init_state=_beside_its_parameter(self._mapping))
+        step = functools.partial(self._step_on_cuda, core_stepper(mapping), skipped, for_good)
+
+        def step_or_skip(param_groups: ParamGroups, state: State, *scale: Any) -> Tensor | str | None:
+            if any(group.get("momentum") and group.get("dampening") for group in param_groups):
+                return "its first step is not dampened, and only the device knows which one that is (nonfinite=...)"
+            return step(param_groups, state, *scale)
+
+        return step_or_skip
+
     def _step_on_cuda(
-        self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
+        self,
+        core: _core.Stepper,
+        skipped: Tensor | None,
+        for_good: bool,
+        param_groups: ParamGroups,
+        state: State,
+        grad_scale: float | Tensor,
+        max_norm: float,
+        clip_value: float,
     ) -> Tensor | str | None:
+        factor, scale = (grad_scale, 1.0) if isinstance(grad_scale, Tensor) else (None, grad_scale)
+        with_norm = max_norm >= 0.0
         with torch.cuda.device(self.device):
             if torch.cuda.is_current_stream_capturing() and not all(g.get("capturable") for g in param_groups):
                 return "a CUDA graph is being captured and not every param group is capturable"
-            context, norm = _cuda_context(self.device, with_norm=max_norm >= 0.0)
-            refusal = self._core.step_on_cuda(param_groups, state, grad_scale, max_norm, clip_value, context)
-        return norm if refusal is None else refusal
+            context, norm = _cuda_context(self.device, with_norm or skipped is not None, factor, skipped, for_good)
+            refusal = core.step_on_cuda(param_groups, state, scale, max_norm, clip_value, context)
+        return refusal if refusal is not None or not with_norm else norm
 
     def _step_by_triton(
-        self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
+        self, param_groups: ParamGroups, state: State, grad_scale: float | Tensor, max_norm: float, clip_value: float
     ) -> Tensor | str | None:
         from lit_fast.triton.launch import Work
 
@@ -166,12 +203,32 @@ def _cuda_index(device: torch.device) -> int:
     return -1 if device.type == "cpu" else device.index or 0
 
 
-def _cuda_context(device: torch.device, with_norm: bool) -> tuple[_core.CudaContext, Tensor | None]:
+def _cuda_context(
+    device: torch.device,
+    with_norm: bool,
+    factor: Tensor | None = None,
+    skipped: Tensor | None = None,
+    for_good: bool = False,
+) -> tuple[_core.CudaContext, Tensor | None]:
     """Torch's current stream there, and memory from its caching allocator, which is safe on that stream."""
+    if factor is not None:
+        factor = factor.to(device, torch.float32)
     norm = torch.empty((), dtype=torch.float32, device=device) if with_norm else None
     stream = torch.cuda.current_stream(device)
     workspace = functools.partial(torch.empty, dtype=torch.float64, device=device)
-    return (stream.device_index, stream.cuda_stream, norm, workspace), norm
+    return (stream.device_index, stream.cuda_stream, norm, workspace, factor, skipped, for_good), norm
+
+
+def _beside_its_parameter(mapping: Mapping) -> Callable[[State, dict[str, Any], Tensor], None]:
+    """The mapping's `init_state` with the counter of steps on the parameter's device."""
+
+    def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
+        mapping.init_state(state, group, param)
+        counter = state[param].get(mapping.step_key)
+        if isinstance(counter, Tensor):
+            state[param][mapping.step_key] = counter.to(param.device, torch.float32)
+
+    return init_state
 
 
 def formulas() -> dict[str, dict[str, Any]]:
@@ -179,7 +236,7 @@ def formulas() -> dict[str, dict[str, Any]]:
     return _core.formulas()
 
 
-def gradient_norm(param_groups: ParamGroups, grad_scale: float = 1.0) -> Tensor:
+def gradient_norm(param_groups: ParamGroups, grad_scale: float | Tensor = 1.0) -> Tensor:
     """L2 norm of all gradients of `param_groups` times `grad_scale`, from one read, with no host sync.
 
     Sums squares in float64, in an order that depends on the gradients alone: the same bits for any number of
@@ -204,7 +261,7 @@ def gradient_norm(param_groups: ParamGroups, grad_scale: float = 1.0) -> Tensor:
 
 def clip_gradients_(
     param_groups: ParamGroups,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     max_norm: float = NO_CLIPPING,
     clip_value: float = NO_CLIPPING,
     norm_type: float = 2.0,
@@ -212,6 +269,7 @@ def clip_gradients_(
     """Rewrite all gradients in place: times `grad_scale`, then clipped as torch's `clip_grad_norm_`/`_value_`.
 
     Args:
+        grad_scale: a number, or a 0-dim tensor on the gradients' device, which nobody waits for.
         norm_type: which norm, a positive number or infinity, under the name that torch gives it. 2 is read by the core;
             others by torch, summed in float64.
 
@@ -237,7 +295,7 @@ def clip_gradients_(
     return _norm_and_rewrite("clip_gradients_", param_groups, grad_scale, max_norm, clip_value, True)
 
 
-def gradient_p_norm(param_groups: ParamGroups, norm_type: float, grad_scale: float = 1.0) -> Tensor:
+def gradient_p_norm(param_groups: ParamGroups, norm_type: float, grad_scale: float | Tensor = 1.0) -> Tensor:
     """`(sum |g * grad_scale|^p)^(1/p)` over all gradients, p being `norm_type`; their largest magnitude for infinity.
 
     Returns:
@@ -256,7 +314,7 @@ def gradient_p_norm(param_groups: ParamGroups, norm_type: float, grad_scale: flo
         return torch.zeros(())
     norms = torch.stack([n.double() for n in torch._foreach_norm(gradients, norm_type, torch.float64)])
     norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
-    return norm.mul(abs(grad_scale)).float()
+    return (norm * grad_scale).abs().float()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
@@ -275,7 +333,7 @@ def _gradients(param_groups: ParamGroups) -> list[Tensor]:
 
 
 def _norm_and_rewrite(
-    name: str, param_groups: ParamGroups, grad_scale: float, max_norm: float, clip_value: float, rewrite: bool
+    name: str, param_groups: ParamGroups, grad_scale: float | Tensor, max_norm: float, clip_value: float, rewrite: bool
 ) -> Tensor | None:
     first = next((p.grad for group in param_groups for p in group["params"] if p.grad is not None), None)
     device = torch.device("cpu") if first is None else first.device
@@ -286,14 +344,15 @@ def _norm_and_rewrite(
     if not kernels:
         result = why_not
     elif kernels == "CPU":
-        result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, rewrite, None)
+        result = _core.gradient_norm(param_groups, float(grad_scale), max_norm, clip_value, rewrite, None)
         norm = None if result is None or isinstance(result, str) else scalar(result)
     elif kernels == "Triton":
         result, norm = _hand_over_gradients(param_groups, device, grad_scale, max_norm, clip_value, with_norm, rewrite)
     else:
+        factor, scale = (grad_scale, 1.0) if isinstance(grad_scale, Tensor) else (None, grad_scale)
         with torch.cuda.device(device):
-            context, norm = _cuda_context(device, with_norm)
-            result = _core.gradient_norm(param_groups, grad_scale, max_norm, clip_value, rewrite, context)
+            context, norm = _cuda_context(device, with_norm, factor)
+            result = _core.gradient_norm(param_groups, scale, max_norm, clip_value, rewrite, context)
     if isinstance(result, str):
         raise KernelError(f"{name}: {result}. Use torch.nn.utils.clip_grad_norm_ for these gradients.")
     return norm
@@ -302,7 +361,7 @@ def _norm_and_rewrite(
 def _hand_over_gradients(
     param_groups: ParamGroups,
     device: torch.device,
-    grad_scale: float,
+    grad_scale: float | Tensor,
     max_norm: float,
     clip_value: float,
     with_norm: bool,

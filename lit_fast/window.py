@@ -122,17 +122,9 @@ class WindowWeights:
         if self.reference is not None:
             self.reference, self.total = self.reference / factor, float(self.length)
 
-    def step(self, step: Callable[..., Any], parameters: Callable[[], Iterable[Tensor]]) -> Callable[[], Any]:
-        """`step(grad_scale=...)` with the factor folded in."""
-
-        def averaged_step() -> Any:
-            factor = self.factor()
-            if isinstance(factor, Tensor):  # `step` takes a number: a pass over the gradients instead of a host sync
-                self.average(parameters())
-                return step()
-            return step(grad_scale=factor)
-
-        return averaged_step
+    def step(self, step: Callable[..., Any]) -> Callable[[], Any]:
+        """`step(grad_scale=...)` with the factor folded in: a number, or a tensor on the device that steps."""
+        return lambda: step(grad_scale=self.factor())
 
     def state_dict(self) -> dict[str, Any]:
         return {"length": self.length, "reference": self.reference, "total": self.total}
@@ -250,11 +242,9 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
         )
         binding.rows.insert(0, row)
         return
-    update = weights.step(binding.update_of(binding.adopted[0]), binding.parameters)
+    update = weights.step(binding.update_of(binding.adopted[0]))
     plan.update = (binding.wrap("optimizer", binding.trainer._recorded("optimizer_step", update)),)
-    binding.rows.append(
-        ("update", "weights", "gradients made their weighted mean in registers; weights on a GPU: before")
-    )
+    binding.rows.append(("update", "weights", "gradients made their weighted mean, in registers"))
 
 
 def _before_the_step(plan: StepPlan, inline: bool, make_mean: Callable[[], None], is_empty: Callable[[], bool]) -> None:

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lit_fast
 from lit_fast import window as window_module
 from lit_fast.errors import MisconfigurationException
+from lit_fast.optim import AdoptedOptimizer
 from lit_fast.precision import MixedPrecision
 
 WEIGHTS = [3, 1, 7, 0, 5, 2, 9, 4, 4, 1, 8]  # windows of 4 and 3 end an epoch of these early
@@ -123,7 +124,7 @@ def test_bits_of_a_loop_by_hand(optimizer: str, clipping: str, watched: bool) ->
         torch.testing.assert_close(model.net.state_dict(), expected.state_dict())
     else:
         assert_same_bits(model.net, expected)
-    assert ("in registers; weights" in made.explain()) is not watched
+    assert ("weighted mean, in registers" in made.explain()) is not watched
     assert ("their weighted mean, in place" in made.explain()) is watched
     assert "compiled step" in made.explain()
 
@@ -461,14 +462,25 @@ def names_called(names: list[str]) -> Iterator[None]:
 
 
 def test_nobody_waits_for_a_weight_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor on the CPU in its place, read by nothing: the same sums, as tensors."""
+    """A tensor on the CPU in its place, read by nothing: the same sums, as tensors; the step gets one."""
     monkeypatch.setattr(
         window_module, "weight_of", lambda output: torch.tensor(float(output["weight"])) if "weight" in output else None
     )
+    by_number, handed = AdoptedOptimizer.step, []
+
+    def step(self: AdoptedOptimizer, grad_scale: float | Tensor = 1.0) -> Any:
+        if isinstance(grad_scale, Tensor):
+            handed.append(grad_scale)
+            window_module.multiply_gradients(self.optimizer.param_groups[0]["params"], grad_scale)
+            grad_scale = 1.0
+        return by_number(self, grad_scale)
+
+    monkeypatch.setattr(AdoptedOptimizer, "step", step)
     operations = Operations()
     model = Weighted(WEIGHTS)
     with operations:
         fitted(model, batches(11), max_epochs=2, accumulate_grad_batches=4)
+    assert len(handed) == 6 and all(factor.shape == () for factor in handed)
     assert "aten::_local_scalar_dense" not in operations.names
     expected = by_hand(OPTIMIZERS["sgd"], lambda p: None, 4, WEIGHTS, 2, torch.float64)
     torch.testing.assert_close(model.net.double().state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)

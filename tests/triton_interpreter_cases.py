@@ -319,6 +319,25 @@ def test_the_norm_against_float64(dtype) -> None:
         assert abs(norm.item() / exact - 1.0) <= 2.0**-24 * 1.001
 
 
+@pytest.mark.parametrize("limits", [{}, {"max_norm": 0.5}, {"clip_value": 0.1}])
+def test_a_scale_that_is_a_tensor_gives_the_bits_of_a_number(limits) -> None:
+    results = []
+    for scale in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+        optimizer = optimizer_of(torch.optim.AdamW, (CHUNK + 3, 5), lr=0.1)
+        set_gradients(optimizer, seed=1)
+        adopted = adopt(optimizer, **limits)
+        norm = adopted.step(grad_scale=scale)
+        assert adopted.compiled
+        results.append(
+            [
+                *(p.detach() for p in optimizer.param_groups[0]["params"]),
+                *([norm] if limits == {"max_norm": 0.5} else []),
+            ]
+        )
+    for by_number, by_tensor in zip(*results, strict=True):
+        assert torch.equal(by_number, by_tensor)
+
+
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_the_norm_is_finite_only_if_every_gradient_is(bad) -> None:
     optimizer = optimizer_of(torch.optim.SGD, (CHUNK, 3), lr=0.1)

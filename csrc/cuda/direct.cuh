@@ -10,10 +10,13 @@ namespace lit_fast::cuda {
 __device__ __forceinline__ GradientScale resolve(const DeviceScale& s) {
     GradientScale scale;
     scale.scale = s.scale;
+    if (s.factor != nullptr) scale.scale = __fmul_rn(scale.scale, *s.factor);
     if (s.max_norm >= 0.0F) scale.scale = __fmul_rn(scale.scale, clip_coefficient(*s.norm, s.max_norm));
     scale.limit = s.limit;
     return scale;
 }
+
+__device__ __forceinline__ bool is_left_out(const DeviceScale& s) { return s.left_out != nullptr && *s.left_out != 0; }
 
 // The last of `count` entries whose first chunk is not after this block.
 template <class FirstChunk>
@@ -76,8 +79,10 @@ __global__ void __launch_bounds__(kThreads)
     using W = std::conditional_t<kMaster, float, P>;
 
     __shared__ Work work;
+    const bool left_out = is_left_out(device_scale);
     if (threadIdx.x == 0) find_work(table, kForm, work);
     __syncthreads();
+    if (left_out) return;
     const typename Formula::Coefficients c = coefficients_of<Formula>(work);
     GradientScale scale = resolve(device_scale);
     scale.scale = __fmul_rn(scale.scale, c.gradient_sign);

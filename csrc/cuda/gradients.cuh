@@ -9,6 +9,8 @@
 
 namespace lit_fast::cuda {
 
+constexpr double kLargest = 1.7976931348623157e308;  // finite
+
 __device__ __forceinline__ const GradTable::Entry& entry_of_block(const GradTable& table) {
     return table.tensors[entry_of_block(table.tensor_count, [&](int i) { return table.tensors[i].first_chunk; })];
 }
@@ -102,23 +104,40 @@ __device__ __forceinline__ void compute_coefficients(const CounterOptions& optio
     for (int i = 0; i < kCoefficientWords; ++i) to[i] = words[i];
 }
 
-// The first block takes the norm, the others the rest.
+// The norm of the scaled gradients, finite exactly when all of them are: a block's sum of all partial sums, the same in
+// every block.
+__device__ __forceinline__ double total_norm(const PrepareHead& head) {
+    double mine = 0.0;
+#pragma unroll 8
+    for (std::int64_t i = threadIdx.x; i < head.partials; i += kThreads) mine += head.partial[i];
+    const double norm = ::sqrt(block_sum(mine)) * head.norm_scale;
+    return head.factor == nullptr ? norm : norm * ::fabs(static_cast<double>(*head.factor));
+}
+
+// Comparisons with NaN are false. A count that another block has raised already tells the same.
+__device__ __forceinline__ bool leaves_out(const PrepareHead& head, double norm) {
+    return !(norm <= kLargest) || (head.for_good && *head.skipped != 0);
+}
+
+// The first block takes the norm, the others the rest, for which they need it where a step may be left out.
 static __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant__ PrepareTable table) {
     const PrepareHead& head = table.head;
     if (blockIdx.x == 0) {
         if (head.norm == nullptr) return;
-        double mine = 0.0;
-#pragma unroll 8
-        for (std::int64_t i = threadIdx.x; i < head.partials; i += kThreads) mine += head.partial[i];
-        const double total = block_sum(mine);
-        if (threadIdx.x == 0) *head.norm = static_cast<float>(::sqrt(total) * head.norm_scale);
+        const double norm = total_norm(head);
+        if (threadIdx.x != 0) return;
+        *head.norm = static_cast<float>(norm);
+        if (head.skipped == nullptr) return;
+        *head.left_out = leaves_out(head, norm) ? 1U : 0U;
+        *head.skipped += *head.left_out;
         return;
     }
+    const bool left_out = head.skipped != nullptr && leaves_out(head, total_norm(head));
     const int i = static_cast<int>((blockIdx.x - 1) * kThreads + threadIdx.x);
     if (i < head.cargo_words) head.cargo_to[i] = table.cargo[i];
     if (i >= head.counters) return;
     const float step = __fadd_rn(*table.counter[i], 1.0F);
-    *table.counter[i] = step;
+    if (!left_out) *table.counter[i] = step;
     const CounterOptions& options = table.options[table.options_of[i]];
     Word* to = head.computed + static_cast<std::int64_t>(i) * kCoefficientWords;
     switch (head.formula) {

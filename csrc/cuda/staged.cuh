@@ -208,11 +208,13 @@ __global__ void __launch_bounds__(kThreads)
     staged_kernel(const __grid_constant__ StepTable table, const __grid_constant__ DeviceScale device_scale) {
     __shared__ Work work;
     __shared__ bool all_movable;
+    const bool left_out = is_left_out(device_scale);
     if (threadIdx.x == 0) {
         find_work(table, kForm, work);
         all_movable = movable(work.row, kForm, table.storage);
     }
     __syncthreads();
+    if (left_out) return;
     const typename Formula::Coefficients c = coefficients_of<Formula>(work);
     const Storage storage = table.storage;
     const Row& row = work.row;

@@ -48,8 +48,21 @@ std::int64_t chunks_of(const std::vector<Span>& grads) {
     return chunks;
 }
 
-DeviceScale device_scale(const CudaClip& clip) {
-    return {clip.scale.scale, clip.max_norm, clip.scale.limit, clip.norm};
+DeviceScale device_scale(const CudaClip& clip, const std::uint32_t* left_out = nullptr) {
+    return {clip.scale.scale, clip.max_norm, clip.scale.limit, clip.norm, clip.factor, left_out};
+}
+
+// Of a norm and of what depends on it.
+PrepareHead norm_head(const CudaClip& clip, const std::vector<Span>& grads, const double* partial) {
+    PrepareHead head;
+    head.partial = partial;
+    head.partials = chunks_of(grads);
+    head.norm_scale = clip.norm_scale;
+    head.factor = clip.factor;
+    head.norm = clip.norm;
+    head.skipped = clip.skipped;
+    head.for_good = clip.for_good;
+    return head;
 }
 
 // ---- which kernel ----
@@ -282,11 +295,8 @@ void cuda_norm(const std::vector<Span>& grads, const CudaClip& clip, const CudaW
                const CudaStream& on) {
     cuda::use_device(on.device);
     cuda::Preparation before;
-    before.head.partials = cuda::chunks_of(grads);
-    before.head.norm_scale = clip.norm_scale;
-    before.head.norm = clip.norm;
-    auto* partial = static_cast<double*>(workspace(before.head.partials + 1));
-    before.head.partial = partial;
+    auto* partial = static_cast<double*>(workspace(cuda::chunks_of(grads) + 1));
+    before.head = cuda::norm_head(clip, grads, partial);
     cuda::sum_squares(grads, partial, on);
     before.run({}, on);
 }
@@ -327,28 +337,28 @@ void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const Cud
         }
     }
 
-    // Partial sums, computed coefficients, cargo: in one piece of memory.
-    const bool norm = clip.norm != nullptr;
-    const std::int64_t partials = norm ? cuda::chunks_of(grads) : 0;
+    // Partial sums, computed coefficients, cargo, whether the step is left out: in one piece of memory.
+    check(clip.norm != nullptr || clip.skipped == nullptr, "whether gradients are finite is known by their norm.");
+    const std::int64_t partials = clip.norm != nullptr ? cuda::chunks_of(grads) : 0;
     const auto computed = static_cast<std::int64_t>(before.counters.size()) * cuda::kCoefficientWords;
-    const std::int64_t size = partials + computed + static_cast<std::int64_t>(before.cargo.size());
+    const auto cargo = static_cast<std::int64_t>(before.cargo.size());
+    const std::int64_t size = partials + computed + cargo + (clip.skipped != nullptr ? 1 : 0);
     cuda::Word* memory = size > 0 ? static_cast<cuda::Word*>(workspace(size)) : nullptr;
+    if (clip.norm != nullptr) {
+        auto* partial = reinterpret_cast<double*>(memory);
+        before.head = cuda::norm_head(clip, grads, partial);
+        cuda::sum_squares(grads, partial, on);
+    }
     before.head.formula = batch.formula;
     if (size > 0) {
         before.head.computed = memory + partials;
         before.head.cargo_to = memory + partials + computed;
     }
-    if (norm) {
-        auto* partial = reinterpret_cast<double*>(memory);
-        before.head.partial = partial;
-        before.head.partials = partials;
-        before.head.norm_scale = clip.norm_scale;
-        before.head.norm = clip.norm;
-        cuda::sum_squares(grads, partial, on);
-    }
+    if (clip.skipped != nullptr) before.head.left_out = reinterpret_cast<std::uint32_t*>(memory + size - 1);
     before.run(batch.options, on);
+    const cuda::DeviceScale scale = cuda::device_scale(clip, before.head.left_out);
     for (const cuda::Stream& stream : streams) {
-        stream.run(batch.formula, before.head.cargo_to, before.head.computed, cuda::device_scale(clip), on);
+        stream.run(batch.formula, before.head.cargo_to, before.head.computed, scale, on);
     }
 }
 

@@ -28,12 +28,14 @@ constexpr std::int64_t kChunk = 1 << 15;
 
 using Word = std::uint64_t;
 
-// GradientScale before the norm is known on the host.
+// GradientScale while only the device knows what it depends on.
 struct DeviceScale {
     float scale;
     float max_norm;  // negative: no clipping by norm
     float limit;
-    const float* norm;  // on the device, of the scaled gradients
+    const float* norm;                        // of the scaled gradients
+    const float* factor = nullptr;            // multiplies the gradients, too
+    const std::uint32_t* left_out = nullptr;  // not 0: nothing may be written
 };
 
 // ---- step: a stream of words, rows first, then the coefficients of which rows share some ----
@@ -82,8 +84,9 @@ struct StepTable {
 };
 static_assert(sizeof(StepTable) + sizeof(DeviceScale) <= kArgumentBytes);
 
-// ---- what must be done before a step, in a kernel of its own: the norm from its partial sums, the counters of steps
-// on the device and the coefficients that follow from them, and the words that do not fit into a StepTable ----
+// ---- what must be done before a step, in a kernel of its own: the norm from its partial sums, whether the step is
+// left out, the counters of steps on the device and the coefficients that follow from them, and the words that do not
+// fit into a StepTable ----
 
 constexpr int kMaxCounters = kLargeArguments ? 1024 : 96;
 constexpr int kMaxCounterOptions = kLargeArguments ? 16 : 4;
@@ -98,7 +101,11 @@ struct PrepareHead {
     const double* partial = nullptr;  // [partials]
     std::int64_t partials = 0;
     double norm_scale = 1.0;
+    const float* factor = nullptr;
     float* norm = nullptr;
+    std::int64_t* skipped = nullptr;    // counts the steps that are left out; nullptr: none is
+    std::uint32_t* left_out = nullptr;  // of this step
+    bool for_good = false;
     Word* computed = nullptr;  // [counters, kCoefficientWords]
     Word* cargo_to = nullptr;
     std::int32_t cargo_words = 0;

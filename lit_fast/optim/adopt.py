@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, FunctionType
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +23,12 @@ from torch.optim import optimizer as torch_optimizer
 
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
-from lit_fast.optim.nonfinite import Guard, all_finite, check_nonfinite
+from lit_fast.optim.nonfinite import Guard, all_finite, check_nonfinite, guarded
 from lit_fast.optim.storage import DEFAULTS, asks_for_storage, convert, keep_dtypes_on_load, set_options
 
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
 _profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 _POST_HOOKS = torch_optimizer._global_optimizer_post_hooks
-CoreStep: TypeAlias = Callable[..., Tensor | float | str | None]
 _NO_CLIPPING = (ops.NO_CLIPPING, ops.NO_CLIPPING)
 # Files whose wrappers around `step` (hooks, grad mode, scheduler bookkeeping) `AdoptedOptimizer.step` replaces.
 _KNOWN_WRAPPERS = (torch_optimizer.__file__, torch_lr_scheduler.__file__)
@@ -59,8 +57,9 @@ def adopt(
             than 2 are computed by torch, in float64; on a GPU the gradients are then clipped in memory.
         per_group: clip each param group by its own norm, to `max_norm` each; in memory, where it is exceeded.
         nonfinite: what a step does where a gradient is NaN or infinite: "propagate" takes it, as torch does; "skip"
-            changes nothing and counts it in `skipped_steps`; "raise" changes nothing and raises. The last two are for
-            the CPU, and read the gradients once more unless they are clipped by norm.
+            changes nothing and counts it in `skipped_steps`; "raise" changes nothing and raises. The last two read the
+            gradients once more unless they are clipped by norm. On a GPU the device decides and counts, and the error
+            comes with a later step; counters of steps are kept there then.
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`, for every param group; what state there is
             already is converted. Left at their defaults, the param groups stay as they are. With them, call `step` of
             what is returned, never `optimizer.step`.
@@ -142,7 +141,7 @@ class AdoptedOptimizer:
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that nonfinite="skip" has left out."""
+        """Steps that nonfinite="skip" has left out. Waits for a GPU."""
         return 0 if self.guard is None else self.guard.skipped_steps
 
     def set_guard(self, guard: Guard | None) -> None:
@@ -180,11 +179,12 @@ class AdoptedOptimizer:
         self._max_norm = ops.NO_CLIPPING if max_norm is None else float(max_norm)
         self._clip_value = ops.NO_CLIPPING if clip_value is None else float(clip_value)
 
-    def step(self, grad_scale: float = 1.0, clip: bool = True) -> Tensor | None:
+    def step(self, grad_scale: float | Tensor = 1.0, clip: bool = True) -> Tensor | None:
         """One optimizer step, clipping included. Gradients are rewritten only if a step hook could see them.
 
         Args:
-            grad_scale: multiplies every gradient first: the inverse of a loss scale.
+            grad_scale: multiplies every gradient first: the inverse of a loss scale. On a GPU it may be a 0-dim tensor
+                there, which nobody waits for.
             clip: False where `clip_gradients` has clipped already.
 
         Returns:
@@ -246,7 +246,7 @@ class AdoptedOptimizer:
         self._instance_step = optimizer.__dict__.get("step")
         self._class_step = type(optimizer).step
         self._own_zero_grad = _function(optimizer.zero_grad) is not Optimizer.zero_grad
-        self._core_step: Callable[..., Tensor | float | str | None] = _refuse
+        self._core_step: ops.Step = _refuse
         self._bound_clipping = self._norm_type, self._per_group
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
@@ -256,7 +256,7 @@ class AdoptedOptimizer:
             self._core_step = stepper.step
             if self.guard is not None:
                 check_nonfinite(self.guard.nonfinite, stepper.device)
-                self._core_step = _guarded(stepper, self.guard)
+                self._core_step = guarded(stepper, self.guard)
             if self._per_group or self._norm_type != 2.0:
                 self._core_step = _clipped_outside(self._core_step, self._norm_type, self._per_group)
         self.compiled, self._why_not = not why_not, why_not
@@ -271,6 +271,10 @@ class AdoptedOptimizer:
         first = next((p for group in self.optimizer.param_groups for p in group["params"]), None)
         return torch.device("cpu") if first is None else first.device
 
+    def _has_hooks(self) -> bool:
+        of_its_own = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
+        return bool(of_its_own or _PRE_HOOKS or _POST_HOOKS)
+
     def _norm_of_torch(self, grad_scale: float) -> Tensor:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.numel()]
         gradients = [p.grad for p in params if p.grad is not None]
@@ -279,7 +283,7 @@ class AdoptedOptimizer:
     def _limits(self, clip: bool) -> tuple[float, float]:
         return (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
 
-    def _try_core(self, grad_scale: float, max_norm: float, clip_value: float) -> Tensor | str | None:
+    def _try_core(self, grad_scale: float | Tensor, max_norm: float, clip_value: float) -> Tensor | str | None:
         """The core's step, its norm as a tensor; or why it refused, for good."""
         optimizer = self.optimizer
         result = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
@@ -290,7 +294,7 @@ class AdoptedOptimizer:
             result = self._core_step(optimizer.param_groups, optimizer.state, grad_scale, max_norm, clip_value)
         return ops.scalar(result) if isinstance(result, float) else result
 
-    def _step_after_refusal(self, grad_scale: float, clip: bool) -> Tensor | None:
+    def _step_after_refusal(self, grad_scale: float | Tensor, clip: bool) -> Tensor | None:
         norm = self._try_core(grad_scale, *self._limits(clip))
         if isinstance(norm, str):
             self._give_up(norm)
@@ -305,17 +309,28 @@ class AdoptedOptimizer:
 
     # ---- the step with everything that can hang on it ----
 
-    def _step_in_full(self, grad_scale: float, clip: bool) -> Tensor | None:
+    def _step_in_full(self, grad_scale: float | Tensor, clip: bool) -> Tensor | None:
         optimizer = self.optimizer
+        if isinstance(grad_scale, Tensor):
+            ops.scale_gradients_(optimizer.param_groups, grad_scale)
+            grad_scale = 1.0
         if optimizer.__dict__.get("step") is not self._instance_step or type(optimizer).step is not self._class_step:
             self._bind()
-        if self.guard is not None and not all_finite(optimizer.param_groups):  # before a clipping can hide it
-            self.guard.refuse(optimizer.param_groups)
+        # Hooks and torch's own steps do not run for a step that is left out, so the host must know, whatever it costs;
+        # before a clipping can hide it.
+        asks = self.guard is not None and (not self.compiled or self._has_hooks())
+        if asks and self._leaves_out():
             return self._norm_of_torch(grad_scale) if clip and self._max_norm >= 0.0 else None
         if not self.compiled:
             return self._own_step(grad_scale, clip)
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(optimizer).__name__}.step"):
             return self._step_with_hooks(grad_scale, clip)
+
+    def _leaves_out(self) -> bool:
+        if self.guard is None or all_finite(self.optimizer.param_groups):
+            return False
+        self.guard.refuse(self.optimizer.param_groups)
+        return True
 
     def _step_with_hooks(self, grad_scale: float, clip: bool) -> Tensor | None:
         """In torch's order: hooks see clipped gradients, as they do behind a `clip_grad_norm_`."""
@@ -345,6 +360,8 @@ class AdoptedOptimizer:
             if self.compiled:
                 self._give_up(result)
             self.must_be_compiled()
+            if self._leaves_out():
+                return norm
             clipped = self._rewrite_gradients(grad_scale, max_norm, clip_value)
             with torch.no_grad(), self.around_own_step:
                 innermost(optimizer.step)(optimizer)  # below torch's wrappers, which would run the hooks again
@@ -390,27 +407,11 @@ class AdoptedOptimizer:
         return clip_grad_norm_(params, max_norm, self._norm_type) if max_norm >= 0.0 else None
 
 
-def _guarded(stepper: ops.Stepper, guard: Guard) -> Callable[..., Tensor | str | None]:
-    """The core's step, that is not taken where a gradient is NaN or infinite."""
-
-    def step(
-        param_groups: ops.ParamGroups, state: ops.State, grad_scale: float, max_norm: float, clip_value: float
-    ) -> Tensor | str | None:
-        norm = stepper.step_if_finite(param_groups, state, grad_scale, max_norm, clip_value)
-        if isinstance(norm, str):
-            return norm
-        if not math.isfinite(norm):
-            guard.refuse(param_groups)
-        return None if max_norm < 0.0 else torch.tensor(norm, dtype=torch.float32)
-
-    return step
-
-
-def _clipped_outside(core_step: CoreStep, norm_type: float, per_group: bool) -> CoreStep:
+def _clipped_outside(core_step: ops.Step, norm_type: float, per_group: bool) -> ops.Step:
     """The core's step, clipped by a norm that is not its own: in registers where the host may know one coefficient."""
 
     def step(
-        param_groups: ops.ParamGroups, state: ops.State, grad_scale: float, max_norm: float, clip_value: float
+        param_groups: ops.ParamGroups, state: ops.State, grad_scale: Any, max_norm: float, clip_value: float
     ) -> Tensor | float | str | None:
         if max_norm < 0.0:
             return core_step(param_groups, state, grad_scale, max_norm, clip_value)

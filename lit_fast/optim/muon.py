@@ -232,6 +232,7 @@ class MuonStepper(ops.Stepper):
     def __init__(self, device: torch.device) -> None:
         super().__init__(MAPPING, device)
         self.where += ", matrix products by torch"
+        self.skips_on_device = False  # three steps in one, and torch's products between them: the host must know
         self._pass, self.step, self.step_if_finite = self.step, self._step_all, self._step_all_if_finite
         self._adamw = ops.Stepper(ADAMW, device)
 
@@ -243,7 +244,7 @@ class MuonStepper(ops.Stepper):
         return why_not or super().refusal(passes) or self._adamw.refusal(of_adamw)
 
     def _step_all(
-        self, param_groups: ParamGroups, state: State, grad_scale: float, max_norm: float, clip_value: float
+        self, param_groups: ParamGroups, state: State, grad_scale: float | Tensor, max_norm: float, clip_value: float
     ) -> Tensor | str | None:
         work = _Work(param_groups, state)
         refusal = work.refusal or self._refusal_of_all(work, state)

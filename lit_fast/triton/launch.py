@@ -33,7 +33,7 @@ class Work:
 
     Attributes:
         device: of every tensor.
-        grad_scale: what every gradient is multiplied by first.
+        grad_scale: what every gradient is multiplied by first; a 0-dim tensor where only the device knows it.
         max_norm: of the scaled gradients; negative for none.
         clip_value: negative for none.
         norm: 0-dim float32 on the device, to be written; None where no norm is wanted.
@@ -43,7 +43,7 @@ class Work:
     """
 
     device: torch.device
-    grad_scale: float
+    grad_scale: float | Tensor
     max_norm: float
     clip_value: float
     norm: Tensor | None
@@ -55,9 +55,12 @@ class Work:
         self, words: bytearray, row_words: int, option_words: int, rows: int, chunks: int, aligned: bool
     ) -> None:
         clipping_at = len(words) // 8
-        words += struct.pack("3d", self.grad_scale, self.max_norm, self.clip_value)
+        factor = self.grad_scale
+        words += struct.pack("3d", 1.0 if isinstance(factor, Tensor) else factor, self.max_norm, self.clip_value)
         host = torch.frombuffer(words, dtype=torch.int64)
         table = host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
+        if isinstance(factor, Tensor):
+            table[clipping_at : clipping_at + 1] = factor.to(self.device, torch.float64).reshape(1).view(torch.int64)
         scale = torch.empty(2, dtype=torch.float32, device=self.device)
         formula, norm = self.formula, self.norm
         partial = torch.empty(chunks if norm is not None else 0, dtype=torch.float64, device=self.device)

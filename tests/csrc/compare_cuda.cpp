@@ -46,6 +46,16 @@ struct Twice {
         device = host;
     }
     void* data(bool on_device) { return (on_device ? device : host).data() + start; }
+    void poison(std::int64_t i, float bad) {
+        for (const bool on_device : {false, true}) {
+            const bf16 brain = nearest_bf16(bad);
+            const f16 half = nearest_f16(bad);
+            auto* at = static_cast<unsigned char*>(data(on_device)) + i * bytes_of(dtype);
+            if (dtype == Dtype::float32) std::memcpy(at, &bad, 4);
+            if (dtype == Dtype::bfloat16) std::memcpy(at, &brain, 2);
+            if (dtype == Dtype::float16) std::memcpy(at, &half, 2);
+        }
+    }
     void compare(const char* what, int which, int storage) const {
         if (tally.expect(host == device)) return;
         std::size_t i = 0;
@@ -61,12 +71,15 @@ struct Size {
 };
 
 // Parameters in `groups` groups, each with coefficients of its own.
+// poisoned: one gradient is not finite, or there was one in a step before, so that nothing may change.
+enum class Poisoned { no, now, before };
 void compare_step(int which, const Storage& storage, int number, const std::vector<Size>& sizes, bool step_on_device,
-                  int groups) {
+                  int groups, Poisoned poisoned = Poisoned::no) {
     const Case& c = all()[static_cast<std::size_t>(which)];
     std::deque<Twice> arrays;
     std::deque<float> steps;
     std::vector<Span> grads;
+    Twice* longest = nullptr;
     StepBatch host, device;
     host.formula = device.formula = c.id;
     for (std::size_t i = 0; i < sizes.size(); ++i) {
@@ -90,6 +103,7 @@ void compare_step(int which, const Storage& storage, int number, const std::vect
         add(storage.param, numel, false, [](StepTask& t, void* p) { t.param = p; });
         add(storage.grad, numel, false, [](StepTask& t, void* p) { t.grad = p; });
         grads.push_back({arrays.back().data(true), numel, storage.grad});
+        if (longest == nullptr || longest->numel < numel) longest = &arrays.back();
         for (int k = 0; k < kMaxStates; ++k) {
             if (!c.has_state(k)) continue;
             const bool positive = (c.positive >> k & 1U) != 0;
@@ -128,9 +142,34 @@ void compare_step(int which, const Storage& storage, int number, const std::vect
         clip.norm_scale = 0.3;
         clip.max_norm = 1.5F;
     }
+    // What the device may leave out, and does not where all gradients are finite; a factor that only it knows.
+    const float factor = -0.7F;
+    if (number % 3 == 0) clip.factor = &factor;
+    std::int64_t skipped = poisoned == Poisoned::before ? 3 : 0;
+    if (poisoned != Poisoned::no || number % 4 == 0) {
+        clip.norm = &norm;
+        clip.skipped = &skipped;
+        clip.for_good = poisoned == Poisoned::before;
+    }
+    if (poisoned == Poisoned::now) {
+        const float bad[] = {INFINITY, -INFINITY, NAN};
+        longest->poison(number % 2 == 0 ? 0 : longest->numel - 1, bad[number % 3]);
+    }
     cuda_step(device, grads, clip, workspace, {});
+    if (poisoned != Poisoned::no) {
+        tally.expect(skipped == (poisoned == Poisoned::now ? 1 : 4));
+        tally.expect(std::isfinite(norm) == (poisoned == Poisoned::before));
+        for (std::size_t i = 0; i < sizes.size(); ++i) {
+            const auto group = static_cast<int>(i * static_cast<std::size_t>(groups) / sizes.size());
+            tally.expect(steps[i] == static_cast<float>(group + 1));
+        }
+        for (const Twice& array : arrays) array.compare("left out", which, number);
+        return;
+    }
+    tally.expect(skipped == 0);
     GradientScale scale = clip.scale;
-    if (clip.norm != nullptr) scale.scale *= clip_coefficient(norm, clip.max_norm);
+    if (clip.factor != nullptr) scale.scale *= factor;
+    if (clip.max_norm >= 0.0F) scale.scale *= clip_coefficient(norm, clip.max_norm);
     for (std::size_t i = 0; i < sizes.size(); ++i) {
         const StepTask& t = host.tasks[i];
         scalar::kernels().step[static_cast<int>(c.id)][static_cast<int>(t.layout)](
@@ -156,6 +195,30 @@ std::vector<Storage> storages() {
         }
     }
     return possible;
+}
+
+// Their norm is infinite in float32, and the step is taken.
+void huge_gradients_are_finite() {
+    std::vector<float> param(64, 1.0F), grad(64, 3e38F);
+    const Case& c = all()[5];  // SGD alone: p - lr * g
+    StepBatch batch;
+    batch.formula = c.id;
+    batch.coefficients.push_back(c.coefficients(c.options));
+    batch.options.push_back(c.options);
+    StepTask task;
+    task.param = param.data();
+    task.grad = grad.data();
+    task.numel = task.body = 64;
+    task.form = c.form;
+    batch.tasks.push_back(task);
+    float norm = 0.0F;
+    std::int64_t skipped = 0;
+    CudaClip clip;
+    clip.norm = &norm;
+    clip.skipped = &skipped;
+    cuda_step(batch, {{grad.data(), 64, Dtype::float32}}, clip, workspace, {});
+    tally.expect(std::isinf(norm) && skipped == 0);
+    for (const float p : param) tally.expect(p == __builtin_fmaf(3e38F, -0.1F, 1.0F));
 }
 
 void compare_norm_and_scale(const std::vector<Dtype>& dtypes, const std::vector<Size>& sizes) {
@@ -211,7 +274,17 @@ int main() {
         }
         if (direct || densest) compare_step(0, storage, s, long_ones, s % 2 == 0, 8);
     }
-    for (const bool step_on_device : {false, true}) compare_step(0, Storage{}, 0, many, step_on_device, 18);
+    for (const bool step_on_device : {false, true}) {
+        compare_step(0, Storage{}, 0, many, step_on_device, 18);
+        for (const Poisoned poisoned : {Poisoned::now, Poisoned::before}) {
+            compare_step(0, Storage{}, 0, many, step_on_device, 18, poisoned);
+            for (int s = step_on_device ? 0 : 1; s < static_cast<int>(every.size()); s += 2) {
+                const Storage& storage = every[static_cast<std::size_t>(s)];
+                compare_step(s % cases, storage, s, short_ones, step_on_device, 1 + s % 3, poisoned);
+            }
+        }
+    }
+    huge_gradients_are_finite();
     compare_norm_and_scale({Dtype::float32}, long_ones);
     compare_norm_and_scale({Dtype::bfloat16, Dtype::float16, Dtype::float32}, long_ones);
     compare_norm_and_scale({Dtype::float32}, many);

@@ -45,6 +45,19 @@ inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline bool run_kernels = true;
 inline int launches = 0;
 
+// What makes the host wait for the device.
+inline int waits = 0;
+inline cudaError_t waited() {
+    ++waits;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return waited(); }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return waited(); }
+inline cudaError_t cudaEventSynchronize(void*) { return waited(); }
+inline cudaError_t cudaMemcpy(void*, const void*, std::size_t, int) { return waited(); }
+inline cudaError_t cudaMalloc(void**, std::size_t) { return waited(); }
+inline cudaError_t cudaFree(void*) { return waited(); }
+
 inline dim3 threadIdx, blockIdx;
 
 // Who waits for whom: a thread runs until it waits, then the next one does.
