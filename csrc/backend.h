@@ -19,11 +19,15 @@ namespace lit_fast {
 
 using StepKernel = void (*)(const StepTask&, const CoefficientBlock&, const GradientScale&, std::int64_t begin,
                             std::int64_t end);
+// squares: [2], of the parameter and of the direction that the step would take, see formulas/math.h
+using MeasureKernel = void (*)(const StepTask&, const CoefficientBlock&, const GradientScale&, std::int64_t begin,
+                               std::int64_t end, double* squares);
 using SquareKernel = double (*)(const void* values, std::int64_t count);  // count <= kSquareChunk
 using ScaleKernel = void (*)(void* values, const GradientScale&, std::int64_t count);
 
 struct CpuKernels {
     StepKernel step[kFormulaCount][kLayoutCount];
+    MeasureKernel measure[kFormulaCount];  // nullptr where a formula needs none
     SquareKernel sum_of_squares[kDtypeCount];
     ScaleKernel scale[kDtypeCount];
 };
@@ -58,6 +62,8 @@ struct FormulaInfo {
     unsigned (*form)(const double* options);  // which states these options need, see formulas/math.h
     bool (*has_remainder)(const double* options);
     CoefficientBlock (*coefficients)(const double* options, double step, bool first);
+    // A tensor's own coefficients, from what a MeasureKernel summed; nullptr where they do not depend on it.
+    CoefficientBlock (*with_squares)(const CoefficientBlock& block, const double* squares);
 };
 const FormulaInfo& formula_info(FormulaId id);
 
@@ -78,7 +84,8 @@ struct StepBatch {
 
 double cpu_sum_of_squares(const std::vector<Span>& grads, int threads);
 void cpu_scale(const std::vector<Span>& grads, const GradientScale& scale, int threads);
-void cpu_step(const StepBatch& batch, const GradientScale& scale, int threads);
+// A measured formula's tasks are given coefficients of their own first.
+void cpu_step(StepBatch& batch, const GradientScale& scale, int threads);
 
 // ---- whole batches on CUDA (cuda/step.cu): everything is queued on the given stream, nothing waits for the device.
 // The device must be torch's current one; the memory behind all pointers must live on it until the stream is done,

@@ -390,6 +390,12 @@ bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* 
     return true;
 }
 
+// Why there is no step there at all, or "": norms of whole tensors are taken on the CPU alone.
+std::string Stepper::unmeasured(bool on_cuda) const {
+    if (!on_cuda || info_->with_squares == nullptr) return "";
+    return "there is no CUDA kernel for " + std::string(info_->name);
+}
+
 bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refusal) {
     batch_.tasks.clear();
     batch_.coefficients.clear();
@@ -402,7 +408,8 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
     elements_ = 0;
     first_index_ = 0;
     Py_ssize_t number = 0;
-    bool ok = true;
+    refusal = unmeasured(cuda_ != nullptr);
+    bool ok = refusal.empty();
     for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t) {
         Group group;
         ok = ok && read_group(object, group, refusal);
@@ -481,7 +488,7 @@ void Stepper::undo_new_states(PyObject* state) {
 }
 
 std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int device_index) {
-    std::string refusal;
+    std::string refusal = unmeasured(on_cuda);
     CudaContext there;
     there.on.device = device_index;
     const CudaContext* cuda = on_cuda ? &there : nullptr;

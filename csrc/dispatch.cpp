@@ -39,6 +39,25 @@ CoefficientBlock coefficient_block(const double* options, double step, bool firs
     return block;
 }
 
+template <class Formula>
+CoefficientBlock block_with_squares(const CoefficientBlock& block, const double* squares) {
+    typename Formula::Coefficients c;
+    std::memcpy(&c, block.bytes, sizeof(c));
+    c = Formula::with_squares(c, squares[0], squares[1]);
+    CoefficientBlock result{};
+    std::memcpy(result.bytes, &c, sizeof(c));
+    return result;
+}
+
+template <class Formula>
+constexpr auto with_squares_of() -> decltype(FormulaInfo::with_squares) {
+    if constexpr (kMeasured<Formula>) {
+        return block_with_squares<Formula>;
+    } else {
+        return nullptr;
+    }
+}
+
 ChosenTarget choose_at_start() {
     const char* wanted = std::getenv("LIT_FAST_CPU_TARGET");
     if (wanted == nullptr || *wanted == '\0') {
@@ -107,6 +126,40 @@ void for_each_chunk(std::size_t count, int threads, const Body& body) {
     parallel(work, &shared, threads < useful ? threads : useful);
 }
 
+// The first pass of formulas whose coefficients depend on norms of a whole tensor.
+void measure(StepBatch& batch, const GradientScale& scale, int threads) {
+    const MeasureKernel kernel = current_target().target.kernels().measure[static_cast<int>(batch.formula)];
+    if (kernel == nullptr) return;
+    struct Squares {
+        double values[2];
+    };
+    // The same chunks whatever the number of threads, summed in their order.
+    const auto chunks = cut(batch.tasks.size(), kStepChunk, [&](std::size_t t) { return batch.tasks[t].numel; });
+    std::vector<Squares> partial(chunks.size());
+    const auto run = [&](std::size_t i) {
+        const StepTask& task = batch.tasks[static_cast<std::size_t>(chunks[i].tensor)];
+        kernel(task, batch.coefficients[static_cast<std::size_t>(task.coefficients)], scale, chunks[i].begin,
+               chunks[i].end, partial[i].values);
+    };
+    if (threads <= 1) {
+        for (std::size_t i = 0; i < chunks.size(); ++i) run(i);
+    } else {
+        for_each_chunk(chunks.size(), threads, run);
+    }
+    std::vector<Squares> sums(batch.tasks.size(), Squares{});
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+        Squares& sum = sums[static_cast<std::size_t>(chunks[i].tensor)];
+        for (int k = 0; k < 2; ++k) sum.values[k] += partial[i].values[k];
+    }
+    std::vector<CoefficientBlock> own(batch.tasks.size());
+    for (std::size_t t = 0; t < batch.tasks.size(); ++t) {
+        const CoefficientBlock& shared = batch.coefficients[static_cast<std::size_t>(batch.tasks[t].coefficients)];
+        own[t] = formula_info(batch.formula).with_squares(shared, sums[t].values);
+        batch.tasks[t].coefficients = static_cast<std::int32_t>(t);
+    }
+    batch.coefficients = std::move(own);
+}
+
 }  // namespace
 
 const std::vector<CpuTarget>& cpu_targets() {
@@ -129,10 +182,17 @@ void choose_cpu_target(const std::string& name, const std::string& reason) {
 }
 
 const FormulaInfo& formula_info(FormulaId id) {
-#define LIT_FAST_ENTRY(Formula)                                      \
-    {Formula::name,   Formula::option_count,  Formula::option_names, \
-     Formula::states, Formula::state_names,   Formula::counts_steps, \
-     Formula::form,   Formula::has_remainder, coefficient_block<Formula>},
+#define LIT_FAST_ENTRY(Formula)  \
+    {Formula::name,              \
+     Formula::option_count,      \
+     Formula::option_names,      \
+     Formula::states,            \
+     Formula::state_names,       \
+     Formula::counts_steps,      \
+     Formula::form,              \
+     Formula::has_remainder,     \
+     coefficient_block<Formula>, \
+     with_squares_of<Formula>()},
     static const FormulaInfo table[] = {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)};
 #undef LIT_FAST_ENTRY
     return table[static_cast<int>(id)];
@@ -174,7 +234,8 @@ void cpu_scale(const std::vector<Span>& grads, const GradientScale& scale, int t
     });
 }
 
-void cpu_step(const StepBatch& batch, const GradientScale& scale, int threads) {
+void cpu_step(StepBatch& batch, const GradientScale& scale, int threads) {
+    measure(batch, scale, threads);
     const auto& table = current_target().target.kernels().step[static_cast<int>(batch.formula)];
     const auto run = [&](const StepTask& task, std::int64_t begin, std::int64_t end) {
         table[static_cast<int>(task.layout)](task, batch.coefficients[static_cast<std::size_t>(task.coefficients)],

@@ -156,6 +156,7 @@ class Stepper {
     bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
     bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
     unsigned missing_states(PyObject* entry, unsigned form) const;
+    std::string unmeasured(bool on_cuda) const;
     bool fits_table(std::string& refusal) const;
     bool memory_is_disjoint(std::string& refusal);
     void init_state(PyObject* state, PyObject* group, PyObject* param);

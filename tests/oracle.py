@@ -145,6 +145,54 @@ def adamw_step(
     return {name: result.stored(param.dtype) for name, result in results.items()}
 
 
+def norm_of_each(x: Bounded, tensor_of: Tensor) -> Bounded:
+    """L2 norm of the tensor that each element belongs to. Norms of vectors differ by no more than their difference's;
+    sums of squares in float64 add next to nothing."""
+
+    def norm(values: Tensor) -> Tensor:
+        return torch.zeros(len(tensor_of), dtype=torch.float64).index_add(0, tensor_of, values**2).sqrt()[tensor_of]
+
+    return Bounded(norm(x.value), SECOND_ORDER * norm(x.error) + 1e-11 * norm(x.value))
+
+
+def lamb_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int | Tensor,
+    *,
+    lr: Number,
+    betas: tuple[Number, Number],
+    eps: Number,
+    weight_decay: Number,
+    maximize: bool | Tensor = False,
+    trust_clip: bool | Tensor = False,
+    always_adapt: bool | Tensor = True,
+    tensor_of: Tensor | None = None,
+) -> dict[str, Bounded]:
+    """One step of LAMB; `step` counts from 1. Keys: param and the moments.
+
+    tensor_of: number of the parameter that each element belongs to; without it there is one.
+    """
+    p, m, v = (exact(t) for t in (param, exp_avg, exp_avg_sq))
+    g = directed(grad, maximize)
+    beta1, beta2 = betas
+    m = m + scalar(1.0 - beta1) * (g - m)
+    v = scalar(beta2) * v + scalar(1.0 - beta2) * g * g
+    denominator = v.sqrt() / scalar((1.0 - beta2**step) ** 0.5) + scalar(eps)
+    update = m * scalar(1.0 / (1.0 - beta1**step)) / denominator + scalar(weight_decay) * p
+    each = torch.zeros(param.shape, dtype=torch.int64) if tensor_of is None else tensor_of
+    of_param, of_update = norm_of_each(p, each), norm_of_each(update, each)
+    ratio, one = of_param / of_update, exact(torch.ones(param.shape))
+    ratio = choose((of_param.value > 0.0) & (of_update.value > 0.0), ratio, one)
+    clipped = Bounded(ratio.value.clamp(max=1.0), ratio.error)
+    ratio = choose(trust_clip, clipped, ratio)
+    ratio = choose(torch.as_tensor(always_adapt) | (torch.as_tensor(weight_decay) != 0.0), ratio, one)
+    results = {"param": p - scalar(lr) * ratio * update, "exp_avg": m, "exp_avg_sq": v}
+    return {name: result.stored(param.dtype) for name, result in results.items()}
+
+
 def sgd_step(
     param: Tensor,
     grad: Tensor,

@@ -125,6 +125,8 @@ BYTES = {
     "AdamW, bfloat16, remainder, float32 moments": 26,
     "AdamW, bfloat16 stochastic, 8-bit moments": 10 + 2 * 2 * 4 / 256,
     "AdamW, float32, bfloat16 moments": 20,
+    "Lamb, float32": 28,
+    "Lamb, all bfloat16": 14,
     **{f"{name}, float32": 20 for name in ("SGD", "Lion", "Adagrad", "RMSprop")},
     **{f"{name}, all bfloat16": 10 for name in ("SGD", "Lion", "Adagrad", "RMSprop")},
 }

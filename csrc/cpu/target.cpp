@@ -6,6 +6,7 @@
 
 #include LIT_FAST_HEADER_OF(LIT_FAST_TARGET)
 #include "loops.h"
+#include "measure.h"
 #include "staged.h"
 
 namespace lit_fast::LIT_FAST_TARGET {
@@ -14,12 +15,15 @@ const CpuKernels& kernels() {
 #define LIT_FAST_ENTRY(Formula)                                                        \
     {cpu::step<Formula, Vec, float, float>, cpu::step<Formula, BfloatVec, bf16, bf16>, \
      cpu::step<Formula, Vec, float, bf16>, cpu::step_staged<Formula, Vec>},
+#define LIT_FAST_MEASURE(Formula) cpu::measure_kernel<Formula, Vec, Wide>(),
     static constexpr CpuKernels table = {
         {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)},
+        {LIT_FAST_FORMULAS(LIT_FAST_MEASURE)},
         {cpu::sum_of_squares<Vec, Wide, float>, cpu::sum_of_squares<Vec, Wide, bf16>,
          cpu::sum_of_squares<Vec, Wide, f16>},
         {cpu::scale<Vec, float>, cpu::scale<Vec, bf16>, cpu::scale_staged<Vec, f16>},
     };
+#undef LIT_FAST_MEASURE
 #undef LIT_FAST_ENTRY
     return table;
 }

@@ -120,9 +120,10 @@ StepKernelPointer kernel_of(const Kind& kind) {
 
 StepKernelPointer kernel_of(FormulaId formula, const Kind& kind) {
     switch (formula) {
-#define LIT_FAST_ENTRY(Formula) \
-    case FormulaId::Formula:    \
-        return kernel_of<Formula>(kind);
+#define LIT_FAST_ENTRY(Formula)                                             \
+    case FormulaId::Formula:                                                \
+        if constexpr (!kMeasured<Formula>) return kernel_of<Formula>(kind); \
+        break;
         LIT_FAST_FORMULAS(LIT_FAST_ENTRY)
 #undef LIT_FAST_ENTRY
         case FormulaId::count:

@@ -3,6 +3,7 @@
 
 #include "adagrad.h"
 #include "adamw.h"
+#include "lamb.h"
 #include "lion.h"
 #include "muon.h"
 #include "rmsprop.h"
@@ -14,7 +15,8 @@
     X(Lion)                  \
     X(Adagrad)               \
     X(RmsProp)               \
-    X(Muon)
+    X(Muon)                  \
+    X(Lamb)
 
 namespace lit_fast {
 

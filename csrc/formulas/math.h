@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define LIT_FAST_INLINE __host__ __device__ __forceinline__
@@ -47,6 +48,13 @@ constexpr unsigned kGeneral = 0x100;
 constexpr unsigned kSetOfForm = 0xff;
 
 LIT_FAST_INLINE constexpr bool uses(unsigned form, int state) { return (form >> state & 1U) != 0; }
+
+// Whether a formula's coefficients depend on norms of the whole tensor: it then has `direction` and `with_squares`, and
+// a step begins with a pass that sums squares (cpu/measure.h).
+template <class Formula, class = void>
+constexpr bool kMeasured = false;
+template <class Formula>
+constexpr bool kMeasured<Formula, std::void_t<decltype(&Formula::with_squares)>> = true;
 
 // A divisor that many values share, with its inverse, both rounded to nearest.
 struct Divisor {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lit_fast.optim.adagrad import Adagrad
 from lit_fast.optim.adamw import Adam, AdamW
 from lit_fast.optim.adopt import AdoptedOptimizer, adopt
+from lit_fast.optim.lamb import Lamb
 from lit_fast.optim.lion import Lion
 from lit_fast.optim.muon import Muon
 from lit_fast.optim.rmsprop import RMSprop
@@ -17,6 +18,7 @@ __all__ = [
     "Adam",
     "AdamW",
     "AdoptedOptimizer",
+    "Lamb",
     "Lion",
     "Muon",
     "RMSprop",

@@ -279,6 +279,8 @@ class MuonStepper(ops.Stepper):
 
     def _refusal_of_all(self, work: _Work, state: State) -> str:
         """Nothing may be refused once something is written."""
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "a CUDA graph is being captured, and options of both passes are read anew at each step"
         return (
             self.refusal_of_step(work.first, work.first_state)
             or self.refusal_of_step(work.second, work.second_state)

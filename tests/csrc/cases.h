@@ -106,7 +106,7 @@ struct Case {
     Options options;
     unsigned form;
     unsigned positive;  // bit k: state k is never negative
-    bool counts_steps, has_remainder;
+    bool counts_steps, has_remainder, measured;
     CoefficientBlock (*coefficients)(const Options&);
 
     bool has_state(int k) const { return uses(form, k); }
@@ -131,6 +131,7 @@ void add(std::vector<Case>& all, FormulaId id, std::vector<double> values, bool 
     added.positive = ~Formula::signed_states;
     added.counts_steps = Formula::counts_steps;
     added.has_remainder = Formula::has_remainder(added.options.values);
+    added.measured = kMeasured<Formula>;
     added.coefficients = coefficient_block<Formula>;
     all.push_back(added);
 }
@@ -166,6 +167,9 @@ inline const std::vector<Case>& all() {
         add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0.3, 0, 0});
         add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0.3, 1, 0});
         add<Muon>(c, FormulaId::Muon, {1e-2, 2e-2, 0.1, 0, 0, 1});
+        // lr, beta1, beta2, eps, weight_decay, maximize, trust_clip, always_adapt
+        add<Lamb>(c, FormulaId::Lamb, {1e-2, 0.9, 0.999, 1e-6, 0.1, 0, 0, 1});
+        add<Lamb>(c, FormulaId::Lamb, {1e-2, 0.4, 0.95, 1e-8, 0, 1, 1, 0}, true);
         return c;
     }();
     return cases;

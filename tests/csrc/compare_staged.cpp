@@ -172,6 +172,21 @@ void step(Tensors& t, const std::vector<std::int64_t>& cuts) {
     }
 }
 
+// The sums that a measured formula's step begins with.
+void compare_measures(Tensors& t, int which) {
+    const StepTask task = t.task();
+    const auto id = static_cast<int>(t.formula->id);
+    double expected[2], compared[2];
+    const CoefficientBlock block = t.formula->coefficients(t.formula->options);
+    scalar::kernels().measure[id](task, block, scale_for(t.count), 0, t.count, expected);
+    LIT_FAST_COMPARED::kernels().measure[id](task, block, scale_for(t.count), 0, t.count, compared);
+    for (int k = 0; k < 2; ++k) {
+        const bool both_nan = expected[k] != expected[k] && compared[k] != compared[k];
+        if (tally.expect(both_nan || std::memcmp(&expected[k], &compared[k], 8) == 0)) continue;
+        std::printf("case %d: sum of squares %d of %d elements differs\n", which, k, t.count);
+    }
+}
+
 // What a staged step is, by the functions of formulas/storage.h alone.
 void step_by_definition(Tensors& t) {
     const StepTask task = t.task();
@@ -260,6 +275,7 @@ int main(int argc, char** argv) {
                 // A block with an infinite or NaN value has codes of no use: ordinary values every other time.
                 Tensors expected(all()[which], storage, count, shift, count % 2 == 0 ? any_value : ordinary_value);
                 Tensors whole = expected, cut = expected;
+                if (all()[which].measured) compare_measures(whole, static_cast<int>(which));
                 step_by_definition(expected);
                 step(whole, {0, count});
                 whole.compare(expected, "definition", static_cast<int>(which), shift);

@@ -138,7 +138,7 @@ class Cases:
         before = {name: self.moment(self.begin, name) for name in self.names if self.begun}
         step = self.begin["step"].double()[self.case_of]
         grad = self.begin["grad"][self.index]
-        case = Case(made, {}, self.params[0], grad, self.value(self.begin), before, {}, step)
+        case = Case(made, {}, self.params[0], grad, self.value(self.begin), before, {}, step, self.case_of)
         found = expected(kind, case)
         stochastic = storage["rounding"] == "stochastic"
         kept = {None: dtype, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast.optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop
+from lit_fast.optim import SGD, Adagrad, Adam, AdamW, Lamb, Lion, RMSprop
 from lit_fast.optim.codes import decode, rebuilt, split
 from lit_fast.optim.storage import convert
 
-KINDS = (AdamW, Adam, SGD, Lion, Adagrad, RMSprop)
+KINDS = (AdamW, Adam, SGD, Lion, Adagrad, RMSprop, Lamb)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CODED = (AdamW, Adam, SGD, Lion)  # those that may have 8-bit states
+CODED = (AdamW, Adam, SGD, Lion, Lamb)  # those that may have 8-bit states
 
 
 def storages(kind: type, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -37,10 +37,13 @@ def options(kind: type, draw: random.Random) -> dict[str, Any]:
     """Options of the algorithm, at random."""
     made: dict[str, Any] = {"lr": 10 ** draw.uniform(-4, -1), "maximize": draw.random() < 0.3}
     made["weight_decay"] = draw.choice([0.0, 0.01, 0.3])
-    if kind in (AdamW, Adam, Lion):
+    if kind in (AdamW, Adam, Lion, Lamb):
         made["betas"] = (draw.choice([0.0, 0.3, 0.9, 0.95]), draw.choice([0.5, 0.9, 0.99, 0.999]))
     if kind in (AdamW, Adam):
         made |= {"eps": 10 ** draw.uniform(-8, -3), "amsgrad": draw.random() < 0.5}
+    if kind is Lamb:
+        made |= {"eps": 10 ** draw.uniform(-8, -3)}
+        made |= {"trust_clip": draw.random() < 0.3, "always_adapt": draw.random() < 0.5}
     if kind is SGD:
         made["momentum"] = draw.choice([0.0, 0.5, 0.9])
         made["dampening"] = draw.choice([0.0, 0.3])
@@ -62,6 +65,8 @@ def moments(kind: type, made: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if made["momentum"] else ()
     if kind is RMSprop:
         return ("square_avg", *["grad_avg"] * made["centered"], *["momentum_buffer"] * bool(made["momentum"]))
+    if kind is Lamb:
+        return ("exp_avg", "exp_avg_sq")
     return ("sum",) if kind is Adagrad else ("exp_avg",)
 
 
@@ -92,6 +97,7 @@ class Case:
     moments: dict[str, Tensor]  # float32, what the stored ones stand for
     entry: dict[str, Any]
     step: int
+    tensor_of: Tensor | None = None  # with many parameters in one, which each element belongs to
 
 
 def make_case(kind: type, dtype: torch.dtype, storage: dict[str, Any], draw: random.Random, numel: int = 0) -> Case:
@@ -156,6 +162,8 @@ def expected(kind: type, case: Case) -> dict[str, oracle.Bounded]:
     if kind in (AdamW, Adam):
         made.pop("amsgrad")
         return oracle.adamw_step(p, g, **state, step=case.step + 1, decoupled=kind is AdamW, **made)
+    if kind is Lamb:
+        return oracle.lamb_step(p, g, **state, step=case.step + 1, tensor_of=case.tensor_of, **made)
     if kind is SGD:
         return oracle.sgd_step(p, g, state.get("momentum_buffer"), **made)
     if kind is Adagrad:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast.optim import SGD, AdamW, Lion, Muon
+from lit_fast.optim import SGD, AdamW, Lamb, Lion, Muon
 
 PAGE = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
 SHAPE = (256, 100)
@@ -29,7 +29,13 @@ def counted(kind, state_dtype, dtype, master) -> float:
 
 @pytest.mark.parametrize(
     ("kind", "title"),
-    [(AdamW, "AdamW"), (Lion, "Lion, SGD"), (SGD, "Lion, SGD"), (Muon, "Lion, SGD with momentum, Muon")],
+    [
+        (AdamW, "AdamW"),
+        (Lamb, "AdamW, LAMB"),
+        (Lion, "Lion, SGD"),
+        (SGD, "Lion, SGD"),
+        (Muon, "Lion, SGD with momentum, Muon"),
+    ],
 )
 def test_the_manual_counts_bytes_as_the_tensors_do(kind, title):
     table = PAGE[PAGE.index(f"| {title}") :].split("\n\n")[0]
