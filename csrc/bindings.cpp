@@ -38,7 +38,8 @@ py::object result_object(const lf::StepResult& result) {
 }
 
 // cuda: (device index, stream handle, norm tensor or None, workspace callable, factor tensor or None, tensor that
-// counts skipped steps or None, whether all are skipped after the first), torch's current ones; None for the CPU.
+// counts skipped steps or None, whether all are skipped after the first, whether a CUDA graph is being captured),
+// torch's current ones; None for the CPU.
 struct CudaArgument {
     lf::CudaContext context;
     bool given;
@@ -57,6 +58,7 @@ struct CudaArgument {
         context.factor = factor.ptr();
         context.skipped = skipped.ptr();
         context.for_good = parts[6].cast<bool>();
+        context.capturing = parts[7].cast<bool>();
     }
     const lf::CudaContext* get() const { return given ? &context : nullptr; }
 
@@ -69,7 +71,10 @@ struct Place {
     lf::CudaContext context;
     bool cuda;
 
-    explicit Place(int device) : cuda(device >= 0) { context.on.device = device; }
+    explicit Place(int device, bool capturing = false) : cuda(device >= 0) {
+        context.on.device = device;
+        context.capturing = capturing;
+    }
     const lf::CudaContext* get() const { return cuda ? &context : nullptr; }
 };
 
@@ -194,8 +199,8 @@ PYBIND11_MODULE(_core, m) {
              })
         .def("check_step",
              [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, bool by_table,
-                int cuda_device) {
-                 const Place place(cuda_device);
+                int cuda_device, bool capturing) {
+                 const Place place(cuda_device, capturing);
                  return python_errors(
                      [&] { return self.check_step(param_groups.ptr(), state.ptr(), by_table, place.get()); });
              })

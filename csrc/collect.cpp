@@ -206,9 +206,9 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
     refs_.keep(counter);
     written_.push_back(counter);
     auto* value = static_cast<float*>(view.data);
-    if (view.device == Device::cpu && cuda_ != nullptr && cuda_->skips()) {
-        refusal = "the state " + text_of(mapping_.step_key) +
-                  " is on the CPU, where a step that the device leaves out would be counted";
+    if (view.device == Device::cpu && cuda_ != nullptr && (cuda_->skips() || cuda_->capturing)) {
+        refusal = "the state " + text_of(mapping_.step_key) + " is on the CPU, which would count " +
+                  (cuda_->capturing ? "no step that a CUDA graph replays" : "a step that the device leaves out");
         return false;
     }
     if (view.device == Device::cpu) {

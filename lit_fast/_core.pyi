@@ -6,8 +6,10 @@ from torch import Tensor
 
 # (device index, stream handle, 0-dim float32 norm tensor or None, workspace(n) -> n float64 on the device,
 # 0-dim float32 tensor that multiplies the gradients or None, 0-dim int64 tensor that counts skipped steps or None,
-# whether every step is skipped after the first)
-CudaContext: TypeAlias = tuple[int, int, Tensor | None, Callable[[int], Tensor], Tensor | None, Tensor | None, bool]
+# whether every step is skipped after the first, whether a CUDA graph is being captured)
+CudaContext: TypeAlias = tuple[
+    int, int, Tensor | None, Callable[[int], Tensor], Tensor | None, Tensor | None, bool, bool
+]
 
 # (table, words of a row, words of a set of options, rows, chunks, aligned), see csrc/stepper.h
 Launch: TypeAlias = Callable[[bytearray, int, int, int, int, bool], None]
@@ -90,6 +92,12 @@ class Stepper:
         /,
     ) -> str | None: ...
     def check_step(
-        self, param_groups: list[dict[str, Any]], state: dict[Tensor, Any], by_table: bool, cuda_device: int, /
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Tensor, Any],
+        by_table: bool,
+        cuda_device: int,
+        capturing: bool,
+        /,
     ) -> str: ...
     def check_parameters(self, param_groups: list[dict[str, Any]], on_cuda: bool, device_index: int, /) -> str: ...

@@ -128,7 +128,10 @@ class Stepper:
 
     def refusal_of_step(self, param_groups: ParamGroups, state: State) -> str:
         """Why `step` would refuse now, or ""; for who must know before another part of its step is taken."""
-        return self._why_not or self._core.check_step(param_groups, state, self._by_table, _cuda_index(self.device))
+        capturing = _is_capturing(self.device)
+        why_not = self._why_not or (_why_not_captured(param_groups) if capturing else "")
+        index = _cuda_index(self.device)
+        return why_not or self._core.check_step(param_groups, state, self._by_table, index, capturing)
 
     def skipping(self, skipped: Tensor, for_good: bool) -> Step:
         """`step` on CUDA, with everything left as it is where a gradient is NaN or infinite: only the device knows.
@@ -164,8 +167,8 @@ class Stepper:
         factor, scale = (grad_scale, 1.0) if isinstance(grad_scale, Tensor) else (None, grad_scale)
         with_norm = max_norm >= 0.0
         with torch.cuda.device(self.device):
-            if torch.cuda.is_current_stream_capturing() and not all(g.get("capturable") for g in param_groups):
-                return "a CUDA graph is being captured and not every param group is capturable"
+            if _is_capturing(self.device) and (why_not := _why_not_captured(param_groups)):
+                return why_not
             context, norm = _cuda_context(self.device, with_norm or skipped is not None, factor, skipped, for_good)
             refusal = core.step_on_cuda(param_groups, state, scale, max_norm, clip_value, context)
         return refusal if refusal is not None or not with_norm else norm
@@ -175,7 +178,7 @@ class Stepper:
     ) -> Tensor | str | None:
         from lit_fast.triton.launch import Work
 
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _is_capturing(self.device):
             # A graph would copy the table anew at each replay, from memory that nothing keeps for it.
             return "a CUDA graph is being captured, and the Triton kernels read a table that the host writes"
         norm = torch.empty((), dtype=torch.float32, device=self.device) if max_norm >= 0.0 else None
@@ -199,6 +202,18 @@ def kernels_for(device: torch.device) -> tuple[str, str]:
     return ("", f"{no_cuda}, and {missing}") if missing else ("Triton", no_cuda)
 
 
+def _is_capturing(device: torch.device) -> bool:
+    """Whether what is queued on the current stream goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _why_not_captured(param_groups: ParamGroups) -> str:
+    """As in torch, whose optimizers have the option where the host would count the steps; "" where none objects."""
+    if all(group.get("capturable", True) for group in param_groups):
+        return ""
+    return "a CUDA graph is being captured and not every param group is capturable"
+
+
 def _cuda_index(device: torch.device) -> int:
     return -1 if device.type == "cpu" else device.index or 0
 
@@ -216,7 +231,8 @@ def _cuda_context(
     norm = torch.empty((), dtype=torch.float32, device=device) if with_norm else None
     stream = torch.cuda.current_stream(device)
     workspace = functools.partial(torch.empty, dtype=torch.float64, device=device)
-    return (stream.device_index, stream.cuda_stream, norm, workspace, factor, skipped, for_good), norm
+    capturing = _is_capturing(device)
+    return (stream.device_index, stream.cuda_stream, norm, workspace, factor, skipped, for_good, capturing), norm
 
 
 def _beside_its_parameter(mapping: Mapping) -> Callable[[State, dict[str, Any], Tensor], None]:

@@ -17,7 +17,7 @@ from storage_cases import DTYPES, Case, expected, moments, options, random_momen
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast.optim.codes import CODE_BLOCK, UNSIGNED, decode, rebuilt
+from lit_fast.optim.codes import CODE_BLOCK, UNSIGNED, decode, rebuilt, split
 from lit_fast.optim.storage import convert
 
 # Around the widths of every target and of a block, mostly short.
@@ -199,3 +199,24 @@ def many(way: Way, count: int, seed: object) -> list[Cases]:
         new = bool(names) and kind.__name__ == "SGD" and draw.random() < 0.3  # its first momentum is the gradient
         sorted_by.setdefault((names, new), []).append(made)
     return [Cases(way, names, made, draw, new) for (names, new), made in sorted_by.items()]
+
+
+def check(
+    part: Cases, stored: dict[str, Tensor], bounds: dict[str, Bounded], used: dict[str, float], where: str
+) -> None:
+    """Everything stored lies within its bound, and nothing else is written.
+
+    used: the largest share of its bound that an error takes, by name.
+    """
+    assert part.untouched(stored), where
+    for name, bound in bounds.items():
+        actual = part.value(stored) if name == "param" else part.moment(stored, name)
+        error = (actual.double() - bound.value).abs()
+        assert bool((error <= bound.error).all()), f"{name} by {(error - bound.error).max()}: {where}"
+        used[name] = max(used.get(name, 0.0), (error / bound.error).nan_to_num(0.0).max().item())
+    if "master" in stored:
+        assert torch.equal(stored["param"][part.index], part.value(stored).to(stored["param"].dtype)), where
+    if "remainder" in stored:
+        upper, remainder = split(part.value(stored))
+        assert torch.equal(upper, stored["param"][part.index]), where
+        assert torch.equal(remainder, stored["remainder"][part.index]), where

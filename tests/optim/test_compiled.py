@@ -7,8 +7,7 @@ import random
 
 import pytest
 import torch
-from many_cases import Cases, many, optimizer_over, ways
-from oracle import Bounded
+from many_cases import check, many, optimizer_over, ways
 from storage_cases import (
     DTYPES,
     KINDS,
@@ -21,10 +20,9 @@ from storage_cases import (
     stochastic_bf16,
     storages,
 )
-from torch import Tensor
 
 from lit_fast import ops
-from lit_fast.optim.codes import encode, split
+from lit_fast.optim.codes import encode
 
 CASES = 50  # of each optimizer in each storage; 200 fresh ones in the slow test
 SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
@@ -61,24 +59,6 @@ def check_many(kind: type, dtype: torch.dtype, count: int, seed: object) -> None
             for part, expected in zip(parts, bounds, strict=True):
                 check(part, part.leave(optimizer), expected, used, f"{way}, {target}, seed {seed!r}")
         assert all(share > 0.25 for share in used.values()), (used, way)
-
-
-def check(
-    part: Cases, stored: dict[str, Tensor], bounds: dict[str, Bounded], used: dict[str, float], where: str
-) -> None:
-    """`used`: the largest share of its bound that an error takes, by name."""
-    assert part.untouched(stored), where
-    for name, bound in bounds.items():
-        actual = part.value(stored) if name == "param" else part.moment(stored, name)
-        error = (actual.double() - bound.value).abs()
-        assert bool((error <= bound.error).all()), f"{name} by {(error - bound.error).max()}: {where}"
-        used[name] = max(used.get(name, 0.0), (error / bound.error).nan_to_num(0.0).max().item())
-    if "master" in stored:
-        assert torch.equal(stored["param"][part.index], part.value(stored).to(stored["param"].dtype)), where
-    if "remainder" in stored:
-        upper, remainder = split(part.value(stored))
-        assert torch.equal(upper, stored["param"][part.index]), where
-        assert torch.equal(remainder, stored["remainder"][part.index]), where
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -33,7 +33,7 @@ class StandIn:
         self.check_parameters, self.step, self.step_if_finite = core.check_parameters, core.step, core.step_if_finite
 
     def step_on_cuda(self, groups: Any, state: Any, scale: float, max_norm: float, clip_value: float, cuda: Any) -> Any:
-        _, _, norm, workspace, factor, skipped, for_good = cuda
+        _, _, norm, workspace, factor, skipped, for_good, _ = cuda
         assert callable(workspace) and (norm is not None or (skipped is None and max_norm < 0.0))
         scale *= 1.0 if factor is None else factor.item()
         if skipped is None:
