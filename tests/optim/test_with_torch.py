@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from optimizer_cases import parameters, set_gradients, tensors_of
-from oracle import assert_within, rmsprop_step
+from oracle import adagrad_step, assert_within, rmsprop_step, sgd_step
 from test_adamw import same_capability
 from torch.nn import Parameter
 
-from lit_fast.optim import SGD, Adagrad, Adam, AdamW, RMSprop
+from lit_fast.optim import SGD, Adagrad, Adam, AdamW, RMSprop, adopt
 
 SHAPES = ((5, 3), (257,), (32, 8))
 PAIRS = {
@@ -95,3 +95,47 @@ def test_rmsprop_goes_to_torch_where_the_next_step_is_within_the_same_bound(cent
         assert_within(each, expected["param"])
         for name in moments:
             assert_within(stepped.state[each][name], expected[name])
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_adopted_steps_round_once_whatever_torchs_own_do(dtype, fused):
+    """The examples of docs/optimizers.md: torch 2.13's fused steps on the CPU take other ones."""
+    begin = torch.zeros(17, dtype=dtype)
+    weight = Parameter(begin.clone())
+    weight.grad = torch.arange(1, 18).to(dtype)
+    sgd = adopt(torch.optim.SGD([weight], lr=1.0, momentum=0.5, fused=fused))
+    sgd.step()
+    assert sgd.compiled and torch.equal(weight, -weight.grad)
+    sgd.step()
+    assert torch.equal(weight, -2.5 * weight.grad)
+    assert torch.equal(sgd.optimizer.state[weight]["momentum_buffer"], 1.5 * weight.grad)
+
+    weight = Parameter(torch.full((17,), 0.1, dtype=dtype))
+    before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+    adagrad = adopt(torch.optim.Adagrad([weight], lr=0.1, fused=fused))
+    adagrad.step()
+    assert adagrad.compiled and bool((weight == (before.double() - 0.1).to(dtype)).all())
+
+
+@pytest.mark.parametrize("fused", [True, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_adopted_sgd_and_adagrad_are_within_the_derived_bound(dtype, fused):
+    [weight] = parameters(((1003,),), dtype)
+    before, buffer, total = weight.detach().clone(), torch.randn(1003).to(dtype), torch.rand(1003).to(dtype)
+    set_gradients([weight], seed=5)
+    options = {"lr": 0.1, "weight_decay": 0.1}
+    sgd = torch.optim.SGD([weight], momentum=0.9, nesterov=True, fused=fused, **options)
+    sgd.state[weight]["momentum_buffer"] = buffer.clone()
+    adopt(sgd).step()
+    expected = sgd_step(before, weight.grad, buffer, momentum=0.9, nesterov=True, **options)
+    assert_within(weight, expected["param"])
+    assert_within(sgd.state[weight]["momentum_buffer"], expected["momentum_buffer"])
+
+    weight.data.copy_(before)
+    adagrad = torch.optim.Adagrad([weight], fused=fused, **options)
+    adagrad.state[weight]["sum"] = total.clone()
+    adopt(adagrad).step()
+    expected = adagrad_step(before, weight.grad, total, 1, eps=1e-10, **options)
+    assert_within(weight, expected["param"])
+    assert_within(adagrad.state[weight]["sum"], expected["sum"])
