@@ -11,6 +11,10 @@
 namespace lit_fast {
 namespace {
 
+bool is_text(PyObject* value, const char* text) {
+    return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
+}
+
 bool as_number(PyObject* value, double& out) {
     if (PyFloat_Check(value)) {
         out = PyFloat_AS_DOUBLE(value);
@@ -18,11 +22,9 @@ bool as_number(PyObject* value, double& out) {
     }
     if (PyLong_Check(value)) {  // bool too
         out = PyLong_AsDouble(value);
-        return true;
-    }
-    if (value == Py_None) {
-        out = 0.0;
-        return true;
+        if (out != -1.0 || PyErr_Occurred() == nullptr) return true;
+        PyErr_Clear();  // more than a double holds
+        return false;
     }
     if (torch_side().reader.plain(value)) {
         TensorView view;
@@ -30,6 +32,7 @@ bool as_number(PyObject* value, double& out) {
         if (!torch_side().reader.read(value, view, unused)) return false;
         if (view.device != Device::cpu || view.numel != 1) return false;  // a device's number would need a host sync
     }
+    if (PyNumber_Check(value) == 0) return false;  // text, which float() would read
     PyObject* number = PyNumber_Float(value);
     if (number == nullptr) {
         PyErr_Clear();
@@ -61,10 +64,14 @@ bool Stepper::read_options(PyObject* group, double* options, std::string& refusa
         PyObject* key = PyTuple_GET_ITEM(mapping_.option_keys, i);
         PyObject* value = get_item(group, key);
         bool ok = value != nullptr;
-        if (ok && PyTuple_Check(value)) {
-            for (Py_ssize_t k = 0; ok && k < PyTuple_GET_SIZE(value); ++k) ok = push(PyTuple_GET_ITEM(value, k));
-        } else if (ok && PyList_Check(value)) {
-            for (Py_ssize_t k = 0; ok && k < PyList_GET_SIZE(value); ++k) ok = push(PyList_GET_ITEM(value, k));
+        if (ok && (PyTuple_Check(value) || PyList_Check(value))) {
+            // Several options at once, none of which bears the key's name: betas.
+            ok = count < info_->option_count && !is_text(key, info_->option_names[count]);
+            for (Py_ssize_t k = 0; ok && k < PySequence_Fast_GET_SIZE(value); ++k) {
+                ok = push(PySequence_Fast_GET_ITEM(value, k));
+            }
+        } else if (value == Py_None) {
+            ok = is_text(key, "fused") && push(Py_False);  // torch's default, which leaves the choice to it
         } else if (ok) {
             ok = push(value);
         }
@@ -74,7 +81,8 @@ bool Stepper::read_options(PyObject* group, double* options, std::string& refusa
         }
     }
     if (count != info_->option_count) {
-        refusal = "its options are not those of the kernel " + std::string(info_->name);
+        refusal = "its options are " + std::to_string(count) + " numbers, and the kernel " + std::string(info_->name) +
+                  " takes " + std::to_string(info_->option_count);
         return false;
     }
     return true;
@@ -95,17 +103,18 @@ const StorageKeys& storage_keys() {
     return keys;
 }
 
-bool is_text(PyObject* value, const char* text) {
-    return PyUnicode_Check(value) && PyUnicode_CompareWithASCIIString(value, text) == 0;
-}
-
 bool absent_or_none(PyObject* value) { return value == nullptr || value == Py_None; }
 
 }  // namespace
 
-bool Stepper::read_group(PyObject* object, Group& group, std::string& refusal) const {
+bool Stepper::read_group(PyObject* object, Py_ssize_t place, Group& group, std::string& refusal) const {
     group.object = object;
-    if (!read_options(object, group.options, refusal)) return false;
+    if (read_options(object, group.options, refusal) && read_storage(object, group, refusal)) return true;
+    refusal += " (param group " + std::to_string(place) + ")";
+    return false;
+}
+
+bool Stepper::read_storage(PyObject* object, Group& group, std::string& refusal) const {
     group.form = info_->form(group.options);
     PyObject* rounding = get_item(object, storage_keys().rounding);
     if (!absent_or_none(rounding)) {
@@ -196,7 +205,7 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
     TensorView view;
     std::string cause;
     if (counter == nullptr || !reader.plain(counter) || !reader.read(counter, view, cause) ||
-        view.dtype != Dtype::float32 || view.numel != 1 ||
+        view.dtype != Dtype::float32 || view.numel != 1 || view.data == nullptr ||
         (view.device != Device::cpu && !misplaced(view, cuda_).empty())) {
         refusal =
             "the state " + text_of(mapping_.step_key) + " is not one float32 number on the CPU or beside its parameter";
@@ -211,14 +220,16 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
                   (cuda_->capturing ? "no step that a CUDA graph replays" : "a step that the device leaves out");
         return false;
     }
-    if (view.device == Device::cpu) {
-        counters_.push_back({value, *value + 1.0F});
-        step = counters_.back().next;
-    } else {
-        device_counters_.push_back(value);
+    ranges_.push_back({value, value + 1, true, number_});
+    if (view.device != Device::cpu) {
         task.step = value;
+        return true;
     }
-    return true;
+    counters_.push_back({value, *value + 1.0F});
+    step = counters_.back().next;
+    if (step >= 1.0 && std::isfinite(step)) return true;
+    refusal = "the state " + text_of(mapping_.step_key) + " is " + std::to_string(*value) + ", which counts no steps";
+    return false;
 }
 
 // Finds, or has made, what belongs to a parameter beside its value.
@@ -232,7 +243,11 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     if ((task.form & kSetOfForm) == 0 && task.storage.master == Master::none && !group.stochastic) return true;
 
     PyObject* entry = get_item(state, param);
-    const bool absent = entry == nullptr || !PyDict_Check(entry) || PyDict_GET_SIZE(entry) == 0;
+    if (entry != nullptr && !PyDict_Check(entry)) {
+        refusal = "the optimizer's state of a parameter is a " + type_name(entry) + ", not a dict";
+        return false;
+    }
+    const bool absent = entry == nullptr || PyDict_GET_SIZE(entry) == 0;
     const unsigned missing = absent ? task.form & kSetOfForm : missing_states(entry, task.form);
     const bool lacks_master = task.storage.master != Master::none && (absent || get_item(entry, master_key) == nullptr);
     const bool draws = group.stochastic || group.state == Dtype::uint8;
@@ -387,6 +402,7 @@ bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* 
     elements_ += p.numel;
     grads_.push_back({g.data, g.numel, g.dtype});
     batch_.tasks.push_back(task);
+    add_ranges(task);
     return true;
 }
 
@@ -402,17 +418,17 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
     batch_.options.clear();
     grads_.clear();
     counters_.clear();
-    device_counters_.clear();
+    ranges_.clear();
     new_states_.clear();
     written_.clear();
     elements_ = 0;
     first_index_ = 0;
-    Py_ssize_t number = 0;
+    number_ = 0;
     refusal = unmeasured(cuda_ != nullptr);
     bool ok = refusal.empty();
-    for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t) {
+    for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t place) {
         Group group;
-        ok = ok && read_group(object, group, refusal);
+        ok = ok && read_group(object, place, group, refusal);
         group.grads = get_item(object, grads_name());
         if (group.grads != nullptr &&
             (!PyList_Check(group.grads) || PyList_GET_SIZE(group.grads) != PyList_GET_SIZE(params))) {
@@ -421,42 +437,51 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
         last_step_ = -1.0;  // coefficients are shared within a group only
         for (Py_ssize_t i = 0; ok && i < PyList_GET_SIZE(params); ++i) {
             ok = collect_parameter(group, i, PyList_GET_ITEM(params, i), state, refusal);
-            if (!ok) refusal += " (parameter " + std::to_string(number) + " of the optimizer)";
-            ++number;
+            if (!ok) refusal += " (parameter " + std::to_string(number_) + " of the optimizer)";
+            ++number_;
         }
     });
     return ok && memory_is_disjoint(refusal);
 }
 
-bool Stepper::memory_is_disjoint(std::string& refusal) {
-    ranges_.clear();
+// Where a step reads and writes.
+void Stepper::add_ranges(const StepTask& task) {
     const auto add = [&](const void* data, std::int64_t bytes, bool written) {
         const auto* begin = static_cast<const char*>(data);
-        if (bytes > 0) ranges_.push_back({begin, begin + bytes, written});
-    };
-    for (const StepTask& task : batch_.tasks) {
-        add(task.param, task.numel * bytes_of(task.storage.param), true);
-        add(task.grad, task.numel * bytes_of(task.storage.grad), false);
-        if (task.master != nullptr)
-            add(task.master, task.numel * (task.storage.master == Master::float32 ? 4 : 2), true);
-        for (int k = 0; k < info_->state_count; ++k) {
-            if (uses(task.form, k)) add(task.state[k], task.numel * bytes_of(task.storage.state), true);
-            if (task.code_scale[k] != nullptr) {
-                add(task.code_scale[k], (task.numel + kCodeBlock - 1) / kCodeBlock * 4, true);
-            }
+        if (bytes > 0 && begin == nullptr) {  // torch's own step would read it, too
+            throw KernelError("parameter " + std::to_string(number_) +
+                              " of the optimizer, its gradient or its state has no memory: its storage was resized to "
+                              "nothing. Give it back its numbers before the step.");
         }
+        if (bytes > 0) ranges_.push_back({begin, begin + bytes, written, number_});
+    };
+    add(task.param, task.numel * bytes_of(task.storage.param), true);
+    add(task.grad, task.numel * bytes_of(task.storage.grad), false);
+    if (task.storage.master != Master::none) {
+        add(task.master, task.numel * (task.storage.master == Master::float32 ? 4 : 2), true);
     }
-    for (const StepCounter& counter : counters_) add(counter.value, sizeof(float), true);
-    for (const float* counter : device_counters_) add(counter, sizeof(float), true);
+    for (int k = 0; k < info_->state_count; ++k) {
+        if (!uses(task.form, k)) continue;
+        add(task.state[k], task.numel * bytes_of(task.storage.state), true);
+        if (task.storage.state != Dtype::uint8) continue;
+        add(task.code_scale[k], (task.numel + kCodeBlock - 1) / kCodeBlock * 4, true);
+    }
+}
+
+bool Stepper::memory_is_disjoint(std::string& refusal) {
     std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-    const char *written_end = nullptr, *any_end = nullptr;
+    Range written{}, any{};  // those that reach furthest so far
     for (const Range& range : ranges_) {
-        if (range.begin < (range.written ? any_end : written_end)) {
-            refusal = "parameters, gradients or states share memory";
+        const Range& before = range.written ? any : written;
+        if (range.begin < before.end) {
+            const auto [first, second] = std::minmax(before.number, range.number);
+            const std::string both = "s " + std::to_string(first) + " and " + std::to_string(second);
+            refusal = "parameter" + (first == second ? " " + std::to_string(first) : both) +
+                      " of the optimizer, gradients or states share memory";
             return false;
         }
-        any_end = std::max(any_end, range.end);
-        if (range.written) written_end = std::max(written_end, range.end);
+        if (range.end > any.end) any = range;
+        if (range.written && range.end > written.end) written = range;
     }
     return true;
 }
@@ -493,9 +518,9 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
     there.on.device = device_index;
     const CudaContext* cuda = on_cuda ? &there : nullptr;
     Py_ssize_t number = 0;
-    for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t) {
+    for_each_group(param_groups, [&](PyObject* group, PyObject* params, Py_ssize_t place) {
         Group read;
-        if (!refusal.empty() || !read_group(group, read, refusal)) return;
+        if (!refusal.empty() || !read_group(group, place, read, refusal)) return;
         for (Py_ssize_t i = 0; refusal.empty() && i < PyList_GET_SIZE(params); ++i) {
             PyObject* param = PyList_GET_ITEM(params, i);
             TensorView view;

@@ -121,9 +121,12 @@ class Stepper {
         float* value;
         float next;
     };
+    // Memory that belongs to a parameter.
     struct Range {
-        const char *begin, *end;
-        bool written;
+        const void* begin = nullptr;
+        const void* end = nullptr;
+        bool written = false;
+        Py_ssize_t number = 0;  // of the parameter
     };
     // What stood in the state before a step filled it in; borrowed from refs_.
     struct NewState {
@@ -151,7 +154,8 @@ class Stepper {
                            std::string& refusal);
     bool collect_state(const Group& group, PyObject* param, const TensorView& like, PyObject* state, StepTask& task,
                        double& step, bool& first, std::string& refusal);
-    bool read_group(PyObject* object, Group& group, std::string& refusal) const;
+    bool read_group(PyObject* object, Py_ssize_t place, Group& group, std::string& refusal) const;
+    bool read_storage(PyObject* object, Group& group, std::string& refusal) const;
     bool read_options(PyObject* group, double* options, std::string& refusal) const;
     bool counts_on_host(PyObject* entry) const;
     bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
@@ -159,6 +163,7 @@ class Stepper {
     unsigned missing_states(PyObject* entry, unsigned form) const;
     std::string unmeasured(bool on_cuda) const;
     bool fits_table(std::string& refusal) const;
+    void add_ranges(const StepTask& task);
     bool memory_is_disjoint(std::string& refusal);
     void init_state(PyObject* state, PyObject* group, PyObject* param);
     void undo_new_states(PyObject* state);
@@ -170,12 +175,12 @@ class Stepper {
     StepBatch batch_;
     std::vector<Span> grads_;
     std::vector<StepCounter> counters_;
-    std::vector<float*> device_counters_;
     std::vector<NewState> new_states_;
     std::vector<Range> ranges_;
     std::vector<PyObject*> written_;  // borrowed from refs_
     References refs_;
     std::int64_t elements_ = 0;
+    Py_ssize_t number_ = 0;              // of the parameter that is looked at
     std::uint64_t first_index_ = 0;      // of the next parameter, see StepTask
     const CudaContext* cuda_ = nullptr;  // during a step
     double last_step_ = -1.0;

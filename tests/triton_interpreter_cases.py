@@ -501,7 +501,7 @@ def test_what_is_refused_is_refused_before_anything_is_written() -> None:
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     stepper = ops.Stepper(sgd.MAPPING, CPU)
     refusal = stepper.step(optimizer.param_groups, optimizer.state, 1.0, 1.0, -1.0)
-    assert refusal == "parameters, gradients or states share memory"
+    assert refusal == "parameters 0 and 1 of the optimizer, gradients or states share memory"
     assert torch.equal(shared, torch.ones(8)) and not optimizer.state
     params[0].grad = params[0].grad.to_sparse()
     with pytest.raises(KernelError, match="clip_gradients_"):

@@ -10,6 +10,8 @@ Reference: Chen et al. 2023, "Symbolic discovery of optimization algorithms", ar
 
 from __future__ import annotations
 
+import numbers
+import sys
 from typing import Any
 
 import torch
@@ -25,6 +27,12 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     entry = state.setdefault(param, {})
     entry.setdefault("step", torch.zeros((), dtype=torch.float32))
     fill(entry, group, param, MAPPING.state_keys)
+
+
+def _is_number(value: Any, end: float) -> bool:
+    """Whether it is a number from 0 to `end`, not included, that a tensor may hold, too."""
+    number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    return isinstance(number, numbers.Real) and bool(0.0 <= number < end)  # type: ignore[operator]
 
 
 class Lion(Compiled):
@@ -63,10 +71,10 @@ class Lion(Compiled):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        if not lr >= 0.0 or not weight_decay >= 0.0:
-            raise MisconfigurationException(f"lr={lr}, weight_decay={weight_decay}: both must be 0 or more.")
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise MisconfigurationException(f"betas={betas}: two numbers from 0 to 1, 1 not included.")
+        if not all(_is_number(number, sys.float_info.max) for number in (lr, weight_decay)):
+            raise MisconfigurationException(f"lr={lr!r}, weight_decay={weight_decay!r}: both are numbers, 0 or more.")
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b, 1.0) for b in betas):
+            raise MisconfigurationException(f"betas={betas!r}: two numbers from 0 to 1, 1 not included.")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim.codes import CODE_BLOCK, UNSIGNED, decode, encode, rebuilt, split
 
 DEFAULTS: dict[str, Any] = {"state_dtype": None, "master": None, "rounding": "nearest", "seed": 0}
@@ -45,6 +45,8 @@ _NO_CODES = {
     "rounding to codes makes negative",
     "sum": "Adagrad's sum only grows, and what a step adds soon is far less than the distance of two codes",
 }
+# Those that an option may ask for after steps were taken; without any other a state is not its optimizer's.
+_LATE = frozenset(("max_exp_avg_sq", "momentum_buffer", "grad_avg"))
 # Stands in the place of a moment whose codes stand beside it. torch's SGD would take none for a buffer not yet begun.
 IN_CODES = "in 8-bit codes, which torch.optim cannot read: see lit_fast.optim.to_torch_state_dict"
 
@@ -59,7 +61,7 @@ def storage_options(moments: Sequence[str], **given: Any) -> dict[str, Any]:
     Raises:
         MisconfigurationException: a value that is not allowed.
     """
-    options = {name: _NAMES.get(value, value) if name == "state_dtype" else value for name, value in given.items()}
+    options = {name: _NAMES.get(v, v) if isinstance(v, torch.dtype) else v for name, v in given.items()}
     for name, value in options.items():
         if name in _ALLOWED and value not in _ALLOWED[name]:
             allowed = ", ".join(map(repr, _ALLOWED[name]))
@@ -111,11 +113,21 @@ def asks_for_storage(group: dict[str, Any]) -> bool:
 
 
 def fill(entry: dict[str, Any], group: dict[str, Any], param: Tensor, moments: Iterable[str]) -> None:
-    """Add what is missing of a parameter's state: zero moments, the master weight or remainder."""
+    """Add what is missing of a parameter's state: zero moments, the master weight or remainder.
+
+    Raises:
+        KernelError: steps are counted, but what they have left behind is missing.
+    """
     kind = group.get("state_dtype")
     for name in moments:
         if entry.get(name) is not None or f"{name}_codes" in entry:
             continue
+        step = entry.get("step")
+        if name not in _LATE and isinstance(step, Tensor) and step.is_cpu and step.numel() == 1 and step.item() > 0:
+            raise KernelError(
+                f"The state of a parameter of shape {tuple(param.shape)} has step={step.item():g} and no {name}: it is "
+                f"not this optimizer's. Load one that is, or remove the parameter from optimizer.state to begin anew."
+            )
         if kind == "8bit":
             storage_options((name,), state_dtype=kind)
             entry[name] = IN_CODES
@@ -216,8 +228,17 @@ def _moments_in(entry: dict[str, Any]) -> list[str]:
 
 def _decoded(entry: dict[str, Any], name: str) -> Tensor:
     codes = entry.get(f"{name}_codes")
-    value: Tensor = entry[name] if codes is None else decode(codes, entry[f"{name}_scale"], name not in UNSIGNED)
-    return value
+    if codes is None:
+        value: Tensor = entry[name]
+        return value
+    scale, blocks = entry.get(f"{name}_scale"), -(-codes.numel() // CODE_BLOCK)
+    if codes.dtype != torch.uint8 or not isinstance(scale, Tensor) or scale.shape != (blocks,):
+        raise KernelError(
+            f"{name}_codes of a state are {codes.dtype} of shape {tuple(codes.shape)} and {name}_scale is "
+            f"{tuple(scale.shape) if isinstance(scale, Tensor) else scale}: codes are uint8 with one float32 for each "
+            f"{CODE_BLOCK} of them. Load a state as lit_fast.optim has saved it."
+        )
+    return decode(codes, scale, name not in UNSIGNED)
 
 
 def _like(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -246,6 +267,9 @@ def keep_dtypes_on_load(optimizer: Optimizer) -> None:
 
 
 def _before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    for index, entry in state_dict.get("state", {}).items():
+        if not isinstance(entry, dict):
+            raise KernelError(f"state_dict['state'][{index!r}] is a {type(entry).__name__}; it must be a dict.")
     asked = [{name: group.get(name, DEFAULTS[name]) for name in DEFAULTS} for group in optimizer.param_groups]
     _loading[optimizer] = (state_dict, asked)
 

@@ -333,8 +333,8 @@ def test_torch_refuses_codes_and_takes_what_they_are_exported_as(kind, implement
 HAD: dict[str, dict | None] = {
     "nothing": None,
     "an empty entry": {},
-    "a counter": {"step": torch.tensor(3.0)},
-    "one moment": {"step": torch.tensor(3.0), "exp_avg": None, "momentum_buffer": None, "mine": "kept"},
+    "a counter": {"step": torch.tensor(0.0)},
+    "one moment": {"step": torch.tensor(0.0), "exp_avg": None, "momentum_buffer": None, "mine": "kept"},
 }
 
 
