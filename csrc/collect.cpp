@@ -379,7 +379,7 @@ bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* 
         refusal = why;
         return false;
     }
-    task.layout = layout_of(task.storage);
+    task.layout = layout_of(task.storage, (task.form & kSetOfForm) == 0);
     task.step_number = static_cast<std::uint64_t>(step);
     task.body = p.numel;
     const Storage& s = task.storage;

@@ -85,8 +85,8 @@ StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launc
         task.grad = span.data;
         task.numel = span.numel;
         task.storage.param = task.storage.grad = task.storage.state = span.dtype;
-        task.layout = layout_of(task.storage);
-        if (task.layout == Layout::staged) {
+        task.layout = layout_of(task.storage, false);
+        if (!Table::knows(task.layout)) {
             result.refusal = "only the core has a kernel for float16 gradients";
             return result;
         }

@@ -78,6 +78,7 @@ struct Table {
     std::vector<std::int64_t> words;
     std::int64_t rows = 0;
     std::int64_t chunks = 0;
+    static bool knows(Layout layout) { return layout <= Layout::float32_bfloat16_state; }
     bool aligned = true;  // every address but a counter's is a multiple of 16 bytes
 
     void add(const StepTask& task, std::int64_t chunk);

@@ -192,8 +192,8 @@ void step_staged(const StepTask& task, const CoefficientBlock& block, const Grad
     }
     const bool random = t.storage.stochastic || t.storage.state == Dtype::uint8;
     alignas(64) float param[kBlock], grad[kBlock], values[Formula::states][kBlock];
-    float* state[Formula::states];
-    for (int k = 0; k < Formula::states; ++k) state[k] = values[k];
+    Tensors<float, float, float> tensors(param, grad);
+    for (int k = 0; k < Formula::states; ++k) tensors.state[k] = values[k];
     for_form<Formula>(task.form | kGeneral, [&](auto form) {  // conversions weigh more than what a plain form saves
         for (std::int64_t at = begin; at < end; at += kBlock) {
             const int n = end - at < kBlock ? static_cast<int>(end - at) : kBlock;
@@ -211,7 +211,8 @@ void step_staged(const StepTask& task, const CoefficientBlock& block, const Grad
                 random_block(t.random, static_cast<std::uint32_t>(index), random_key(t.seed, t.step, index), n);
             }
             const std::int64_t body = task.body - at < n ? (task.body > at ? task.body - at : 0) : n;
-            step_split<Formula, form.value, 0, V>(c, scale, param, grad, state, 0, body, n);
+            step_range<Formula, Fused::second_product, form.value, false, V>(c, scale, tensors, 0, body);
+            if (body < n) step_range<Formula, Fused::first_product, form.value, false, V>(c, scale, tensors, body, n);
             store_states<Formula, form.value>(t, values, at, n);
             store_param(t, param, at, n);
         }

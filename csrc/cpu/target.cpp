@@ -12,9 +12,13 @@
 namespace lit_fast::LIT_FAST_TARGET {
 
 const CpuKernels& kernels() {
-#define LIT_FAST_ENTRY(Formula)                                                        \
-    {cpu::step<Formula, Vec, float, float>, cpu::step<Formula, BfloatVec, bf16, bf16>, \
-     cpu::step<Formula, Vec, float, bf16>, cpu::step_staged<Formula, Vec>},
+#define LIT_FAST_ENTRY(Formula)                                        \
+    {cpu::step<Formula, Vec, cpu::Tensors<float, float, float>>,       \
+     cpu::step<Formula, BfloatVec, cpu::Tensors<bf16, bf16, bf16>>,    \
+     cpu::step<Formula, Vec, cpu::Tensors<float, float, bf16>>,        \
+     cpu::step<Formula, Vec, cpu::Tensors<float, bf16, float, bf16>>,  \
+     cpu::step<Formula, Vec, cpu::Tensors<float, float, float, bf16>>, \
+     cpu::step_staged<Formula, Vec>},
 #define LIT_FAST_MEASURE(Formula) cpu::measure_kernel<Formula, Vec, Wide>(),
     static constexpr CpuKernels table = {
         {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)},

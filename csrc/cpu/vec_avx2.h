@@ -144,8 +144,15 @@ LIT_FAST_INLINE Pair pair_of(__m256i halves) {
     return {Vec(_mm256_castsi256_ps(_mm256_slli_epi32(halves, 16))),
             Vec(_mm256_castsi256_ps(_mm256_and_si256(halves, high)))};
 }
+// To nearest even, for numbers: the upper halves go up by one where the lower ones are above 0x8000, or are 0x8000 and
+// the upper one is odd. In 16-bit lanes that is two instructions for eight elements less than in 32-bit ones.
 LIT_FAST_INLINE __m256i halves_of(Pair a) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(number_to_bf16(a.even), 16), number_to_bf16(a.odd), 0xaa);
+    const __m256i even = _mm256_castps_si256(a.even.value);
+    const __m256i odd = _mm256_castps_si256(a.odd.value);
+    const __m256i upper = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+    const __m256i lower = _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0xaa);
+    const __m256i is_even = _mm256_andnot_si256(upper, _mm256_set1_epi16(1));
+    return _mm256_add_epi16(upper, _mm256_srli_epi16(_mm256_subs_epu16(lower, is_even), 15));
 }
 LIT_FAST_INLINE Pair Pair::load(const bf16* p) {
     return pair_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

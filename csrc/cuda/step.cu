@@ -74,12 +74,9 @@ struct Kind {
     Layout layout;
     unsigned form;
     Storage storage;
-    bool master;  // float32 beside bfloat16, states float32: with a kernel of its own
 
     explicit Kind(const StepTask& task) : layout(task.layout), form(task.form | kGeneral), storage(task.storage) {
-        const bool float32_state = storage.state == Dtype::float32 || (form & kSetOfForm) == 0;
-        master = layout == Layout::staged && storage.param == Dtype::bfloat16 && storage.grad == Dtype::bfloat16 &&
-                 storage.master == Master::float32 && float32_state;
+        if (layout == Layout::bfloat16_master_float32_grad) layout = Layout::staged;  // no kernel of its own here
     }
     bool operator==(const Kind& other) const {
         const Storage &a = storage, &b = other.storage;
@@ -98,11 +95,11 @@ StepKernelPointer kernel_for(const Kind& kind) {
             return direct_kernel<Formula, kForm, bf16, bf16, false>;
         case Layout::float32_bfloat16_state:
             return direct_kernel<Formula, kForm, float, bf16, false>;
-        case Layout::staged:
-            break;
+        case Layout::bfloat16_master:
+            return direct_kernel<Formula, kForm, bf16, float, true>;
+        default:
+            return staged_kernel<Formula, kForm>;
     }
-    if (kind.master) return direct_kernel<Formula, kForm, bf16, float, true>;
-    return staged_kernel<Formula, kForm>;
 }
 
 // Memory is the limit here, not instructions: kernels exist for the general forms alone.

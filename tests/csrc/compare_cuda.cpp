@@ -118,7 +118,7 @@ void compare_step(int which, const Storage& storage, int number, const std::vect
         }
         for (StepTask& task : tasks) {
             task.numel = task.body = numel;
-            task.layout = layout_of(storage);
+            task.layout = layout_of(storage, (c.form & kSetOfForm) == 0);
             task.storage = storage;
             task.form = c.form;
             task.coefficients = group;
@@ -265,7 +265,7 @@ int main() {
     // Each storage with cases that wander over all of them, and each case with the direct storages and the densest one.
     for (int s = 0; s < static_cast<int>(every.size()); ++s) {
         const Storage& storage = every[static_cast<std::size_t>(s)];
-        const bool direct = layout_of(storage) != Layout::staged;
+        const bool direct = layout_of(storage, false) != Layout::staged;
         const bool densest = storage.state == Dtype::uint8 && storage.master == Master::remainder && storage.stochastic;
         for (int c = 0; c < cases; ++c) {
             if (all()[static_cast<std::size_t>(c)].measured) continue;  // on the CPU alone

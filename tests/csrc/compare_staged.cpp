@@ -164,10 +164,10 @@ GradientScale scale_for(int count) {
     return scale;
 }
 
-void step(Tensors& t, const std::vector<std::int64_t>& cuts) {
+void step(Tensors& t, Layout layout, const std::vector<std::int64_t>& cuts) {
     const StepTask task = t.task();
     for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-        LIT_FAST_COMPARED::kernels().step[static_cast<int>(t.formula->id)][static_cast<int>(Layout::staged)](
+        LIT_FAST_COMPARED::kernels().step[static_cast<int>(t.formula->id)][static_cast<int>(layout)](
             task, t.formula->coefficients(t.formula->options), scale_for(t.count), cuts[i], cuts[i + 1]);
     }
 }
@@ -274,15 +274,20 @@ int main(int argc, char** argv) {
                 const int shift = static_cast<int>(turn * 7 / 3 % 4);
                 // A block with an infinite or NaN value has codes of no use: ordinary values every other time.
                 Tensors expected(all()[which], storage, count, shift, count % 2 == 0 ? any_value : ordinary_value);
-                Tensors whole = expected, cut = expected;
+                Tensors whole = expected, direct = expected, cut = expected;
                 if (all()[which].measured) compare_measures(whole, static_cast<int>(which));
                 step_by_definition(expected);
-                step(whole, {0, count});
+                step(whole, Layout::staged, {0, count});
                 whole.compare(expected, "definition", static_cast<int>(which), shift);
+                if (layout_of(storage, false) != Layout::staged) {
+                    step(direct, layout_of(storage, false), {0, count});
+                    direct.compare(expected, "direct", static_cast<int>(which), shift);
+                }
                 if (count <= kCodeBlock) continue;
                 const std::int64_t last = (count - 1) / kCodeBlock * kCodeBlock;
-                step(cut, last > kCodeBlock ? std::vector<std::int64_t>{0, kCodeBlock, last, count}
-                                            : std::vector<std::int64_t>{0, kCodeBlock, count});
+                step(cut, Layout::staged,
+                     last > kCodeBlock ? std::vector<std::int64_t>{0, kCodeBlock, last, count}
+                                       : std::vector<std::int64_t>{0, kCodeBlock, count});
                 cut.compare(whole, "chunks", static_cast<int>(which), shift);
             }
         }

@@ -43,7 +43,7 @@ int launches_of_a_step(const Storage& storage, unsigned form, int tensors, int g
         }
         task.numel = numel;
         task.storage = storage;
-        task.layout = layout_of(storage);
+        task.layout = layout_of(storage, (form & kSetOfForm) == 0);
         task.form = form;
         const auto i = batch.tasks.size();
         task.coefficients =
