@@ -54,7 +54,7 @@ void Table::launch(const Launcher& launcher) const {
 // What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
 bool Stepper::fits_table(std::string& refusal) const {
     for (const StepTask& task : batch_.tasks) {
-        if (task.layout != Layout::staged && !uses(task.form, Table::kTableStates)) continue;
+        if (Table::knows(task.layout) && !uses(task.form, Table::kTableStates)) continue;
         refusal = "only the core has a kernel for its dtypes or options";
         return false;
     }

@@ -70,9 +70,9 @@ LIT_FAST_INLINE void split_block(bf16* __restrict upper, std::int16_t* __restric
 
 template <bool kSigned>
 LIT_FAST_INLINE void decode_block(float* __restrict out, const std::uint8_t* __restrict codes, float scale, int n) {
-    for (int i = 0; i < n; ++i) {
-        out[i] = kSigned ? decoded_signed(codes[i], scale) : decoded_unsigned(codes[i], scale);
-    }
+    bf16 units[kBlock];
+    for (int i = 0; i < n; ++i) units[i] = kSigned ? units_signed(codes[i]) : units_unsigned(codes[i]);
+    for (int i = 0; i < n; ++i) out[i] = widen(units[i]) * scale;
 }
 template <bool kSigned, int k>
 LIT_FAST_INLINE float encode_block(std::uint8_t* __restrict codes, const float* __restrict in, int n,
@@ -194,7 +194,7 @@ void step_staged(const StepTask& task, const CoefficientBlock& block, const Grad
     alignas(64) float param[kBlock], grad[kBlock], values[Formula::states][kBlock];
     Tensors<float, float, float> tensors(param, grad);
     for (int k = 0; k < Formula::states; ++k) tensors.state[k] = values[k];
-    for_form<Formula>(task.form | kGeneral, [&](auto form) {  // conversions weigh more than what a plain form saves
+    for_form<Formula>(clamps(scale) ? task.form | kGeneral : task.form, [&](auto form) {
         for (std::int64_t at = begin; at < end; at += kBlock) {
             const int n = end - at < kBlock ? static_cast<int>(end - at) : kBlock;
             prefetch_block(t.param, bytes_of(t.storage.param), at);

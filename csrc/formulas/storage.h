@@ -59,7 +59,7 @@ LIT_FAST_INLINE RandomKey random_key(std::uint64_t seed, std::uint64_t step, std
 }
 
 // A permutation of the 2^32 indices for each key: over all of them every value comes exactly once. All tensors of an
-// element share it: the parameter takes the upper half, the states take mixtures of both.
+// element share it.
 LIT_FAST_INLINE std::uint32_t random_bits(std::uint32_t index, RandomKey key) {
     std::uint32_t x = index ^ key.first;
     x = (x ^ (x >> 16)) * 0x7feb352dU;
@@ -67,10 +67,11 @@ LIT_FAST_INLINE std::uint32_t random_bits(std::uint32_t index, RandomKey key) {
     x = (x ^ (x >> 15)) * 0x846ca68bU;
     return x ^ (x >> 16);
 }
-// 16 bits for the parameter, and for state k.
+// 16 bits for the parameter, and for state k: the four start at four different bits, and it is the first few that
+// decide.
 LIT_FAST_INLINE std::uint32_t param_bits(std::uint32_t random) { return random >> 16; }
 LIT_FAST_INLINE std::uint32_t state_bits(std::uint32_t random, int k) {
-    return k == 0 ? random & 0xffffU : (random * (k == 1 ? 0x9e3779b1U : 0x85ebca77U)) >> 16;
+    return (random >> (k == 0 ? 0 : k == 1 ? 8 : 4)) & 0xffffU;
 }
 
 // ---- bfloat16 ----
@@ -145,24 +146,27 @@ LIT_FAST_INLINE float inverse_scale(std::uint32_t largest) {
     return largest < 0x03800000U ? 0.0F : kLargestCode / float_of(largest);
 }
 
-LIT_FAST_INLINE float decoded_unsigned(std::uint8_t code, float scale) {
-    const std::uint32_t bits = (code + kUnsignedOffset) << 20;
-    return (code == 0 ? 0.0F : float_of(bits)) * scale;
+// In units of the scale a code is a bfloat16 number: half as many instructions to find it as for a float32.
+LIT_FAST_INLINE bf16 units_unsigned(std::uint8_t code) {
+    const auto bits = static_cast<std::uint16_t>((code + kUnsignedOffset) << 4);
+    return {static_cast<std::uint16_t>(code == 0 ? 0 : bits)};
 }
-LIT_FAST_INLINE float decoded_signed(std::uint8_t code, float scale) {
-    const std::uint32_t magnitude = code & 127U;
-    const std::uint32_t bits = ((magnitude + kSignedOffset) << 20) | (static_cast<std::uint32_t>(code & 128U) << 24);
-    return (magnitude == 0 ? 0.0F : float_of(bits)) * scale;
+LIT_FAST_INLINE bf16 units_signed(std::uint8_t code) {
+    const auto magnitude = static_cast<std::uint16_t>(code & 127U);
+    const auto bits = static_cast<std::uint16_t>((magnitude + kSignedOffset) << 4);
+    const auto sign = static_cast<std::uint16_t>((code & 128U) << 8);
+    return {static_cast<std::uint16_t>(magnitude == 0 ? 0 : bits | sign)};
 }
+LIT_FAST_INLINE float decoded_unsigned(std::uint8_t code, float scale) { return widen(units_unsigned(code)) * scale; }
+LIT_FAST_INLINE float decoded_signed(std::uint8_t code, float scale) { return widen(units_signed(code)) * scale; }
 
 // chance: 16 random bits, the upper ones of the 20 that a code drops: a bias of at most 2^-16 of the distance of codes.
 LIT_FAST_INLINE std::uint8_t encoded_unsigned(float x, float inverse, std::uint32_t chance) {
     const float scaled = x * inverse;
     const auto code =
         static_cast<std::int32_t>((bits_of(scaled) + (chance << 4)) >> 20) - static_cast<std::int32_t>(kUnsignedOffset);
-    const std::int32_t low = code < 1 ? 1 : code;
-    const std::int32_t high = low > 255 ? 255 : low;
-    return static_cast<std::uint8_t>(scaled > 0.0F ? high : 0);
+    const std::int32_t low = code < 1 ? 1 : code;  // never 256: rounding leaves a block's largest well below
+    return static_cast<std::uint8_t>(scaled > 0.0F ? low : 0);
 }
 LIT_FAST_INLINE std::uint8_t encoded_signed(float x, float inverse, std::uint32_t chance) {
     const std::uint32_t bits = bits_of(x * inverse);
