@@ -202,7 +202,7 @@ def param_chance(bits: Tensor) -> Tensor:
 
 
 def state_chance(bits: Tensor, k: int) -> Tensor:
-    return bits & 0xFFFF if k == 0 else multiplied(bits, 0x9E3779B1 if k == 1 else 0x85EBCA77) >> 16
+    return (bits >> (0, 8, 4)[k]) & 0xFFFF
 
 
 def stochastic_bf16(x: Tensor, chance: Tensor) -> Tensor:
