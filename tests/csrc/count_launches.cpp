@@ -1,6 +1,6 @@
 // How many kernels the host queues for a model of some 1e9 parameters in 600 tensors: norm and step of every storage,
-// with the step on the host and on the device, taken always or if gradients are finite. And how often the host waits for
-// the device, which is never. Nothing is computed; the addresses are made up.
+// with the step on the host and on the device, taken always or if gradients are finite. And how often the host waits
+// for the device, which is never. Nothing is computed; the addresses are made up.
 #include <cstdio>
 #include <vector>
 
