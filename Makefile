@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test test-all bench lint format docs gpu clean setup
+.PHONY: help train test test-all bench lint format docs gpu gpu-build gpu-test gpu-bench clean setup
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -65,13 +65,23 @@ format: setup
 	$(BIN)/clang-format -i $(CPP_SOURCES)
 
 # For a GPU machine, which may have no network: the active python and its own torch, the extension built in place.
+# Its three parts may run one by one, where a command may not take long.
 gpu:
+	$(MAKE) gpu-build
+	$(MAKE) gpu-test
+	$(MAKE) gpu-bench
+
+gpu-build:
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.__version__, torch.cuda.get_device_name())'
 	cmake -S . -B build/gpu -G Ninja -DCMAKE_BUILD_TYPE=Release -DLIT_FAST_CUDA=on \
 	  -DPython_EXECUTABLE="$$(command -v $(PYTHON))" -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)"
 	cmake --build build/gpu
 	cmake --install build/gpu --prefix .
+
+gpu-test:
 	$(PYTHON) -m pytest -m gpu
+
+gpu-bench:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:

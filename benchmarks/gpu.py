@@ -26,7 +26,9 @@ from benchmarks.harness import Row
 
 QUICK = False
 
-ADAMW_BYTES = 28  # read p, grad, exp_avg, exp_avg_sq and write all but grad, 4 bytes each
+# In float32: read p, grad, exp_avg, exp_avg_sq and write all but grad, 4 bytes each. In bfloat16 with float32 masters
+# and moments: read grad (2), read and write master and moments (24), write p (2).
+ADAMW_BYTES = 28
 BATCH, TOKENS = 8, 1024
 
 
@@ -54,14 +56,14 @@ def copy_gigabytes_per_second() -> float:
 # ---- optimizer step ----
 
 
-def gpt2_like_parameters(total: float) -> list[torch.nn.Parameter]:
+def gpt2_like_parameters(total: float, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     """About `total` parameters: blocks of 12 width^2 in matrices and vectors, as a GPT has them."""
     width = 768 if total < 3e8 else 2048
     shapes = [(3 * width, width), (3 * width,), (width, width), (width,), (4 * width, width), (4 * width,)]
     shapes += [(width, 4 * width), (width,), (width,), (width,), (width,), (width,)]
     parameters: list[torch.nn.Parameter] = []
     while sum(p.numel() for p in parameters) < total:
-        parameters += [torch.nn.Parameter(torch.randn(shape, device="cuda") * 0.02) for shape in shapes]
+        parameters += [torch.nn.Parameter((torch.randn(shape, device="cuda") * 0.02).to(dtype)) for shape in shapes]
     for p in parameters:
         p.grad = torch.randn_like(p)
     return parameters
@@ -96,7 +98,8 @@ def optimizer_rows(total: float, rounds: int, copy: float) -> list[Row]:
     for case in ("ours", "torch fused"):
         reached = ADAMW_BYTES * count / measured.median(case) / 1e6
         rows.append(Row(f"AdamW {label}, {case}: bandwidth", reached, "GB/s"))
-        rows.append(Row(f"AdamW {label}, {case}: share of copy", reached / copy, "x"))
+        limit = (">=", 0.92) if case == "ours" and total >= 1e9 else None
+        rows.append(Row(f"AdamW {label}, {case}: share of copy", reached / copy, "x", limit))
     for case in ("clip + ours", "clip + torch fused"):
         counts = launches_and_syncs(steps[case])
         rows.append(Row(f"AdamW {label}, {case}: kernel launches", counts[0], "launches"))
@@ -104,18 +107,66 @@ def optimizer_rows(total: float, rounds: int, copy: float) -> list[Row]:
     return rows
 
 
+def master_rows(total: float, rounds: int, copy: float) -> list[Row]:
+    """AdamW on bfloat16 parameters and gradients with float32 masters and moments."""
+    from lit_fast.optim import AdamW, adopt
+
+    parameters = gpt2_like_parameters(total, torch.bfloat16)
+    count = sum(p.numel() for p in parameters)
+    adopted = adopt(AdamW(parameters, lr=1e-4, state_dtype="float32", master="float32"))
+    assert adopted.compiled, adopted.reason
+    calls = max(3, int(3e9 / count))
+    measured = harness.Rounds({"ours": lambda: milliseconds(adopted.step, calls)}, rounds)
+    name, reached = f"AdamW {count / 1e6:.0f}M, bfloat16 + master", ADAMW_BYTES * count / measured.median("ours") / 1e6
+    return [
+        Row(name, measured.median("ours"), "ms"),
+        Row(f"{name}: bandwidth", reached, "GB/s"),
+        Row(f"{name}: share of copy", reached / copy, "x", (">=", 0.92)),
+    ]
+
+
+def scaled_rows(total: float, rounds: int) -> list[Row]:
+    """What follows a scaled backward: unscale, finite or not, norm, clip, AdamW."""
+    from lit_fast.optim import adopt
+
+    parameters = gpt2_like_parameters(total)
+    count = sum(p.numel() for p in parameters)
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0)
+    scaler.scale(torch.zeros((), device="cuda"))
+    theirs = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def by_torch() -> None:
+        scaler.unscale_(theirs)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        scaler.step(theirs)
+        scaler.update()
+
+    adopted = adopt(torch.optim.AdamW(parameters, lr=1e-4, fused=True), max_norm=1.0, nonfinite="skip")
+    assert adopted.compiled, adopted.reason
+    inverse = torch.full((), 0.5, device="cuda")
+    steps = {"ours": lambda: adopted.step(grad_scale=inverse), "torch": by_torch}
+    calls = max(3, int(3e9 / count))
+    measured = harness.Rounds({k: lambda f=f: milliseconds(f, calls) for k, f in steps.items()}, rounds)
+    name = f"AdamW {count / 1e6:.0f}M, unscale + finite + norm + clip + step"
+    rows = [Row(f"{name}, {case}", measured.median(case), "ms") for case in steps]
+    rows.append(Row(f"{name}, torch fused / ours", measured.ratio("torch", "ours"), "x", (">=", 1.5)))
+    launches, syncs = launches_and_syncs(steps["ours"])
+    return [*rows, Row(f"{name}: launches", launches, "", ("<=", 3)), Row(f"{name}: host syncs", syncs, "", ("<=", 0))]
+
+
 def launches_and_syncs(function: Callable[[], Any]) -> tuple[int, int]:
-    """Kernels launched, and waits of the host for the device, in one call."""
+    """Kernels that ran, and waits of the host for the device, in one call."""
     from torch.profiler import ProfilerActivity, profile
 
     function()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         function()
-    names = [event.name for event in recorded.events()]
-    launches = sum("LaunchKernel" in name for name in names)
-    # The profiler itself waits once when it stops.
-    waits = sum(name in ("cudaStreamSynchronize", "cudaEventSynchronize") for name in names)
+    events = recorded.events()
+    on_device = [event.name for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    launches = sum(not name.startswith(("Memcpy", "Memset", "Optimizer.step")) for name in on_device)
+    # The profiler itself waits once, for the whole device, when it stops.
+    waits = sum(event.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy") for event in events)
     return launches, waits
 
 
@@ -313,6 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows += optimizer_rows(total, options.rounds, copy)
                 gc.collect()
                 torch.cuda.empty_cache()
+        largest = min(1e9, options.max_parameters)
+        rows += master_rows(largest, options.rounds, copy)
+        gc.collect()
+        rows += scaled_rows(largest, options.rounds)
     if options.only in (None, "step"):
         rows += step_rows(options.rounds, options.steps)
     if options.only in (None, "log"):

@@ -275,10 +275,10 @@ class AdoptedOptimizer:
         of_its_own = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
         return bool(of_its_own or _PRE_HOOKS or _POST_HOOKS)
 
-    def _norm_of_torch(self, grad_scale: float) -> Tensor:
+    def _norm_of_torch(self, grad_scale: float | Tensor) -> Tensor:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.numel()]
         gradients = [p.grad for p in params if p.grad is not None]
-        return get_total_norm(gradients, self._norm_type) * abs(grad_scale)
+        return (get_total_norm(gradients, self._norm_type) * grad_scale).abs()
 
     def _limits(self, clip: bool) -> tuple[float, float]:
         return (self._max_norm, self._clip_value) if clip else _NO_CLIPPING
@@ -311,15 +311,15 @@ class AdoptedOptimizer:
 
     def _step_in_full(self, grad_scale: float | Tensor, clip: bool) -> Tensor | None:
         optimizer = self.optimizer
-        if isinstance(grad_scale, Tensor):
-            ops.scale_gradients_(optimizer.param_groups, grad_scale)
-            grad_scale = 1.0
         if optimizer.__dict__.get("step") is not self._instance_step or type(optimizer).step is not self._class_step:
             self._bind()
         # Hooks and torch's own steps do not run for a step that is left out, so the host must know, whatever it costs;
         # before a clipping can hide it.
-        asks = self.guard is not None and (not self.compiled or self._has_hooks())
-        if asks and self._leaves_out():
+        in_memory = not self.compiled or self._has_hooks()
+        if in_memory and isinstance(grad_scale, Tensor):
+            ops.scale_gradients_(optimizer.param_groups, grad_scale)
+            grad_scale = 1.0
+        if in_memory and self._leaves_out():
             return self._norm_of_torch(grad_scale) if clip and self._max_norm >= 0.0 else None
         if not self.compiled:
             return self._own_step(grad_scale, clip)
@@ -332,7 +332,7 @@ class AdoptedOptimizer:
         self.guard.refuse(self.optimizer.param_groups)
         return True
 
-    def _step_with_hooks(self, grad_scale: float, clip: bool) -> Tensor | None:
+    def _step_with_hooks(self, grad_scale: float | Tensor, clip: bool) -> Tensor | None:
         """In torch's order: hooks see clipped gradients, as they do behind a `clip_grad_norm_`."""
         optimizer = self.optimizer
         pre_hooks = [*_PRE_HOOKS.values(), *optimizer._optimizer_step_pre_hooks.values()]
@@ -373,7 +373,7 @@ class AdoptedOptimizer:
             post_hook(optimizer, args, kwargs)
         return norm
 
-    def _own_step(self, grad_scale: float, clip: bool) -> Tensor | None:
+    def _own_step(self, grad_scale: float | Tensor, clip: bool) -> Tensor | None:
         self.must_be_compiled()
         norm = self._rewrite_gradients(grad_scale, *self._limits(clip))
         with self.around_own_step:
@@ -381,7 +381,7 @@ class AdoptedOptimizer:
         return norm
 
     @torch.no_grad()
-    def _rewrite_gradients(self, grad_scale: float, max_norm: float, clip_value: float) -> Tensor | None:
+    def _rewrite_gradients(self, grad_scale: float | Tensor, max_norm: float, clip_value: float) -> Tensor | None:
         if grad_scale == 1.0 and max_norm < 0.0 and clip_value < 0.0:
             return None
         if self._per_group and max_norm >= 0.0:
@@ -390,7 +390,7 @@ class AdoptedOptimizer:
         return self._rewrite(self.optimizer.param_groups, grad_scale, max_norm, clip_value)
 
     def _rewrite(
-        self, param_groups: ops.ParamGroups, grad_scale: float, max_norm: float, clip_value: float
+        self, param_groups: ops.ParamGroups, grad_scale: float | Tensor, max_norm: float, clip_value: float
     ) -> Tensor | None:
         if self.compiled:
             try:
