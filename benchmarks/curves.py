@@ -3,9 +3,9 @@
 The main job's text and vocabulary, two blocks 64 wide, AdamW with warm-up and a cosine, clipping to norm 1. All runs
 see the same batches in the same order; a seed is the first weights, and the random bits of stochastic rounding. Where
 torch has no such storage it is given what users write by hand: float32 copies of the weights, which its AdamW steps
-after their float32 gradients were clipped.
-bfloat16 is how weights, gradients and moments are kept. The model computes in float32 from such weights, since what
-differs between two runs is to be the optimizer (and a CPU without bfloat16 arithmetic would need ten times as long).
+after their float32 gradients were clipped. bfloat16 is how weights, gradients and moments are kept; the model computes
+in float32 from such weights, since what differs between two runs is to be the optimizer (and a CPU without bfloat16
+arithmetic would need ten times as long).
 
 **Distance.** Curves are averaged over windows of 20 steps. Two curves of one seed are as far from each other as their
 windows are, absolute, on average over the last half; and, as a second figure, at the worst window of all. Both are then
@@ -15,7 +15,8 @@ averaged over the seeds.
 of one formula by the same hands, so what lies between them is rounding that nobody calls an error. "lit_fast" is what
 `adopt(optimizer, max_norm=1.0)` does, clipping included. With torch's clipping before it the step alone has the bits of
 torch's fused, so every loss must be the same, which is promised too. A remainder's weight is rounded half up where
-torch's cast rounds half to even: there torch is given such a cast.
+torch's cast rounds half to even: there torch is given such a cast. Runs with torch's norm in float64 show what the
+rounding of its own does to the curves.
 
 **Promise where 8-bit moments approximate them.** From float32 (torch's fused) of the same seed, ours is no further than
 float32 of one seed is from float32 of another: noise is what changes when nothing changes that anybody would choose by.
@@ -44,12 +45,13 @@ if TYPE_CHECKING:
     import torch
 
 QUICK = False
-OURS, STEP_ALONE, FUSED, FOREACH, ONE_ULP = (
+OURS, STEP_ALONE, FUSED, FOREACH, ONE_ULP, EXACT_NORM = (
     "lit_fast",
     "lit_fast, torch's clipping",
     "torch fused",
     "torch foreach",
     "torch fused, weights one ulp up",
+    "torch fused, norm in float64",
 )
 BLOCK_SIZE, BATCH_SIZE, WARMUP, LEARNING_RATE, MAX_NORM = 32, 4, 100, 2e-3, 1.0
 WINDOW = 20  # steps
@@ -62,7 +64,7 @@ class Precision:
 
     dtype: str
     storage: dict[str, str] = field(default_factory=dict)
-    runs: tuple[str, ...] = (FUSED, FOREACH, STEP_ALONE, OURS)
+    runs: tuple[str, ...] = (FUSED, FOREACH, STEP_ALONE, OURS, EXACT_NORM)
     copies: str = ""
     promised: bool = True
 
@@ -73,7 +75,7 @@ class Precision:
 
 
 PRECISIONS = {
-    FLOAT32: Precision("float32", runs=(FUSED, FOREACH, STEP_ALONE, OURS, ONE_ULP)),
+    FLOAT32: Precision("float32", runs=(FUSED, FOREACH, STEP_ALONE, OURS, EXACT_NORM, ONE_ULP)),
     "all bfloat16": Precision("bfloat16"),
     "bfloat16, float32 master and moments": Precision(
         "bfloat16", {"state_dtype": "float32", "master": "float32"}, copies="half to even"
@@ -115,6 +117,7 @@ def stepper(
 ) -> tuple[torch.optim.Optimizer, Callable[[], Any]]:
     """(whose learning rate is set, clipping and step)."""
     import torch
+    from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
     from lit_fast.optim import adopt
 
@@ -133,7 +136,9 @@ def stepper(
         if copies is not params:
             for copy, param in zip(copies, params, strict=True):
                 copy.grad = None if param.grad is None else param.grad.float()
-        norm = torch.nn.utils.clip_grad_norm_(copies, MAX_NORM)
+        grads = [copy.grad for copy in copies if copy.grad is not None]
+        norm = get_total_norm([grad.double() for grad in grads] if name == EXACT_NORM else grads)
+        clip_grads_with_norm_(copies, MAX_NORM, norm)
         if ours and copies is not params:  # the gradients that torch has clipped are not the parameters'
             take(torch.clamp(MAX_NORM / (norm + 1e-6), max=1.0).item())
             return
@@ -219,31 +224,46 @@ def rows_of(raw: dict[str, Curves]) -> list[Row]:
         where: {name: [windowed(curve) for curve in of_one] for name, of_one in runs.items()}
         for where, runs in raw.items()
     }
-    base = smooth[FLOAT32][FUSED]
     rows: list[Row] = []
     for where, runs in smooth.items():
         if PRECISIONS[where].exact:
-            rows += compared(f"{where}: torch foreach from torch fused", apart(runs[FOREACH], runs[FUSED]))
-            limits = [2 * theirs for theirs in apart(runs[FOREACH], runs[FUSED])]
-            rows += compared(f"{where}: ours from torch fused", apart(runs[OURS], runs[FUSED]), limits)
+            rows += rows_against_torch(where, runs)
             unlike = sum(a != b for a, b in zip(flat(raw[where][STEP_ALONE]), flat(raw[where][FUSED]), strict=True))
             rows.append(Row(f"{where}: losses unlike torch fused's, with its clipping", unlike, "losses", ("<=", 0)))
-    between = noise(base)
-    deviation = statistics.stdev(map(mean_of_last_half, base))
-    rows += compared("float32: one seed from another", between)
-    rows += compared("float32: one ulp in the first weights from none", apart(smooth[FLOAT32][ONE_ULP], base))
-    rows.append(Row("float32: loss of the last half, standard deviation between seeds", deviation, "nats"))
-    for where, runs in smooth.items():
-        precision = PRECISIONS[where]
-        if not precision.exact:
-            found = apart(runs[OURS], base)
-            rows += compared(f"{where}: ours from float32", found, between if precision.promised else None)
-            worse = statistics.fmean(map(mean_of_last_half, runs[OURS])) - statistics.fmean(
-                map(mean_of_last_half, base)
-            )
-            limit = ("<=", deviation) if precision.promised else None
-            rows.append(Row(f"{where}: loss above float32's, last half", worse, "nats", limit))
+    runs = smooth[FLOAT32]
+    between = noise(runs[FUSED])
+    deviation = statistics.stdev(map(mean_of_last_half, runs[FUSED]))
+    rows += [
+        *compared("float32: curve of one seed from another's", between),
+        Row("float32: loss of the last half, standard deviation between seeds", deviation, "nats"),
+        *compared("float32: curve after one ulp in the first weights", apart(runs[ONE_ULP], runs[FUSED])),
+    ]
+    for where, approximate in smooth.items():
+        if not PRECISIONS[where].exact:
+            rows += rows_against_float32(where, approximate[OURS], runs[FUSED], between, deviation)
     return rows
+
+
+def rows_against_torch(where: str, runs: Curves) -> list[Row]:
+    theirs, ours = (apart(runs[name], runs[FUSED]) for name in (FOREACH, OURS))
+    in_float64 = apart(runs[OURS], runs[EXACT_NORM])
+    return [
+        *compared(f"{where}: torch foreach's curve from torch fused's", theirs),
+        *compared(f"{where}: our curve from torch fused's", ours, [2 * far for far in theirs]),
+        *compared(f"{where}: our curve from torch fused's with a norm in float64", in_float64),
+    ]
+
+
+def rows_against_float32(
+    where: str, ours: list[list[float]], base: list[list[float]], between: tuple[float, float], deviation: float
+) -> list[Row]:
+    promised = PRECISIONS[where].promised
+    worse = statistics.fmean(map(mean_of_last_half, ours)) - statistics.fmean(map(mean_of_last_half, base))
+    limit = ("<=", deviation) if promised else None
+    return [
+        *compared(f"{where}: our curve from float32's", apart(ours, base), between if promised else None),
+        Row(f"{where}: our loss above float32's, last half", worse, "nats", limit),
+    ]
 
 
 def compared(case: str, found: Sequence[float], limits: Sequence[float] | None = None) -> list[Row]:

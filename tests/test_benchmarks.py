@@ -179,7 +179,7 @@ def test_curves_further_than_torchs_own_are_seen() -> None:
         runs[curves.FOREACH] = [[0.25 * value for value in bumpy]] * 2
         runs[curves.OURS] = [[ours * value for value in bumpy]] * 2
         rows = curves.rows_of({curves.FLOAT32: runs})
-        return [row.kept for row in rows if row.case.startswith("float32: ours from torch fused")]
+        return [row.kept for row in rows if row.case.startswith("float32: our curve from torch fused's, ")]
 
     assert kept(0.0) == kept(0.5) == [True, True]
     assert kept(0.625) == [False, False]
@@ -188,6 +188,13 @@ def test_curves_further_than_torchs_own_are_seen() -> None:
 def test_a_rounding_that_torch_has_not() -> None:
     ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 1 + 2**-9])
     assert curves.rounded_half_up(ties).float().tolist() == [1 + 2**-7, 1 + 2**-6, -1 - 2**-7, 1.0]
+
+
+def test_a_drawing_keeps_what_it_says_and_turns_to_night() -> None:
+    svg = '<svg><defs></defs><path d="M 1.23456 20.5" style="stroke: #0072b2"/><text>0.12345</text></svg>'
+    drawn = curves_drawing.with_night(curves_drawing.short(svg))
+    assert '<path d="M 1.23 20.5" style="stroke: #0072b2"/><text>0.12345</text>' in drawn
+    assert '[style*="stroke: #0072b2"]{stroke:#56b4e9!important}' in drawn
 
 
 def test_curves_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +208,9 @@ def test_curves_of_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = {row["case"]: row for row in harness.latest("curves")}
     unlike = [row for case, row in found.items() if case.endswith("losses unlike torch fused's, with its clipping")]
     assert len(unlike) == 4 and all(row["value"] == row["limit"].removeprefix("<= ") == "0" for row in unlike)
-    ulp, seeds = (
-        f"float32: one {change}, mean" for change in ("ulp in the first weights from none", "seed from another")
-    )
-    assert 0 < 100 * float(found[ulp]["value"]) < float(found[seeds]["value"])
-    assert found["bfloat16 stochastic, 8-bit moments: ours from float32, mean"]["limit"].startswith("<= ")
+    ulp = found["float32: curve after one ulp in the first weights, mean"]["value"]
+    assert 0 < 100 * float(ulp) < float(found["float32: curve of one seed from another's, mean"]["value"])
+    assert found["bfloat16 stochastic, 8-bit moments: our curve from float32's, mean"]["limit"].startswith("<= ")
 
     ends, kept = curves.read()
     assert ends == [2] and kept.keys() == curves.PRECISIONS.keys()
