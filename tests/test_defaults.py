@@ -48,9 +48,13 @@ def test_callbacks_of_installed_packages(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         defaults, "entry_points", lambda group: asked.append(group) or [Factory([first]), Factory(second)]
     )
-    made = lit_fast.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[best]
-    )
+    defaults._factories.cache_clear()
+    try:
+        made = lit_fast.Trainer(
+            accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[best]
+        )
+    finally:
+        defaults._factories.cache_clear()
     assert made.callbacks == [first, second, best] and asked == ["lightning.pytorch.callbacks_factory"]
 
 
