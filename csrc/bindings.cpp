@@ -204,9 +204,11 @@ PYBIND11_MODULE(_core, m) {
                  return python_errors(
                      [&] { return self.check_step(param_groups.ptr(), state.ptr(), by_table, place.get()); });
              })
-        .def("check_parameters", [](lf::Stepper& self, const py::handle& param_groups, bool on_cuda, int device_index) {
-            return python_errors([&] { return self.check_parameters(param_groups.ptr(), on_cuda, device_index); });
-        });
+        .def("check_parameters",
+             [](lf::Stepper& self, const py::handle& param_groups, bool by_table, bool on_cuda, int device_index) {
+                 return python_errors(
+                     [&] { return self.check_parameters(param_groups.ptr(), by_table, on_cuda, device_index); });
+             });
     m.def("gradient_norm", [](const py::handle& param_groups, double grad_scale, double max_norm, double clip_value,
                               bool rewrite, const py::object& cuda) {
         const lf::Clipping clipping{grad_scale, max_norm, clip_value};

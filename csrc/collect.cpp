@@ -512,7 +512,7 @@ void Stepper::undo_new_states(PyObject* state) {
     }
 }
 
-std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int device_index) {
+std::string Stepper::check_parameters(PyObject* param_groups, bool by_table, bool on_cuda, int device_index) {
     std::string refusal = unmeasured(on_cuda);
     CudaContext there;
     there.on.device = device_index;
@@ -538,7 +538,12 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool on_cuda, int 
                 Storage storage;
                 storage.param = storage.grad = storage.state = view.dtype;
                 if (view.dtype != Dtype::float32) storage.master = read.master;
-                if (const char* why = impossible(storage); why != nullptr) refusal = why;
+                storage.stochastic = read.stochastic;
+                const bool stateless = (read.form & kSetOfForm) == 0;
+                if (!stateless && read.state != Dtype::other) storage.state = read.state;
+                const char* why = impossible(storage);
+                if (why == nullptr && by_table) why = Table::why_not(layout_of(storage, stateless), read.form);
+                if (why != nullptr) refusal = why;
             }
             if (!refusal.empty()) refusal += " (parameter " + std::to_string(number) + " of the optimizer)";
             ++number;

@@ -51,12 +51,12 @@ void Table::launch(const Launcher& launcher) const {
     refs.keep(checked(PyObject_Vectorcall(launcher.launch, arguments, 6, nullptr)));
 }
 
-// What a Table's reader must know; a layout that joins the core's is the core's alone until it does.
 bool Stepper::fits_table(std::string& refusal) const {
     for (const StepTask& task : batch_.tasks) {
-        if (Table::knows(task.layout) && !uses(task.form, Table::kTableStates)) continue;
-        refusal = "only the core has a kernel for its dtypes or options";
-        return false;
+        if (const char* why = Table::why_not(task.layout, task.form); why != nullptr) {
+            refusal = why;
+            return false;
+        }
     }
     return true;
 }
@@ -86,7 +86,7 @@ StepResult hand_over_gradients(PyObject* param_groups, bool rewrite, const Launc
         task.numel = span.numel;
         task.storage.param = task.storage.grad = task.storage.state = span.dtype;
         task.layout = layout_of(task.storage, false);
-        if (!Table::knows(task.layout)) {
+        if (Table::why_not(task.layout, task.form) != nullptr) {
             result.refusal = "only the core has a kernel for float16 gradients";
             return result;
         }

@@ -78,7 +78,11 @@ struct Table {
     std::vector<std::int64_t> words;
     std::int64_t rows = 0;
     std::int64_t chunks = 0;
-    static bool knows(Layout layout) { return layout <= Layout::float32_bfloat16_state; }
+    // What its reader must know; a layout that joins the core's is the core's alone until it does. nullptr: it does.
+    static const char* why_not(Layout layout, unsigned form) {
+        const bool known = layout <= Layout::float32_bfloat16_state && !uses(form, kTableStates);
+        return known ? nullptr : "only the core has a kernel for its dtypes or options";
+    }
     bool aligned = true;  // every address but a counter's is a multiple of 16 bytes
 
     void add(const StepTask& task, std::int64_t chunk);
@@ -113,7 +117,8 @@ class Stepper {
     // The same step by other kernels, which do the clipping too.
     StepResult hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher, const CudaContext* cuda);
     // The same checks for every parameter, gradients and state left alone: "" or why there is no kernel.
-    std::string check_parameters(PyObject* param_groups, bool on_cuda, int device_index);
+    // by_table: for `hand_over`.
+    std::string check_parameters(PyObject* param_groups, bool by_table, bool on_cuda, int device_index);
     // "" or what `step` (`hand_over` with `by_table`) would refuse now. The state is left as it was.
     std::string check_step(PyObject* param_groups, PyObject* state, bool by_table, const CudaContext* cuda);
 

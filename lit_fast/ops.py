@@ -122,8 +122,13 @@ class Stepper:
 
     def refusal(self, param_groups: ParamGroups) -> str:
         """Why these parameters and options cannot be stepped here, or "" if they can."""
-        return self._why_not or self._core.check_parameters(
-            param_groups, self.device.type == "cuda", self.device.index or 0
+        why_not = self._why_not
+        if self._by_table and not why_not:
+            gradients = ((getattr(p, "grad_dtype", None), p.dtype) for group in param_groups for p in group["params"])
+            if any(given not in (None, dtype) for given, dtype in gradients):
+                why_not = "the Triton kernels read gradients of their parameters' own dtype alone"
+        return why_not or self._core.check_parameters(
+            param_groups, self._by_table, self.device.type == "cuda", self.device.index or 0
         )
 
     def refusal_of_step(self, param_groups: ParamGroups, state: State) -> str:

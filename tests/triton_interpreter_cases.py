@@ -24,6 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim import adamw, adopt, lion, sgd
+from lit_fast.optim.adamw import AdamW
 from lit_fast.optim.lion import Lion
 from lit_fast.optim.muon import Muon
 from lit_fast.triton import adamw as adamw_kernel
@@ -508,16 +509,55 @@ def test_what_is_refused_is_refused_before_anything_is_written() -> None:
         ops.clip_gradients_(optimizer.param_groups, 0.5)
 
 
-@pytest.mark.parametrize("option", [{"rounding": "stochastic"}, {"master": "float32"}, {"state_dtype": "8bit"}])
-def test_storage_that_the_kernels_do_not_know_is_refused(option) -> None:
-    """What only the core can step must not be stepped as if it were plain bfloat16."""
-    param = Parameter(torch.ones(4096, dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "options", "known"),
+    [
+        (torch.float32, {}, True),
+        (torch.float32, {"state_dtype": "bfloat16"}, True),
+        (torch.float32, {"state_dtype": "bfloat16", "rounding": "stochastic"}, False),
+        (torch.float32, {"state_dtype": "8bit"}, False),
+        (torch.float32, {"amsgrad": True}, False),
+        (torch.bfloat16, {}, True),
+        (torch.bfloat16, {"state_dtype": "bfloat16"}, True),
+        (torch.bfloat16, {"state_dtype": "float32"}, False),
+        (torch.bfloat16, {"state_dtype": "8bit"}, False),
+        (torch.bfloat16, {"rounding": "stochastic"}, False),
+        (torch.bfloat16, {"master": "float32", "state_dtype": "float32"}, False),
+        (torch.bfloat16, {"master": "remainder"}, False),
+        (torch.float16, {}, False),
+    ],
+    ids=str,
+)
+def test_storage_that_the_kernels_do_not_know_is_refused(dtype, options, known) -> None:
+    """Before the first step, so that nobody is told of a kernel that there is not, and by the step itself: what only
+    the core can step must not be stepped as if it were plain."""
+    param = Parameter(torch.ones(300, dtype=dtype))
     param.grad = torch.ones_like(param)
-    optimizer = Lion([param], lr=0.5, **option)
-    stepper = ops.Stepper(lion.MAPPING, CPU)
-    refusal = stepper.step(optimizer.param_groups, optimizer.state, 1.0, -1.0, -1.0)
-    assert refusal == "only the core has a kernel for its dtypes or options"
-    assert torch.equal(param, torch.ones_like(param))
+    optimizer = AdamW([param], lr=0.5, **options)
+    stepper = ops.Stepper(adamw.MAPPING, CPU)
+    early = stepper.refusal(optimizer.param_groups)
+    late = stepper.step(optimizer.param_groups, optimizer.state, 1.0, -1.0, -1.0)
+    assert (not early) is (late is None) is known is not torch.equal(param, torch.ones_like(param))
+    if known:
+        return
+    assert all(why.startswith("only the core has a kernel for its dtypes or options") for why in (early, late))
+    adopted = adopt(AdamW([param], lr=0.5, **options))
+    assert not adopted.compiled and "its own step, because only the core" in adopted.reason
+    if "amsgrad" not in options and options:
+        with pytest.raises(KernelError, match="only the core has a kernel"):
+            adopted.step()
+        with pytest.raises(KernelError, match="only the core has a kernel"):
+            adopt(torch.optim.AdamW([param]), **options)
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
+def test_float32_gradients_of_16_bit_parameters_are_refused_before_the_first_step() -> None:
+    param = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    param.grad_dtype = torch.float32
+    param.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([param], lr=0.5)
+    assert "of their parameters' own dtype alone" in adopt(optimizer).reason
+    assert "only the core" in ops.Stepper(sgd.MAPPING, CPU).step(optimizer.param_groups, {}, 1.0, -1.0, -1.0)
 
 
 def test_a_formula_without_a_kernel_is_refused_by_the_step_too(monkeypatch) -> None:

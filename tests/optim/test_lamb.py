@@ -114,8 +114,9 @@ def test_gpus_have_no_kernel_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None
     p.grad = torch.ones(3)
     optimizer = Lamb([p])
     core = ops.core_stepper(MAPPING)
-    assert core.check_parameters(optimizer.param_groups, True, 0) == "there is no CUDA kernel for lamb"
-    assert core.check_step(optimizer.param_groups, optimizer.state, False, 0) == "there is no CUDA kernel for lamb"
+    assert core.check_parameters(optimizer.param_groups, False, True, 0) == "there is no CUDA kernel for lamb"
+    by_step = core.check_step(optimizer.param_groups, optimizer.state, False, 0, False)
+    assert by_step == "there is no CUDA kernel for lamb"
     monkeypatch.setattr(ops, "kernels_for", lambda device: ("Triton", "a test says so"))
     assert adopt(optimizer).reason == "Lamb: its own step, because there is no Triton kernel for lamb"
     with pytest.raises(KernelError, match=r"lit_fast\.optim\.Lamb cannot step: there is no Triton kernel for lamb"):
