@@ -313,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", help="text files or folders; default: Python's standard library")
     parser.add_argument("--draw", action="store_true", help="only draw the curves of the last run")
     options = parser.parse_args(argv)
+    if options.seeds < 2:
+        parser.error(f"--seeds={options.seeds}: the noise is what differs between seeds, at least 2")
     if not options.draw:
         data, vocab_size = batches(options.steps, options.data)
         curves: dict[str, Curves] = {}
