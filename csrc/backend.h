@@ -27,7 +27,7 @@ using ScaleKernel = void (*)(void* values, const GradientScale&, std::int64_t co
 
 struct CpuKernels {
     StepKernel step[kFormulaCount][kLayoutCount];
-    MeasureKernel measure[kFormulaCount];  // nullptr where a formula needs none
+    MeasureKernel measure[kFormulaCount][kLayoutCount];  // nullptr where a formula needs none
     SquareKernel sum_of_squares[kDtypeCount];
     ScaleKernel scale[kDtypeCount];
 };

@@ -128,8 +128,8 @@ void for_each_chunk(std::size_t count, int threads, const Body& body) {
 
 // The first pass of formulas whose coefficients depend on norms of a whole tensor.
 void measure(StepBatch& batch, const GradientScale& scale, int threads) {
-    const MeasureKernel kernel = current_target().target.kernels().measure[static_cast<int>(batch.formula)];
-    if (kernel == nullptr) return;
+    if (formula_info(batch.formula).with_squares == nullptr) return;
+    const auto& table = current_target().target.kernels().measure[static_cast<int>(batch.formula)];
     struct Squares {
         double values[2];
     };
@@ -138,8 +138,8 @@ void measure(StepBatch& batch, const GradientScale& scale, int threads) {
     std::vector<Squares> partial(chunks.size());
     const auto run = [&](std::size_t i) {
         const StepTask& task = batch.tasks[static_cast<std::size_t>(chunks[i].tensor)];
-        kernel(task, batch.coefficients[static_cast<std::size_t>(task.coefficients)], scale, chunks[i].begin,
-               chunks[i].end, partial[i].values);
+        table[static_cast<int>(task.layout)](task, batch.coefficients[static_cast<std::size_t>(task.coefficients)],
+                                             scale, chunks[i].begin, chunks[i].end, partial[i].values);
     };
     if (threads <= 1) {
         for (std::size_t i = 0; i < chunks.size(); ++i) run(i);

@@ -462,7 +462,7 @@ def test_muon_has_torchs_bits(nesterov) -> None:
     """Both passes, over two chunks, around torch's products; AdamW's group beside it, one matrix without a gradient."""
     shapes = ((40, 60), (5, 3), (4, 4), (64,))
     ours, theirs = ([Parameter(numbers(math.prod(s), torch.float32, 1).view(s)) for s in shapes] for _ in range(2))
-    mine = Muon(ours, lr=0.1, nesterov=nesterov, momentum=0.6, adamw_lr=0.1)
+    mine = Muon(ours, lr=0.1, nesterov=nesterov, momentum=0.6, ns_dtype="bfloat16", adamw_lr=0.1)
     muon = torch.optim.Muon(theirs[:3], lr=0.1, nesterov=nesterov, momentum=0.6)
     adamw = torch.optim.AdamW(theirs[3:], lr=0.1, fused=True)
     adopted = adopt(mine, max_norm=0.5)

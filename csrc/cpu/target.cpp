@@ -19,7 +19,13 @@ const CpuKernels& kernels() {
      cpu::step<Formula, Vec, cpu::Tensors<float, bf16, float, bf16>>,  \
      cpu::step<Formula, Vec, cpu::Tensors<float, float, float, bf16>>, \
      cpu::step_staged<Formula, Vec>},
-#define LIT_FAST_MEASURE(Formula) cpu::measure_kernel<Formula, Vec, Wide>(),
+#define LIT_FAST_MEASURE(Formula)                                                        \
+    {cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, float, float>>(),       \
+     cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<bf16, bf16, bf16>>(),          \
+     cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, float, bf16>>(),        \
+     cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, bf16, float, bf16>>(),  \
+     cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, float, float, bf16>>(), \
+     cpu::measure_kernel<Formula, Vec, Wide>()},
     static constexpr CpuKernels table = {
         {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)},
         {LIT_FAST_FORMULAS(LIT_FAST_MEASURE)},

@@ -5,8 +5,8 @@
     p <- p * (1 - lr * weight_decay) - lr * adjustment(shape of p) * O
 
 p: parameter, g: gradient, B: `momentum_buffer`. NS: `ns_steps` Newton-Schulz iterations X <- a X + (b A + c A^2) X
-with A = X X^T, from X = M / |M|, which drive every singular value of M to about 1. Matrix products are torch's, in
-bfloat16 as in `torch.optim.Muon`; what lies before and after them are two passes of csrc/formulas/muon.h over all
+with A = X X^T, from X = M / |M|, which drive every singular value of M to about 1. Matrix products are torch's, those
+of `torch.optim.Muon` in bfloat16. What lies before and after them are two passes of csrc/formulas/muon.h over all
 matrices, with torch's bits in float32. In bfloat16 torch goes on with the rounded momentum, they with the exact one.
 Between the passes a step holds one more copy of the matrices.
 
@@ -56,7 +56,8 @@ class Muon(Compiled):
         ns_steps: iterations.
         adjust_lr_fn: how the learning rate of a matrix of A rows and B columns is adjusted: "original" (and None) by
             sqrt(max(1, A / B)), "match_rms_adamw" by 0.2 sqrt(max(A, B)).
-        ns_dtype: of the matrix products: "bfloat16", as in torch, or "float32".
+        ns_dtype: of the matrix products: "bfloat16", as in `torch.optim.Muon`; "float32"; None: float32 on the CPU,
+            where few machines have instructions for bfloat16 products, and bfloat16 elsewhere.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: AdamW's options.
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`, for both.
 
@@ -83,7 +84,7 @@ class Muon(Compiled):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         *,
-        ns_dtype: str | torch.dtype = "bfloat16",
+        ns_dtype: str | torch.dtype | None = None,
         adamw_lr: float = 3e-4,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -102,7 +103,7 @@ class Muon(Compiled):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
-            "ns_dtype": ns_dtype,
+            "ns_dtype": _named(ns_dtype),
         }
         self._of_adamw: dict[str, Any] = {
             "lr": adamw_lr,
@@ -170,6 +171,11 @@ def _tensor(member: Any) -> Tensor:
     return tensor
 
 
+def _named(ns_dtype: Any) -> Any:
+    """The name of a dtype that may be given as torch's."""
+    return next((name for name, dtype in _NS_DTYPES.items() if ns_dtype is dtype), ns_dtype)
+
+
 def _check(group: dict[str, Any]) -> None:
     """Raises a MisconfigurationException for options that are not allowed; brings `ns_dtype` into its usual form."""
     for name in ("lr", "weight_decay", "eps"):
@@ -185,8 +191,8 @@ def _check(group: dict[str, Any]) -> None:
         raise MisconfigurationException(f"ns_coefficients={group['ns_coefficients']}: three numbers.")
     if not isinstance(group["ns_steps"], int) or not 0 <= group["ns_steps"] < 100:
         raise MisconfigurationException(f"ns_steps={group['ns_steps']!r}: an int from 0 to 99.")
-    group["ns_dtype"] = next((k for k, dtype in _NS_DTYPES.items() if group["ns_dtype"] is dtype), group["ns_dtype"])
-    for name, allowed in (("adjust_lr_fn", _ADJUSTMENTS), ("ns_dtype", tuple(_NS_DTYPES))):
+    group["ns_dtype"] = _named(group["ns_dtype"])
+    for name, allowed in (("adjust_lr_fn", _ADJUSTMENTS), ("ns_dtype", (None, *_NS_DTYPES))):
         if group[name] not in allowed:
             raise MisconfigurationException(f"{name}={group[name]!r}: allowed are {', '.join(map(repr, allowed))}.")
     for index, member in enumerate(group.get("params", ())):
@@ -259,7 +265,8 @@ class MuonStepper(ops.Stepper):
             norm, grad_scale = ops.clip_gradients_(param_groups, grad_scale, max_norm), 1.0
         self._taken(self._pass(work.first, work.first_state, grad_scale, ops.NO_CLIPPING, clip_value))
         for direction, group in work.directions:
-            dtype = _NS_DTYPES[group.get("ns_dtype", "bfloat16")]
+            by_device = "float32" if self.device.type == "cpu" else "bfloat16"
+            dtype = _NS_DTYPES[group.get("ns_dtype", "bfloat16") or by_device]  # torch's groups do not say
             found = orthogonalized(direction, group["ns_coefficients"], group["ns_steps"], group["eps"], dtype)
             direction.copy_(found)
         self._taken(self._pass(work.second, work.second_state, 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING))
@@ -279,8 +286,6 @@ class MuonStepper(ops.Stepper):
 
     def _refusal_of_all(self, work: _Work, state: State) -> str:
         """Nothing may be refused once something is written."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return "a CUDA graph is being captured, and options of both passes are read anew at each step"
         return (
             self.refusal_of_step(work.first, work.first_state)
             or self.refusal_of_step(work.second, work.second_state)

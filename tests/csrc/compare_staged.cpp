@@ -178,12 +178,15 @@ void compare_measures(Tensors& t, int which) {
     const auto id = static_cast<int>(t.formula->id);
     double expected[2], compared[2];
     const CoefficientBlock block = t.formula->coefficients(t.formula->options);
-    scalar::kernels().measure[id](task, block, scale_for(t.count), 0, t.count, expected);
-    LIT_FAST_COMPARED::kernels().measure[id](task, block, scale_for(t.count), 0, t.count, compared);
-    for (int k = 0; k < 2; ++k) {
-        const bool both_nan = expected[k] != expected[k] && compared[k] != compared[k];
-        if (tally.expect(both_nan || std::memcmp(&expected[k], &compared[k], 8) == 0)) continue;
-        std::printf("case %d: sum of squares %d of %d elements differs\n", which, k, t.count);
+    const auto staged = static_cast<int>(Layout::staged), direct = static_cast<int>(layout_of(t.storage, false));
+    scalar::kernels().measure[id][staged](task, block, scale_for(t.count), 0, t.count, expected);
+    for (const int layout : {staged, direct}) {
+        LIT_FAST_COMPARED::kernels().measure[id][layout](task, block, scale_for(t.count), 0, t.count, compared);
+        for (int k = 0; k < 2; ++k) {
+            const bool both_nan = expected[k] != expected[k] && compared[k] != compared[k];
+            if (tally.expect(both_nan || std::memcmp(&expected[k], &compared[k], 8) == 0)) continue;
+            std::printf("case %d, layout %d: sum of squares %d of %d elements differs\n", which, layout, k, t.count);
+        }
     }
 }
 

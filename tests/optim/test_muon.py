@@ -69,7 +69,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_bits_of_torch(options: dict[str, Any]) -> None:
     reference = train(THEIRS(matrices(), lr=0.02, **options), 4)
-    assert_same(train(Muon(matrices(), lr=0.02, **options), 4), reference)
+    assert_same(train(Muon(matrices(), lr=0.02, ns_dtype="bfloat16", **options), 4), reference)
     adopted = train(adopt(THEIRS(matrices(), lr=0.02, **options)), 4)
     assert adopted.compiled and "matrix products by torch" in adopted.reason
     assert_same(adopted.optimizer, reference)
@@ -81,7 +81,7 @@ def test_bfloat16_matrices_go_on_with_the_exact_momentum() -> None:
     """torch with the rounded one, and it rounds the weight twice. Only directions of small singular values, which the
     iteration stretches most, show it: one step of both goes nearly the same way."""
     [start], [ours], [theirs] = (matrices(((32, 32),), torch.bfloat16) for _ in range(3))
-    first, second = train(Muon([ours], lr=1.0), 1), train(THEIRS([theirs], lr=1.0), 1)
+    first, second = train(Muon([ours], lr=1.0, ns_dtype="bfloat16"), 1), train(THEIRS([theirs], lr=1.0), 1)
     ways = [(p.detach() - start.detach()).float().flatten() for p in (ours, theirs)]
     assert torch.nn.functional.cosine_similarity(*ways, dim=0) > 0.999
     assert torch.equal(first.state[ours]["momentum_buffer"], second.state[theirs]["momentum_buffer"])
@@ -90,14 +90,15 @@ def test_bfloat16_matrices_go_on_with_the_exact_momentum() -> None:
 
 @needs_torch_muon
 def test_states_go_to_torch_and_back() -> None:
-    ours, theirs = Muon(matrices(), lr=0.02, momentum=0.8), THEIRS(matrices(), lr=0.1)
+    ours = Muon(matrices(), lr=0.02, momentum=0.8, ns_dtype="bfloat16")
+    theirs = THEIRS(matrices(), lr=0.1)
     train(ours, 2)
     for p, q in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
         q.data.copy_(p.data)
     theirs.load_state_dict(copy.deepcopy(to_torch_state_dict(ours)))
     assert theirs.param_groups[0]["momentum"] == 0.8
     assert_same(train(ours, 2, begin=2), train(theirs, 2, begin=2))
-    again = Muon(matrices(), lr=0.5)
+    again = Muon(matrices(), lr=0.5, ns_dtype=torch.bfloat16)
     for p, q in zip(again.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
         p.data.copy_(q.data)
     again.load_state_dict(copy.deepcopy(theirs.state_dict()))
@@ -166,7 +167,7 @@ def test_a_step_of_any_case_is_within_the_derived_bound(dtype: torch.dtype) -> N
             "adjust_lr_fn": draw.choice([None, "original", "match_rms_adamw"]),
         }
         p, group, entry = make_case(dtype, storage, made, (draw.randrange(1, 30), draw.randrange(1, 30)))
-        optimizer = Muon([{**group, "ns_dtype": "float32"}])
+        optimizer = Muon([group])
         optimizer.state[p] = entry
         buffer = current_moments(entry, ["momentum_buffer"])["momentum_buffer"]
         stochastic = storage["rounding"] == "stochastic"
@@ -191,7 +192,7 @@ def test_a_step_of_any_case_is_within_the_derived_bound(dtype: torch.dtype) -> N
 def test_what_is_stored_is_the_float32_step_rounded_as_asked(dtype: torch.dtype) -> None:
     """Bit for bit. Without momentum a direction is the gradient, which 16 bits hold however they are rounded."""
     torch.manual_seed(2)
-    made = {"lr": 0.02, "momentum": 0.0, "nesterov": True}
+    made = {"lr": 0.02, "momentum": 0.0, "nesterov": True, "ns_dtype": "bfloat16"}
     cases = [make_case(dtype, way, made, (20, 30)) for way in ways(dtype)]
     optimizer = Muon([group for _, group, _ in cases])
     plain = Muon([{**group, "params": [Parameter(value_of(p, e).clone())], "master": None, "state_dtype": None,
@@ -356,8 +357,8 @@ def test_dense_layouts_give_the_numbers_of_contiguous_ones() -> None:
     turned = Parameter(p.detach().t().contiguous().t())
     set_gradients([p], 0)
     turned.grad = torch.empty_like(turned).copy_(p.grad)
-    Muon([p], lr=0.02, ns_dtype="float32").step()
-    Muon([turned], lr=0.02, ns_dtype="float32").step()
+    Muon([p], lr=0.02).step()
+    Muon([turned], lr=0.02).step()
     torch.testing.assert_close(p, turned)
 
 
