@@ -106,6 +106,11 @@ def test_muon_is_within_the_derived_bound(dtype: torch.dtype) -> None:
 # ---- the CPU ----
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """A NaN is one: bfloat16 makes the variance of a centered RMSprop negative now and then."""
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
 def on_gpu(case: Case) -> Case:
     """The same case there; its counter of steps stays on the host, where both then make the same coefficients."""
     param = Parameter(case.param.detach().to(GPU, copy=True))
@@ -141,13 +146,12 @@ def test_the_bits_are_the_cpus(kind: Any, dtype: torch.dtype, grad_dtype: torch.
         for case in cases:
             case.entry = optimizer.state.get(case.param, {})
     for ours, theirs in zip(there, here, strict=True):
-        assert torch.equal(ours.param.cpu(), theirs.param), ours.group
+        assert same(ours.param.cpu(), theirs.param), ours.group
         assert ours.entry.keys() == theirs.entry.keys()
         for name, value in theirs.entry.items():
-            same = (
-                torch.equal(ours.entry[name].cpu(), value) if isinstance(value, Tensor) else ours.entry[name] == value
-            )
-            assert same, (name, ours.group)
+            found = ours.entry[name]
+            equal = same(found.cpu(), value) if isinstance(value, Tensor) else found == value
+            assert equal, (name, ours.group)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
