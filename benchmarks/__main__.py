@@ -10,7 +10,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from benchmarks import harness
+from benchmarks import harness, optimizer
 
 _BESIDE = ("harness", "peers", "curves_drawing", "__init__", "__main__")
 NAMES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _BESIDE)
@@ -26,7 +26,9 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no benchmark {', '.join(unknown)}; there are {', '.join(NAMES)}")
     if options.readme:
-        table = harness.markdown(options.names or NAMES)
+        names = options.names or NAMES
+        parts = [harness.markdown(names), optimizer.table(harness.latest("optimizer")) if "optimizer" in names else ""]
+        table = "\n\n".join(filter(None, parts))
         harness.write_readme(table) if options.write else print(table)
         return 0
     code = 0

@@ -32,7 +32,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -331,6 +331,30 @@ def peer_rows(where: str, name: str, rounds: Rounds) -> list[Row]:
         Row(f"{where}, {STEP}, {X_FUSED} in its process", itself, "x"),
         Row(f"{where}, {STEP}, ours times as fast", ours, "x"),
     ]
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The README's table of a run, from its rows as `harness.latest` gives them: a line for each case's step."""
+    cases: dict[str, dict[str, float]] = {}
+    for row in rows:
+        where, _, what = row["case"].partition(": ")
+        cases.setdefault(where, {})[what] = float(row["value"])
+    lines = [
+        "| a step alone | B/param | GB/s | of the ceiling | x torch fused | x torch foreach |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for where, found in cases.items():
+        if f"{STEP}, moved" not in found:
+            continue
+        share = found[f"{STEP}, {SHARE}"]
+        figures = [
+            f"{found[f'{STEP}, moved']:.4g}",
+            f"{share / 100 * found['ceiling of its mix']:.1f}",
+            f"{share:.0f} %",
+            *(f"{found[key]:.2f}" if (key := f"{STEP}, {what}") in found else "-" for what in (X_FUSED, X_FOREACH)),
+        ]
+        lines.append(f"| {where} | {' | '.join(figures)} |")
+    return "\n".join([*lines, "| on a GPU | not measured yet | | | | |"]) if len(lines) > 2 else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -117,6 +117,23 @@ def test_the_table_lands_between_the_markers_of_the_readme(tmp_path: Path) -> No
         assert readme.read_text() == f"top\n{harness.BEGIN}\n| new |\n{harness.END}\nbottom\n"
 
 
+def test_the_table_of_optimizers_has_a_line_for_each_case() -> None:
+    made = {
+        "AdamW, float32, 2 threads: ceiling of its mix": 40.0,
+        "AdamW, float32, 2 threads: step, moved": 28,
+        "AdamW, float32, 2 threads: step, share of the ceiling": 95.0,
+        "AdamW, float32, 2 threads: step, times as fast as torch fused": 1.25,
+        "AdamW, float32, 2 threads: clip + step + zero, moved": 32,
+        "Lion, float32, 2 threads: ceiling of its mix": 50.0,
+        "Lion, float32, 2 threads: step, moved": 20,
+        "Lion, float32, 2 threads: step, share of the ceiling": 100.4,
+    }
+    _, _, adamw, lion, gpu = optimizer.table([{"case": k, "value": str(v)} for k, v in made.items()]).splitlines()
+    assert adamw == "| AdamW, float32, 2 threads | 28 | 38.0 | 95 % | 1.25 | - |"
+    assert lion == "| Lion, float32, 2 threads | 20 | 50.2 | 100 % | - | - |"
+    assert "not measured yet" in gpu and optimizer.table([]) == ""
+
+
 # Read and written, of parameter, gradient and states; 8-bit states have a float32 scale for each 256 codes.
 BYTES = {
     "AdamW, float32": 28,
