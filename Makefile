@@ -1,5 +1,6 @@
 # The two commands:   make train     make test
-# The developer's:    make test-all  make bench  make lint  make format  make docs  make gpu  make clean
+# The developer's:    make test-all  make bench  make lint  make format  make docs  make gpu
+#                     make sanitize  make clean
 # A fresh machine needs Python >= 3.10 with pip and headers, a C++ compiler and make; the rest comes from pip.
 
 SHELL := /bin/bash
@@ -14,10 +15,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test test-all bench lint format docs gpu gpu-build gpu-test gpu-bench clean setup
+.PHONY: help train test test-all bench lint format docs gpu gpu-build gpu-test gpu-bench sanitize clean setup
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 setup: $(VENV)/.built
 
@@ -50,7 +51,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 
 docs: setup $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html $(ARGS)
@@ -62,7 +63,7 @@ $(VENV)/.docs: docs/requirements.txt $(VENV)/.installed
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_SOURCES)
+	$(BIN)/clang-format -i $(CPP_SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 
 # For a GPU machine, which may have no network: the active python and its own torch, the extension built in place.
 # Its three parts may run one by one, where a command may not take long.
@@ -83,6 +84,23 @@ gpu-test:
 
 gpu-bench:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# Memory errors and undefined behaviour: the programs of tests/csrc, then a copy of the package with the extension built
+# so, in the interpreter beneath the venv, for which the installed extension does not exist. Its allocations count too
+# (PYTHONMALLOC); what Python and torch never free at exit is not ours (detect_leaks).
+SANITIZED := build/sanitize
+SANITIZERS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+PRELOADED = $(foreach lib,asan ubsan stdc++,$(shell $(CXX) -print-file-name=lib$(lib).so))
+sanitize: setup
+	CXXFLAGS="$(SANITIZERS)" $(BIN)/python -m pytest tests/csrc $(ARGS)
+	SKBUILD_CMAKE_DEFINE="LIT_FAST_SANITIZE=ON;LIT_FAST_CUDA=off" \
+	  $(PIP) install --no-build-isolation --no-deps --upgrade --target $(SANITIZED) .
+	cd $(SANITIZED) && rm -rf tests csrc docs
+	cp -r tests csrc docs pyproject.toml $(SANITIZED)
+	paths=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') && \
+	python=$$($(BIN)/python -c 'import sys; print(sys._base_executable)') && \
+	cd $(SANITIZED) && PYTHONPATH="$$PWD:$$paths" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$(PRELOADED)" "$$python" -m pytest -p no:cacheprovider tests/optim tests/test_ops.py $(ARGS)
 
 clean:
 	rm -rf build dist $(VENV)/.built .pytest_cache .mypy_cache .ruff_cache

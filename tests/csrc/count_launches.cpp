@@ -20,6 +20,7 @@ std::vector<std::int64_t> shapes(int tensors) {
         const std::int64_t block[] = {d, d, 3 * d * d, 3 * d, d * d, d, d, d, 4 * d * d, 4 * d, 4 * d * d, d};
         sizes.push_back(block[(i - 2) % 12]);
     }
+    sizes.resize(static_cast<std::size_t>(tensors));
     return sizes;
 }
 

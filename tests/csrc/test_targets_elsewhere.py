@@ -2,7 +2,8 @@
 
 AVX-512 is built against SIMDe's emulation, NEON is cross-compiled and run under qemu, where the machine is not of that
 kind itself. Missing tools skip the test and are named. Targets are built with the flags that are shipped, which make
-vector code of plain loops; but for the emulation, whose every intrinsic would become such a loop.
+vector code of plain loops; but for the emulation, whose every intrinsic would become such a loop. CXXFLAGS of the
+environment come last, when compiling and when linking: see `make sanitize`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
 CMAKE = (CSRC.parent / "CMakeLists.txt").read_text()
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}"]
+EXTRA = os.environ.get("CXXFLAGS", "").split()
 SHIPPED = ["-std=c++17", "-O3", *re.search(r"set\(LIT_FAST_FLAGS (.*)\)", CMAKE)[1].split()]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-Wno-maybe-uninitialized"]
@@ -60,7 +62,7 @@ class Objects:
         self.made: dict[tuple[str, ...], Future[Path]] = {}
 
     def start(self, compiler: str, source: Path, *flags: str) -> Future[Path]:
-        key = (compiler, *flags, "-c", str(source))
+        key = (compiler, *flags, *EXTRA, "-c", str(source))
         if key not in self.made:
             name = hashlib.sha256(" ".join(key).encode()).hexdigest()
             self.made[key] = self.pool.submit(compile_object, key, self.folder / f"{name}.o")
@@ -92,7 +94,7 @@ def compare(
     kernels = [objects.target(compiler, t, f) for t, f in {"scalar": [], target: flags}.items()]
     for name, main in zip(names, mains, strict=True):
         parts = [str(part.result()) for part in (main, *kernels)]
-        subprocess.run([compiler, *link, *parts, "-o", str(folder / name)], check=True)
+        subprocess.run([compiler, *link, *EXTRA, *parts, "-o", str(folder / name)], check=True)
         run_program([*run, str(folder / name)])
 
 
@@ -106,7 +108,7 @@ def test_every_way_to_store_a_number(objects, tmp_path):
     flags = [*FLAGS, *(AVX2 if {"avx2", "fma"} <= cpu_flags() else [])]
     main = objects.start("g++", HERE / "check_storage.cpp", *flags)
     program = str(tmp_path / "check")
-    subprocess.run(["g++", str(main.result()), "-o", program], check=True)
+    subprocess.run(["g++", *EXTRA, str(main.result()), "-o", program], check=True)
     run_program([program])
 
 
@@ -150,7 +152,7 @@ def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path):
         objects.target("g++", "scalar", []),
     ]
     program = str(tmp_path / "compare")
-    subprocess.run(["g++", *(str(part.result()) for part in parts), "-o", program], check=True)
+    subprocess.run(["g++", *EXTRA, *(str(part.result()) for part in parts), "-o", program], check=True)
     run_program([program])
 
 
@@ -162,7 +164,7 @@ def test_norm_and_step_of_600_tensors_are_three_launches_and_no_wait(objects, tm
         objects.start("g++", HERE / "count_launches.cpp", *large),
     ]
     program = str(tmp_path / "count")
-    subprocess.run(["g++", *(str(part.result()) for part in parts), "-o", program], check=True)
+    subprocess.run(["g++", *EXTRA, *(str(part.result()) for part in parts), "-o", program], check=True)
     said = run_program([program])
     assert "parameters: 3 launches" in said and "0 waits" in said
 
@@ -171,7 +173,7 @@ def test_the_own_pool_works_where_there_is_no_openmp(tmp_path):
     need("g++")
     program = tmp_path / "own_pool"
     sources = [str(HERE / "own_pool.cpp"), str(CSRC / "threads.cpp")]
-    subprocess.run(["g++", *FLAGS, *sources, "-pthread", "-ldl", "-o", str(program)], check=True)
+    subprocess.run(["g++", *FLAGS, *EXTRA, *sources, "-pthread", "-ldl", "-o", str(program)], check=True)
     run_program([str(program)], 60)
 
 
