@@ -227,7 +227,7 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
     }
     counters_.push_back({value, *value + 1.0F});
     step = counters_.back().next;
-    if (step >= 1.0 && std::isfinite(step)) return true;
+    if (step >= 1.0 && step < 0x1p63) return true;  // random bits take it as an integer
     refusal = "the state " + text_of(mapping_.step_key) + " is " + std::to_string(*value) + ", which counts no steps";
     return false;
 }
