@@ -130,8 +130,6 @@ class WorkerWatch:
         self._last = pack()
         if self._last is None:
             self._hidden[worker_id] = 1
-        else:
-            self._write(worker_id, 0, self._last)
         info = get_worker_info()
         self._dataset = None if info is None else info.dataset
         self._own = find_generators(dataset=self._dataset, collate_fn=self.collate_fn)
@@ -179,8 +177,9 @@ class WorkerWatch:
 
     @property
     def drawn(self) -> bool:
-        """Whether any worker has drawn from its process-wide generators."""
-        return bool((self._drawn_at >= 0).any())
+        """Whether any worker has drawn from its process-wide generators, or goes on where one had."""
+        goes_on = self.initial is not None and any(state is not None for state in self.initial)
+        return goes_on or bool((self._drawn_at >= 0).any())
 
     @property
     def hidden(self) -> bool:
@@ -195,13 +194,11 @@ class WorkerWatch:
         states: list[torch.Tensor | None] = []
         for worker, count in enumerate(fetched.tolist()):
             drawn_at = int(self._drawn_at[worker])
-            untouched = drawn_at < 0 or count <= drawn_at
-            if untouched and (self.initial is None or self.initial[worker] is None):
-                states.append(None)
+            if drawn_at < 0 or count <= drawn_at:  # a worker that has not begun yet, too: under load that takes seconds
+                states.append(None if self.initial is None else self.initial[worker])
                 continue
-            label = 0 if untouched else count
-            slot = label % self.slots
-            if int(self._labels[worker, slot]) != label:
+            slot = count % self.slots
+            if int(self._labels[worker, slot]) != count:
                 return None
             states.append(self._states[worker, slot].clone())
         return states

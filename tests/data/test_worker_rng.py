@@ -74,6 +74,14 @@ def test_a_worker_can_begin_in_a_given_state() -> None:
     assert torch.equal(watch.states(torch.tensor([1]))[0], start)
 
 
+def test_a_worker_that_has_not_begun_yet_is_known_by_the_state_that_it_is_given() -> None:
+    start = pack()
+    watch = WorkerWatch(None, list, 2, prefetch=2, initial=[start, None])
+    assert watch.drawn, "else a checkpoint of this moment would begin with other numbers"
+    first, second = watch.states(torch.tensor([0, 0]))
+    assert torch.equal(first, start) and second is None
+
+
 @pytest.mark.parametrize("kind", ["owned from the start", "made at the first batch"])
 def test_a_generator_that_the_data_owns_is_noticed(kind: str) -> None:
     class Collate:
