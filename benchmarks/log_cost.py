@@ -114,6 +114,7 @@ def kept_values(root: Path) -> tuple[list[float], list[float]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = harness.arguments(__doc__)
+    parser.set_defaults(rounds=21)
     parser.add_argument("--steps", type=int, default=1000, help="timed steps of a fit (default %(default)s)")
     options = parser.parse_args(argv)
     import torch
