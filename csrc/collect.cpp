@@ -406,12 +406,6 @@ bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* 
     return true;
 }
 
-// Why there is no step there at all, or "": norms of whole tensors are taken on the CPU alone.
-std::string Stepper::unmeasured(bool on_cuda) const {
-    if (!on_cuda || info_->with_squares == nullptr) return "";
-    return "there is no CUDA kernel for " + std::string(info_->name);
-}
-
 bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refusal) {
     batch_.tasks.clear();
     batch_.coefficients.clear();
@@ -424,8 +418,7 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
     elements_ = 0;
     first_index_ = 0;
     number_ = 0;
-    refusal = unmeasured(cuda_ != nullptr);
-    bool ok = refusal.empty();
+    bool ok = true;
     for_each_group(param_groups, [&](PyObject* object, PyObject* params, Py_ssize_t place) {
         Group group;
         ok = ok && read_group(object, place, group, refusal);
@@ -513,7 +506,7 @@ void Stepper::undo_new_states(PyObject* state) {
 }
 
 std::string Stepper::check_parameters(PyObject* param_groups, bool by_table, bool on_cuda, int device_index) {
-    std::string refusal = unmeasured(on_cuda);
+    std::string refusal;
     CudaContext there;
     there.on.device = device_index;
     const CudaContext* cuda = on_cuda ? &there : nullptr;

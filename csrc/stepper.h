@@ -167,7 +167,6 @@ class Stepper {
     bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
     bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
     unsigned missing_states(PyObject* entry, unsigned form) const;
-    std::string unmeasured(bool on_cuda) const;
     bool fits_table(std::string& refusal) const;
     void add_ranges(const StepTask& task);
     bool memory_is_disjoint(std::string& refusal);

@@ -36,13 +36,16 @@ __device__ __forceinline__ int entry_of_block(int count, const FirstChunk& first
 // What a block of threads works on.
 struct Work {
     Row row;
+    int index;  // of the row
     Word coefficients[kCoefficientWords];
 };
 
+// kOwn: each row has coefficients of its own.
+template <bool kOwn>
 __device__ __forceinline__ void find_work(const StepTable& table, unsigned form, Work& work) {
     const auto word = [&](int i) { return i < kStepWords ? table.words[i] : table.more[i - kStepWords]; };
-    int at = table.row_words *
-             entry_of_block(table.rows, [&](int i) { return static_cast<int>(word(i * table.row_words + 1)); });
+    work.index = entry_of_block(table.rows, [&](int i) { return static_cast<int>(word(i * table.row_words + 1)); });
+    int at = table.row_words * work.index;
     Row& row = work.row;
     row.numel = static_cast<std::int64_t>(word(at));
     row.first_chunk = static_cast<std::int32_t>(word(at + 1));
@@ -50,9 +53,9 @@ __device__ __forceinline__ void find_work(const StepTable& table, unsigned form,
     row.first_index = word(at + 2);
     at += kHeadWords;
     for_each_address(row, form, table.storage, [&](void*& address) { address = reinterpret_cast<void*>(word(at++)); });
+    const int own = kOwn ? work.index : ~row.coefficients;  // negative: shared
     for (int i = 0; i < kCoefficientWords; ++i) {
-        work.coefficients[i] = row.coefficients >= 0 ? word(row.coefficients + i)
-                                                     : table.computed[~row.coefficients * kCoefficientWords + i];
+        work.coefficients[i] = own < 0 ? word(row.coefficients + i) : table.computed[own * kCoefficientWords + i];
     }
 }
 
@@ -63,6 +66,21 @@ __device__ __forceinline__ typename Formula::Coefficients coefficients_of(const 
     return c;
 }
 
+// Sums over the block in a fixed order, the same in every thread.
+template <int kCount>
+__device__ __forceinline__ void block_sums(double (&mine)[kCount]) {
+    __shared__ double sums[kCount][kThreads];
+    for (int k = 0; k < kCount; ++k) sums[k][threadIdx.x] = mine[k];
+    __syncthreads();
+    for (unsigned half = kThreads / 2; half > 0; half /= 2) {
+        if (threadIdx.x < half) {
+            for (int k = 0; k < kCount; ++k) sums[k][threadIdx.x] += sums[k][threadIdx.x + half];
+        }
+        __syncthreads();
+    }
+    for (int k = 0; k < kCount; ++k) mine[k] = sums[k][0];
+}
+
 template <class Formula, unsigned kForm>
 __device__ __forceinline__ void update(const typename Formula::Coefficients& c, const GradientScale& scale, Lane& param,
                                        Lane grad, Lane (&state)[Formula::states]) {
@@ -70,9 +88,14 @@ __device__ __forceinline__ void update(const typename Formula::Coefficients& c, 
     Formula::template update<Fused::second_product, kForm>(c, param, scaled_gradient(scale, grad), state);
 }
 
+// Blocks that must share a multiprocessor; 0 leaves it to the compiler, which for LAMB on sm_80 spilled a register to
+// have a fifth.
+template <class Formula>
+constexpr int kBlocksTogether = kMeasured<Formula> ? 4 : 0;
+
 // P: parameter and gradient, S: states; with kMaster a float32 master, which is stepped in the parameter's stead.
 template <class Formula, unsigned kForm, class P, class S, bool kMaster>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksTogether<Formula>)
     direct_kernel(const __grid_constant__ StepTable table, const __grid_constant__ DeviceScale device_scale) {
     constexpr bool kWide = kMaster || sizeof(P) == 4 || sizeof(S) == 4;
     constexpr int kPack = kWide ? 4 : 8;  // elements of one access of 128 bits
@@ -80,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
 
     __shared__ Work work;
     const bool left_out = is_left_out(device_scale);
-    if (threadIdx.x == 0) find_work(table, kForm, work);
+    if (threadIdx.x == 0) find_work<kMeasured<Formula>>(table, kForm, work);
     __syncthreads();
     if (left_out) return;
     const typename Formula::Coefficients c = coefficients_of<Formula>(work);

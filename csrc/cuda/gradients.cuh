@@ -71,25 +71,14 @@ static __global__ void __launch_bounds__(kThreads)
     for_each_element<true>(table, ScaleElement{resolve(device_scale)});
 }
 
-// Sum over the block in a fixed order, in thread 0.
-__device__ __forceinline__ double block_sum(double mine) {
-    __shared__ double sums[kThreads];
-    sums[threadIdx.x] = mine;
-    __syncthreads();
-    for (unsigned half = kThreads / 2; half > 0; half /= 2) {
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-        __syncthreads();
-    }
-    return sums[0];
-}
-
 // partial: [chunks of this launch], the sum of squares of each chunk.
 static __global__ void __launch_bounds__(kThreads)
     square_kernel(const __grid_constant__ GradTable table, double* partial) {
     Wide sum{0.0};
     for_each_element<false>(table, SquareElement{sum});
-    const double total = block_sum(sum.value);
-    if (threadIdx.x == 0) partial[blockIdx.x] = total;
+    double total[] = {sum.value};
+    block_sums(total);
+    if (threadIdx.x == 0) partial[blockIdx.x] = total[0];
 }
 
 template <class Formula>
@@ -107,10 +96,11 @@ __device__ __forceinline__ void compute_coefficients(const CounterOptions& optio
 // The norm of the scaled gradients, finite exactly when all of them are: a block's sum of all partial sums, the same in
 // every block.
 __device__ __forceinline__ double total_norm(const PrepareHead& head) {
-    double mine = 0.0;
+    double total[] = {0.0};
 #pragma unroll 8
-    for (std::int64_t i = threadIdx.x; i < head.partials; i += kThreads) mine += head.partial[i];
-    const double norm = ::sqrt(block_sum(mine)) * head.norm_scale;
+    for (std::int64_t i = threadIdx.x; i < head.partials; i += kThreads) total[0] += head.partial[i];
+    block_sums(total);
+    const double norm = ::sqrt(total[0]) * head.norm_scale;
     return head.factor == nullptr ? norm : norm * ::fabs(static_cast<double>(*head.factor));
 }
 

@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ bool all_movable;
     const bool left_out = is_left_out(device_scale);
     if (threadIdx.x == 0) {
-        find_work(table, kForm, work);
+        find_work<kMeasured<Formula>>(table, kForm, work);
         all_movable = movable(work.row, kForm, table.storage);
     }
     __syncthreads();

@@ -1,6 +1,6 @@
 // The CUDA side of a step as the host sees it: tables filled, kernels chosen and queued. Norm and step of one kind of
 // tensors take three launches, whatever their number is up to a thousand or so: squares, what must be done before the
-// step, the step.
+// step, the step. A formula that depends on norms of whole tensors measures them in one more.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "../backend.h"
 #include "../check.h"
 #include "gradients.cuh"
+#include "measure.cuh"
 #include "staged.cuh"
 
 namespace lit_fast::cuda {
@@ -68,6 +69,11 @@ PrepareHead norm_head(const CudaClip& clip, const std::vector<Span>& grads, cons
 // ---- which kernel ----
 
 using StepKernelPointer = void (*)(StepTable, DeviceScale);
+using MeasureKernelPointer = void (*)(StepTable, DeviceScale, Measurement);
+struct Kernels {
+    StepKernelPointer step = nullptr;
+    MeasureKernelPointer measure = nullptr;  // of formulas that are measured
+};
 
 // Tasks that one launch can take.
 struct Kind {
@@ -86,41 +92,51 @@ struct Kind {
     }
 };
 
+template <class Formula, unsigned kForm, Layout kLayout>
+Kernels measured_before(StepKernelPointer step) {
+    if constexpr (kMeasured<Formula>) {
+        return {step, measure_kernel<Formula, kForm, kLayout>};
+    } else {
+        return {step};
+    }
+}
+
 template <class Formula, unsigned kForm>
-StepKernelPointer kernel_for(const Kind& kind) {
+Kernels kernels_for(const Kind& kind) {
     switch (kind.layout) {
         case Layout::float32:
-            return direct_kernel<Formula, kForm, float, float, false>;
+            return measured_before<Formula, kForm, Layout::float32>(direct_kernel<Formula, kForm, float, float, false>);
         case Layout::bfloat16:
-            return direct_kernel<Formula, kForm, bf16, bf16, false>;
+            return measured_before<Formula, kForm, Layout::bfloat16>(direct_kernel<Formula, kForm, bf16, bf16, false>);
         case Layout::float32_bfloat16_state:
-            return direct_kernel<Formula, kForm, float, bf16, false>;
+            return measured_before<Formula, kForm, Layout::float32_bfloat16_state>(
+                direct_kernel<Formula, kForm, float, bf16, false>);
         case Layout::bfloat16_master:
-            return direct_kernel<Formula, kForm, bf16, float, true>;
+            return measured_before<Formula, kForm, Layout::bfloat16_master>(
+                direct_kernel<Formula, kForm, bf16, float, true>);
         default:
-            return staged_kernel<Formula, kForm>;
+            return measured_before<Formula, kForm, Layout::staged>(staged_kernel<Formula, kForm>);
     }
 }
 
 // Memory is the limit here, not instructions: kernels exist for the general forms alone.
 template <class Formula, int index = 0>
-StepKernelPointer kernel_of(const Kind& kind) {
+Kernels kernels_of(const Kind& kind) {
     if constexpr (index < static_cast<int>(sizeof(Formula::forms) / sizeof(Formula::forms[0]))) {
         if constexpr ((Formula::forms[index] & kGeneral) != 0) {
-            if (kind.form == Formula::forms[index]) return kernel_for<Formula, Formula::forms[index]>(kind);
+            if (kind.form == Formula::forms[index]) return kernels_for<Formula, Formula::forms[index]>(kind);
         }
-        return kernel_of<Formula, index + 1>(kind);
+        return kernels_of<Formula, index + 1>(kind);
     } else {
         throw KernelError("the form has no CUDA kernel.");
     }
 }
 
-StepKernelPointer kernel_of(FormulaId formula, const Kind& kind) {
+Kernels kernels_of(FormulaId formula, const Kind& kind) {
     switch (formula) {
-#define LIT_FAST_ENTRY(Formula)                                             \
-    case FormulaId::Formula:                                                \
-        if constexpr (!kMeasured<Formula>) return kernel_of<Formula>(kind); \
-        break;
+#define LIT_FAST_ENTRY(Formula) \
+    case FormulaId::Formula:    \
+        return kernels_of<Formula>(kind);
         LIT_FAST_FORMULAS(LIT_FAST_ENTRY)
 #undef LIT_FAST_ENTRY
         case FormulaId::count:
@@ -218,6 +234,7 @@ Word word(const void* address) { return reinterpret_cast<Word>(address); }
 // The stream of words of one launch.
 struct Stream {
     Kind kind;
+    Kernels kernels;
     std::vector<Row> rows;
     std::vector<std::int32_t> sources;  // of each set of coefficients, a task's index
     std::int64_t blocks = 0;
@@ -271,7 +288,7 @@ struct Stream {
         }
     }
 
-    void run(FormulaId formula, const Word* cargo, const Word* computed, const DeviceScale& scale,
+    void run(const Word* cargo, const Word* computed, const DeviceScale& scale, const Measurement& measurement,
              const CudaStream& on) const {
         StepTable table;
         table.more = cargo + more_at;
@@ -280,7 +297,11 @@ struct Stream {
         table.rows = static_cast<std::int32_t>(rows.size());
         table.row_words = row_words;
         std::copy_n(words.begin(), std::min<std::size_t>(words.size(), kStepWords), table.words);
-        launch("optimizer step", kernel_of(formula, kind), blocks, on, table, scale);
+        if (kernels.measure != nullptr) {
+            launch("norms of whole tensors", kernels.measure, blocks, on, table, scale, measurement);
+            table.computed = measurement.coefficients;
+        }
+        launch("optimizer step", kernels.step, blocks, on, table, scale);
     }
 };
 
@@ -324,39 +345,58 @@ void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const Cud
         const cuda::Kind kind(task);
         auto stream =
             std::find_if(streams.begin(), streams.end(), [&](const cuda::Stream& s) { return s.kind == kind; });
-        if (stream == streams.end()) stream = streams.insert(streams.end(), cuda::Stream{kind, {}, {}, 0, {}, 0, 0});
+        if (stream == streams.end()) {
+            stream = streams.insert(streams.end(),
+                                    cuda::Stream{kind, cuda::kernels_of(batch.formula, kind), {}, {}, 0, {}, 0, 0});
+        }
         stream->add(batch, i, counter);
     }
+    std::int64_t rows = 0, blocks = 0;  // that are measured
     for (cuda::Stream& stream : streams) {
         stream.write(batch);
         stream.more_at = before.cargo.size();
         if (stream.words.size() > cuda::kStepWords) {
             before.cargo.insert(before.cargo.end(), stream.words.begin() + cuda::kStepWords, stream.words.end());
         }
+        if (stream.kernels.measure == nullptr) continue;
+        rows += static_cast<std::int64_t>(stream.rows.size());
+        blocks += stream.blocks;
     }
+    const auto arrived_at = static_cast<std::int64_t>(before.cargo.size());
+    before.cargo.resize(before.cargo.size() + static_cast<std::size_t>(rows), 0);
 
-    // Partial sums, computed coefficients, cargo, whether the step is left out: in one piece of memory.
     check(clip.norm != nullptr || clip.skipped == nullptr, "whether gradients are finite is known by their norm.");
-    const std::int64_t partials = clip.norm != nullptr ? cuda::chunks_of(grads) : 0;
-    const auto computed = static_cast<std::int64_t>(before.counters.size()) * cuda::kCoefficientWords;
-    const auto cargo = static_cast<std::int64_t>(before.cargo.size());
-    const std::int64_t size = partials + computed + cargo + (clip.skipped != nullptr ? 1 : 0);
+    std::int64_t size = 0;
+    const auto room = [&](std::int64_t words) {
+        size += words;
+        return size - words;
+    };
+    const std::int64_t partial_at = room(clip.norm != nullptr ? cuda::chunks_of(grads) : 0);
+    const std::int64_t computed_at = room(static_cast<std::int64_t>(before.counters.size()) * cuda::kCoefficientWords);
+    const std::int64_t cargo_at = room(static_cast<std::int64_t>(before.cargo.size()));
+    const std::int64_t measured_at = room(rows * cuda::kCoefficientWords);
+    const std::int64_t squares_at = room(2 * blocks);
+    const std::int64_t left_out_at = room(clip.skipped != nullptr ? 1 : 0);
     cuda::Word* memory = size > 0 ? static_cast<cuda::Word*>(workspace(size)) : nullptr;
     if (clip.norm != nullptr) {
-        auto* partial = reinterpret_cast<double*>(memory);
+        auto* partial = reinterpret_cast<double*>(memory + partial_at);
         before.head = cuda::norm_head(clip, grads, partial);
         cuda::sum_squares(grads, partial, on);
     }
     before.head.formula = batch.formula;
-    if (size > 0) {
-        before.head.computed = memory + partials;
-        before.head.cargo_to = memory + partials + computed;
-    }
-    if (clip.skipped != nullptr) before.head.left_out = reinterpret_cast<std::uint32_t*>(memory + size - 1);
+    before.head.computed = memory + computed_at;
+    before.head.cargo_to = memory + cargo_at;
+    if (clip.skipped != nullptr) before.head.left_out = reinterpret_cast<std::uint32_t*>(memory + left_out_at);
     before.run(batch.options, on);
     const cuda::DeviceScale scale = cuda::device_scale(clip, before.head.left_out);
+    cuda::Measurement measurement{reinterpret_cast<double*>(memory + squares_at), memory + cargo_at + arrived_at,
+                                  memory + measured_at};
     for (const cuda::Stream& stream : streams) {
-        stream.run(batch.formula, before.head.cargo_to, before.head.computed, scale, on);
+        stream.run(before.head.cargo_to, before.head.computed, scale, measurement, on);
+        if (stream.kernels.measure == nullptr) continue;
+        measurement.squares += 2 * stream.blocks;
+        measurement.arrived += stream.rows.size();
+        measurement.coefficients += static_cast<std::int64_t>(stream.rows.size()) * cuda::kCoefficientWords;
     }
 }
 

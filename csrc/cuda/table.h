@@ -72,17 +72,25 @@ LIT_FAST_INLINE void for_each_address(Row& row, unsigned form, const Storage& st
     }
 }
 
-constexpr int kStepWords = static_cast<int>((kArgumentBytes - sizeof(DeviceScale) - 64) / sizeof(Word));
+// The first pass of a formula whose coefficients depend on a whole tensor, see measure.cuh. One a launch.
+struct Measurement {
+    double* squares;     // [blocks, 2]
+    Word* arrived;       // [rows], 0 before the launch: how many blocks of each row have added theirs
+    Word* coefficients;  // [rows, kCoefficientWords]
+};
+
+constexpr int kStepWords =
+    static_cast<int>((kArgumentBytes - sizeof(DeviceScale) - sizeof(Measurement) - 64) / sizeof(Word));
 
 struct StepTable {
     const Word* more;      // the stream from word kStepWords on
-    const Word* computed;  // coefficients of the rows whose step only the device knows
+    const Word* computed;  // coefficients of the rows whose step only the device knows; measured ones: of every row
     Storage storage;       // of all rows
     std::int32_t rows;
     std::int32_t row_words;
     Word words[kStepWords];
 };
-static_assert(sizeof(StepTable) + sizeof(DeviceScale) <= kArgumentBytes);
+static_assert(sizeof(StepTable) + sizeof(DeviceScale) + sizeof(Measurement) <= kArgumentBytes);
 
 // ---- what must be done before a step, in a kernel of its own: the norm from its partial sums, whether the step is
 // left out, the counters of steps on the device and the coefficients that follow from them, and the words that do not

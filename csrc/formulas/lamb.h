@@ -63,7 +63,7 @@ struct Lamb {
     }
 
     // The coefficients of one tensor, from the sums of squares of its parameter and its direction.
-    static Coefficients with_squares(Coefficients c, double param_squares, double direction_squares) {
+    LIT_FAST_INLINE static Coefficients with_squares(Coefficients c, double param_squares, double direction_squares) {
         if (!c.adapts || !(param_squares > 0.0 && direction_squares > 0.0)) return c;
         const double ratio = std::sqrt(param_squares) / std::sqrt(direction_squares);
         if (c.clips_ratio && ratio > 1.0) return c;

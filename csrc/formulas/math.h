@@ -50,7 +50,7 @@ constexpr unsigned kSetOfForm = 0xff;
 LIT_FAST_INLINE constexpr bool uses(unsigned form, int state) { return (form >> state & 1U) != 0; }
 
 // Whether a formula's coefficients depend on norms of the whole tensor: it then has `direction` and `with_squares`, and
-// a step begins with a pass that sums squares (cpu/measure.h).
+// a step begins with a pass that sums squares (cpu/measure.h, cuda/measure.cuh).
 template <class Formula, class = void>
 constexpr bool kMeasured = false;
 template <class Formula>

@@ -25,16 +25,18 @@ from lit_fast.optim.storage import fill
 
 def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     entry = state.setdefault(param, {})
-    entry.setdefault("step", torch.zeros((), dtype=torch.float32))
+    if "step" not in entry:
+        entry["step"] = torch.zeros((), dtype=torch.float32, device=param.device if group.get("capturable") else "cpu")
     fill(entry, group, param, MAPPING.state_keys)
 
 
 class Lamb(Compiled):
-    """LAMB, compiled for the CPU; torch has no class of it.
+    """LAMB, compiled for the CPU and CUDA; torch has no class of it.
 
     Bias is corrected and decay is part of the update, as in the paper's algorithm 2. The trust ratio is the norm of the
     parameter over the norm of the update, and 1 where either is 0: a tensor of zeros can leave zero. A step reads
-    parameters, gradients and moments twice: the norms are known only when all of a tensor has been seen.
+    parameters, gradients and moments twice: the norms are known only when all of a tensor has been seen. A GPU keeps
+    them to itself: nobody waits.
 
     Args:
         params: parameters or param groups, of float32, bfloat16 or float16.
@@ -46,6 +48,7 @@ class Lamb(Compiled):
         trust_clip: let the trust ratio be 1 at most.
         always_adapt: take the trust ratio where weight_decay is 0, too, as the paper does. timm and Apex do not unless
             asked to: their biases and normalization layers, in a group without decay, take Adam's step.
+        capturable: count the steps beside the parameters, so that a CUDA graph can replay a step.
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
@@ -71,6 +74,7 @@ class Lamb(Compiled):
         maximize: bool = False,
         trust_clip: bool = False,
         always_adapt: bool = True,
+        capturable: bool = False,
         state_dtype: str | torch.dtype | None = None,
         master: str | None = None,
         rounding: str = "nearest",
@@ -90,6 +94,7 @@ class Lamb(Compiled):
             "maximize": maximize,
             "trust_clip": trust_clip,
             "always_adapt": always_adapt,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)

@@ -108,6 +108,7 @@ struct Case {
     unsigned positive;  // bit k: state k is never negative
     bool counts_steps, has_remainder, measured;
     CoefficientBlock (*coefficients)(const Options&);
+    CoefficientBlock (*with_squares)(const CoefficientBlock&, const double* squares);  // where it is measured
 
     bool has_state(int k) const { return uses(form, k); }
 };
@@ -115,6 +116,16 @@ struct Case {
 template <class Formula>
 CoefficientBlock coefficient_block(const Options& options) {
     const typename Formula::Coefficients c = Formula::coefficients(options.values, options.step, options.first);
+    CoefficientBlock block{};
+    std::memcpy(block.bytes, &c, sizeof(c));
+    return block;
+}
+
+template <class Formula>
+CoefficientBlock block_with_squares(const CoefficientBlock& shared, const double* squares) {
+    typename Formula::Coefficients c;
+    std::memcpy(&c, shared.bytes, sizeof(c));
+    c = Formula::with_squares(c, squares[0], squares[1]);
     CoefficientBlock block{};
     std::memcpy(block.bytes, &c, sizeof(c));
     return block;
@@ -133,6 +144,7 @@ void add(std::vector<Case>& all, FormulaId id, std::vector<double> values, bool 
     added.has_remainder = Formula::has_remainder(added.options.values);
     added.measured = kMeasured<Formula>;
     added.coefficients = coefficient_block<Formula>;
+    if constexpr (kMeasured<Formula>) added.with_squares = block_with_squares<Formula>;
     all.push_back(added);
 }
 

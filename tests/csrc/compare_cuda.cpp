@@ -70,6 +70,18 @@ struct Size {
     std::uint64_t first_index;
 };
 
+// A tensor's own coefficients. The sums are the CPU's, in an order of their own, and float64: what is rounded to
+// float32 from them has the same bits.
+CoefficientBlock measured(const Case& c, const StepTask& t, const CoefficientBlock& shared,
+                          const GradientScale& scale) {
+    double squares[2] = {0.0, 0.0};
+    if (t.numel > 0) {
+        scalar::kernels().measure[static_cast<int>(c.id)][static_cast<int>(t.layout)](t, shared, scale, 0, t.numel,
+                                                                                      squares);
+    }
+    return c.with_squares(shared, squares);
+}
+
 // Parameters in `groups` groups, each with coefficients of its own.
 // poisoned: one gradient is not finite, or there was one in a step before, so that nothing may change.
 enum class Poisoned { no, now, before };
@@ -172,8 +184,9 @@ void compare_step(int which, const Storage& storage, int number, const std::vect
     if (clip.max_norm >= 0.0F) scale.scale *= clip_coefficient(norm, clip.max_norm);
     for (std::size_t i = 0; i < sizes.size(); ++i) {
         const StepTask& t = host.tasks[i];
+        const CoefficientBlock& shared = host.coefficients[static_cast<std::size_t>(t.coefficients)];
         scalar::kernels().step[static_cast<int>(c.id)][static_cast<int>(t.layout)](
-            t, host.coefficients[static_cast<std::size_t>(t.coefficients)], scale, 0, t.numel);
+            t, c.measured ? measured(c, t, shared, scale) : shared, scale, 0, t.numel);
         if (step_on_device) tally.expect(steps[i] == static_cast<float>(t.step_number));
     }
     for (const Twice& array : arrays) array.compare("step", which, number);
@@ -261,6 +274,8 @@ int main() {
     const std::vector<Size> short_ones = {{300, 512}, {23, 0}, {1, 256}, {0, 0}, {256, 1ULL << 33}, {16, 0}, {77, 0}};
     const std::vector<Size> many(150, {5, 0});  // more than one launch's table holds
     const auto cases = static_cast<int>(all().size());
+    int measured_case = 0;
+    while (!all()[static_cast<std::size_t>(measured_case)].measured) ++measured_case;
     const std::vector<Storage> every = storages();
     // Each storage with cases that wander over all of them, and each case with the direct storages and the densest one.
     for (int s = 0; s < static_cast<int>(every.size()); ++s) {
@@ -268,21 +283,21 @@ int main() {
         const bool direct = layout_of(storage, false) != Layout::staged;
         const bool densest = storage.state == Dtype::uint8 && storage.master == Master::remainder && storage.stochastic;
         for (int c = 0; c < cases; ++c) {
-            if (all()[static_cast<std::size_t>(c)].measured) continue;  // on the CPU alone
             const bool counts = all()[static_cast<std::size_t>(c)].counts_steps;
             const bool on_device = counts && (s + c) % 3 == 0;
             if (direct || densest || c % 9 == s % 9) compare_step(c, storage, s + c, short_ones, on_device, 1 + c % 3);
         }
-        if (direct || densest) compare_step(0, storage, s, long_ones, s % 2 == 0, 8);
+        for (const int c : {0, measured_case}) {
+            if (direct || densest) compare_step(c, storage, s, long_ones, s % 2 == 0, 8);
+        }
     }
     for (const bool step_on_device : {false, true}) {
-        compare_step(0, Storage{}, 0, many, step_on_device, 18);
+        for (const int c : {0, measured_case}) compare_step(c, Storage{}, 0, many, step_on_device, 18);
         for (const Poisoned poisoned : {Poisoned::now, Poisoned::before}) {
             compare_step(0, Storage{}, 0, many, step_on_device, 18, poisoned);
             for (int s = step_on_device ? 0 : 1; s < static_cast<int>(every.size()); s += 2) {
                 const Storage& storage = every[static_cast<std::size_t>(s)];
-                const int c = all()[static_cast<std::size_t>(s % cases)].measured ? 0 : s % cases;
-                compare_step(c, storage, s, short_ones, step_on_device, 1 + s % 3, poisoned);
+                compare_step(s % cases, storage, s, short_ones, step_on_device, 1 + s % 3, poisoned);
             }
         }
     }

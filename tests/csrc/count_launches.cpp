@@ -1,6 +1,7 @@
 // How many kernels the host queues for a model of some 1e9 parameters in 600 tensors: norm and step of every storage,
-// with the step on the host and on the device, taken always or if gradients are finite. And how often the host waits
-// for the device, which is never. Nothing is computed; the addresses are made up.
+// with the step on the host and on the device, taken always or if gradients are finite; one more for LAMB, whose norms
+// of whole tensors come first. And how often the host waits for the device, which is never. Nothing is computed; the
+// addresses are made up.
 #include <cstdio>
 #include <vector>
 
@@ -24,9 +25,10 @@ std::vector<std::int64_t> shapes(int tensors) {
     return sizes;
 }
 
-int launches_of_a_step(const Storage& storage, unsigned form, int tensors, int groups, bool on_device, bool guarded) {
+int launches_of_a_step(FormulaId formula, const Storage& storage, unsigned form, int tensors, int groups,
+                       bool on_device, bool guarded, bool with_norm = true) {
     StepBatch batch;
-    batch.formula = FormulaId::AdamW;
+    batch.formula = formula;
     std::vector<Span> grads;
     std::vector<float> steps(static_cast<std::size_t>(tensors));
     std::int64_t all = 0;
@@ -57,8 +59,8 @@ int launches_of_a_step(const Storage& storage, unsigned form, int tensors, int g
     std::vector<double> memory;
     float norm = 0.0F;
     CudaClip clip;
-    clip.max_norm = 1.0F;
-    clip.norm = &norm;
+    if (with_norm) clip.max_norm = 1.0F;
+    if (with_norm) clip.norm = &norm;
     float factor = 1.0F;
     std::int64_t skipped = 0;
     if (guarded) clip.skipped = &skipped;
@@ -86,7 +88,8 @@ int main() {
             for (const int tensors : {1, 148, 600}) {
                 const auto at_most_three = [&](const Storage& storage, unsigned form) {
                     for (const bool guarded : {false, true}) {
-                        tally.expect(launches_of_a_step(storage, form, tensors, groups, on_device, guarded) <= 3);
+                        tally.expect(launches_of_a_step(FormulaId::AdamW, storage, form, tensors, groups, on_device,
+                                                        guarded) <= 3);
                     }
                 };
                 at_most_three({f32, f32, f32, Master::none, false}, kMoments);
@@ -95,6 +98,15 @@ int main() {
                 at_most_three({brain, brain, f32, Master::float32, false}, kMoments);
                 at_most_three({brain, f32, f32, Master::remainder, false}, kAmsgrad);
                 at_most_three({brain, brain, Dtype::uint8, Master::remainder, false}, kMoments);
+                for (const Storage& storage :
+                     {Storage{}, Storage{brain, brain, Dtype::uint8, Master::remainder, false}}) {
+                    const auto launches_of_lamb = [&](bool with_norm) {
+                        return launches_of_a_step(FormulaId::Lamb, storage, kMoments | kGeneral, tensors, groups,
+                                                  on_device, with_norm, with_norm);
+                    };
+                    tally.expect(launches_of_lamb(true) <= 4);
+                    tally.expect(launches_of_lamb(false) <= 3);
+                }
             }
         }
     }

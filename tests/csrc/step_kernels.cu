@@ -1,9 +1,10 @@
-// The step kernels of one formula, for test_cuda_machine_code.py to compile and look at.
+// The step kernels of one formula and the measuring ones of another, for test_cuda_machine_code.py to compile and look
+// at.
 #include <cuda_runtime.h>
 
 #include <cstring>
 
-#include "cuda/staged.cuh"
+#include "cuda/measure.cuh"
 
 namespace lit_fast::cuda {
 
@@ -14,5 +15,13 @@ template __global__ void direct_kernel<AdamW, kMoments, bf16, bf16, false>(LIT_F
 template __global__ void direct_kernel<AdamW, kMoments, float, bf16, false>(LIT_FAST_TABLES);
 template __global__ void direct_kernel<AdamW, kMoments, bf16, float, true>(LIT_FAST_TABLES);
 template __global__ void staged_kernel<AdamW, kMoments>(LIT_FAST_TABLES);
+
+#define LIT_FAST_MEASURE(layout) \
+    template __global__ void measure_kernel<Lamb, kMoments, layout>(LIT_FAST_TABLES, const __grid_constant__ Measurement);
+LIT_FAST_MEASURE(Layout::float32)
+LIT_FAST_MEASURE(Layout::bfloat16)
+LIT_FAST_MEASURE(Layout::float32_bfloat16_state)
+LIT_FAST_MEASURE(Layout::bfloat16_master)
+LIT_FAST_MEASURE(Layout::staged)
 
 }  // namespace lit_fast::cuda

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lit_fast import ops
-from lit_fast.optim import Lamb, Muon, adopt
+from lit_fast.optim import Muon, adopt
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,7 +25,6 @@ pytestmark = [
 ]
 
 GPU = "cuda"
-ON_CUDA = [kind for kind in KINDS if kind is not Lamb]  # norms of whole tensors are taken on the CPU alone
 GRADS = [(dtype, dtype) for dtype in DTYPES]
 if hasattr(Tensor, "grad_dtype"):
     GRADS += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
@@ -55,7 +54,7 @@ def to_gpu(cases: Cases, counters: str) -> None:
 
 @pytest.mark.parametrize("counters", ["cpu", GPU], ids=["steps on the host", "steps on the device"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ON_CUDA)
+@pytest.mark.parametrize("kind", KINDS)
 def test_steps_are_within_the_derived_bound(kind: Any, dtype: torch.dtype, counters: str) -> None:
     """Lengths around a pack's and a block's, cases between guards, as on the CPU (test_compiled.py)."""
     for way in ways(kind):
@@ -125,7 +124,7 @@ def on_gpu(case: Case) -> Case:
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), GRADS, ids=str)
-@pytest.mark.parametrize("kind", ON_CUDA)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_bits_are_the_cpus(kind: Any, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     """Parameters, states, codes, scales, masters, remainders, random bits. 32 divides numel: torch's tail on the CPU
     is another formula. One case is longer than a block of threads takes."""
@@ -158,7 +157,7 @@ def test_the_bits_are_the_cpus(kind: Any, dtype: torch.dtype, grad_dtype: torch.
 def test_storages_beside_each_other_in_one_step(dtype: torch.dtype) -> None:
     """One launch a kind of storage, each with its own part of one table: the bits of a step alone."""
     draw = random.Random(f"beside {dtype}")
-    kind = ON_CUDA[0]
+    kind = KINDS[0]
     cases = [make_case(kind, dtype, way, draw, numel=n) for way in storages(kind, dtype) for n in (256, 608, 32)]
     alone, beside = [on_gpu(case) for case in cases], [on_gpu(case) for case in cases]
     first = 0

@@ -15,7 +15,6 @@ from torch.nn import Parameter
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim import AdamW, Lamb, adopt
-from lit_fast.optim.lamb import MAPPING
 
 SIZES = (1, 7, 256, 257, 16_384, 40_003)  # up to three chunks of a thread's work
 
@@ -109,14 +108,10 @@ def test_a_gradient_that_is_no_number_is_seen() -> None:
     assert p.isnan().tolist() == [False, True, False]  # the norm is none, and the ratio 1
 
 
-def test_gpus_have_no_kernel_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_has_no_kernel_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)
     optimizer = Lamb([p])
-    core = ops.core_stepper(MAPPING)
-    assert core.check_parameters(optimizer.param_groups, False, True, 0) == "there is no CUDA kernel for lamb"
-    by_step = core.check_step(optimizer.param_groups, optimizer.state, False, 0, False)
-    assert by_step == "there is no CUDA kernel for lamb"
     monkeypatch.setattr(ops, "kernels_for", lambda device: ("Triton", "a test says so"))
     assert adopt(optimizer).reason == "Lamb: its own step, because there is no Triton kernel for lamb"
     with pytest.raises(KernelError, match=r"lit_fast\.optim\.Lamb cannot step: there is no Triton kernel for lamb"):
@@ -128,3 +123,74 @@ def test_gpus_have_no_kernel_and_say_so(monkeypatch: pytest.MonkeyPatch) -> None
 def test_options_that_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match=next(iter(bad))):
         Lamb(parameters(), **bad)
+
+
+# ---- on a GPU; test_cuda_storage.py has every storage, tests/csrc/compare_cuda.cpp the same kernels without one ----
+
+LONG = (1, 300, 32_768, 32_769, 3_000_000)  # up to 92 blocks of threads, in many orders of arrival
+
+
+def on_gpu(seed: int, sizes: tuple[int, ...] = LONG) -> list[Parameter]:
+    if not ops.build_info()["cuda"]:
+        pytest.skip(f"this build has no CUDA kernels: {ops.build_info()['cuda_reason']}")
+    generator = torch.Generator().manual_seed(seed)
+    made = [Parameter(torch.randn(n, generator=generator).cuda()) for n in sizes]
+    for p in made:
+        p.grad = torch.randn(p.shape, generator=generator).cuda()
+    return made
+
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+class TestOnGpu:
+    pytestmark = on_a_gpu
+
+    def test_the_same_bits_each_time_whichever_block_comes_last(self) -> None:
+        first: list[Tensor] | None = None
+        for _ in range(30):
+            params = on_gpu(1)
+            optimizer = Lamb(params, lr=0.05)
+            for _ in range(3):
+                optimizer.step()
+            found = [p.detach() for p in params]
+            first = found if first is None else first
+            assert all(map(torch.equal, first, found))
+
+    def test_norms_of_long_tensors_against_float64(self) -> None:
+        params = on_gpu(2)
+        before = [p.detach().cpu() for p in params]
+        optimizer = Lamb(params, lr=0.05)
+        optimizer.step()
+        for p, b in zip(params, before, strict=True):
+            zeros = torch.zeros_like(b)
+            numbers = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.01}
+            expected = lamb_step(b, p.grad.cpu(), zeros, zeros, 1, trust_clip=False, always_adapt=True, **numbers)
+            assert_within(p.detach().cpu(), expected["param"])
+
+    def test_nobody_waits_and_a_captured_graph_replays_the_step(self) -> None:
+        params, twins = on_gpu(3), on_gpu(3)
+        captured = adopt(Lamb(params, lr=0.05, capturable=True), max_norm=1.0, nonfinite="skip")
+        eager = adopt(Lamb(twins, lr=0.05, capturable=True), max_norm=1.0, nonfinite="skip")
+        captured.step()
+        eager.step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2):
+                graph.replay()
+                eager.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(map(torch.equal, params, twins))
+        for p in params:
+            p.grad[0] = torch.inf
+        before = [p.detach().clone() for p in params]
+        graph.replay()
+        assert captured.skipped_steps == 1 and all(map(torch.equal, params, before))

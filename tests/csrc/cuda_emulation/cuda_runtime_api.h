@@ -1,6 +1,6 @@
-// Stands in for CUDA's headers where csrc/cuda/*.cu is compiled as ordinary C++: blocks run one after another, the
-// threads of a block in turns, each until it waits for the others. What it cannot show is what only a GPU
-// has: memory ordering between blocks, streams, and speed.
+// Stands in for CUDA's headers where csrc/cuda/*.cu is compiled as ordinary C++: blocks run one after another, in every
+// second launch from the last one to the first, the threads of a block in turns, each until it waits for the others.
+// What it cannot show is what only a GPU has: memory ordering between blocks, streams, and speed.
 #pragma once
 
 #include <ucontext.h>
@@ -23,7 +23,7 @@
 #define __forceinline__ inline
 #define __builtin_assume(condition)  // of address spaces
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 struct dim3 {
     unsigned x;
@@ -85,6 +85,15 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
     wait_for(Waits::for_warp);
     return value;
 }
+
+// Blocks run one after another: what one has written, the next one sees.
+inline void __threadfence() {}
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+    const unsigned long long before = *to;
+    *to = before + value;
+    return before;
+}
+inline double __ldcg(const double* from) { return *from; }
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
@@ -161,7 +170,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 bloc
     if (!run_kernels) return cudaSuccess;
     kernel_body = [=] { call_kernel(kernel, arguments, std::index_sequence_for<Parameters...>()); };
     for (unsigned b = 0; b < grid.x; ++b) {
-        blockIdx = dim3(b);
+        blockIdx = dim3(launches % 2 == 0 ? b : grid.x - 1 - b);
         run_block(block.x);
     }
     return cudaSuccess;
