@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_fast import step
 from lit_fast.backward import Losses, detached, manual_outputs, no_backward, no_losses, outputs_of
@@ -41,6 +40,7 @@ from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.optim.nonfinite import Guard, unless_nonfinite
+from lit_fast.optim.scaling import LossScale, is_torchs_own
 from lit_fast.precision.amp import scaled_step
 from lit_fast.profiler.actions import recorded
 from lit_fast.window import Place, WindowWeights, bind_backward, bind_mean
@@ -104,11 +104,19 @@ class Binding:
         self.scaler = getattr(self.precision, "scaler", None)
         self.trains = not trainer.fit_loop._skip_backward
         self._plugin_step = self.precision.asks_for("optimizer_step")
-        self.in_place_clipping = bool(trainer.gradient_clip_val) and self.gradients_are_watched()
-        self.guard = self._bind_guard(before)
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
-        self.adopted: list[AdoptedOptimizer] = [self._adopt(each, kept.get(id(each))) for each in trainer.optimizers]
+        self.adopted: list[AdoptedOptimizer] = [kept.get(id(each)) or adopt(each) for each in trainer.optimizers]
+        self.loss_scales: list[LossScale] = []  # one an optimizer, where the core steps it under a scaler
+        if self.scaler is not None and is_torchs_own(self.scaler):
+            self.loss_scales = [LossScale(self.scaler, adopted) for adopted in self.adopted]
+        watched = self.gradients_are_watched()
+        self.in_place_clipping = bool(trainer.gradient_clip_val) and watched
+        self.unscales_in_registers = self.scaler is not None and self.automatic and not watched
+        self.guard = self._bind_guard(before)
+        self.guards = [self._guard_of(index) for index in range(len(self.adopted))]
+        for adopted, guard in zip(self.adopted, self.guards, strict=True):
+            self._set_options(adopted, guard)
         arguments = {"on_before_backward": 1, "on_after_backward": 0, "on_before_optimizer_step": 1}
         self.step_hooks = {name: self._hooks(name, count) for name, count in arguments.items()}
         self.plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
@@ -216,12 +224,17 @@ class Binding:
         """May something look at `p.grad` around the step? Then what the step would do in registers is written back."""
         if self.precision.asks_for("clip_gradients", "clip_grad_by_value", "clip_grad_by_norm", "main_params"):
             return True
-        if self._plugin_step or self.scaler is not None or any(map(calls_closure_itself, self.trainer.optimizers)):
+        if self._plugin_step or any(map(calls_closure_itself, self.trainer.optimizers)):
             return True  # the optimizer's own step reads them
+        observers = GRADIENT_OBSERVERS
+        if self.scaler is not None:
+            if not self.loss_scales or not all(scale.in_registers for scale in self.loss_scales):
+                return True  # the scaler's own step does
+            observers |= {"on_before_optimizer_step"}  # it sees them unscaled
         for callback in self.trainer.callbacks:
-            if callback.reads_gradients and GRADIENT_OBSERVERS & callback.live_hooks(self.trainer):
+            if callback.reads_gradients and observers & callback.live_hooks(self.trainer):
                 return True
-        if any(self.overrides(name) for name in GRADIENT_OBSERVERS):
+        if any(self.overrides(name) for name in observers):
             return True
         return any(
             getattr(optimizer, registry, None)
@@ -229,17 +242,25 @@ class Binding:
             for registry in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
         )
 
-    def _adopt(self, optimizer: Optimizer, before: AdoptedOptimizer | None) -> AdoptedOptimizer:
-        trainer, adopted = self.trainer, before or adopt(optimizer)
+    def _set_options(self, adopted: AdoptedOptimizer, guard: Guard | None) -> None:
+        trainer = self.trainer
         limit = trainer.gradient_clip_val if self._clips_in_registers else None
         by_value = trainer.gradient_clip_algorithm == "value"
         by_torch = trainer.config.device.type == "cpu"  # see _update
         adopted.set_clipping(max_norm=None if by_value or by_torch else limit, clip_value=limit if by_value else None)
-        if self.guard is not None:
-            adopted.set_guard(None if self._clips_by_torch else self.guard)
+        if guard is not adopted.guard:
+            adopted.set_guard(None if self._clips_by_torch else guard)
         if trainer.config.grad_dtype is not None:
-            adopted.around_own_step = InParameterDtype(optimizer)
-        return adopted
+            adopted.around_own_step = InParameterDtype(adopted.optimizer)
+
+    def _guard_of(self, index: int) -> Guard | None:
+        """Whoever is told of the steps of one optimizer that have a NaN or an infinite gradient."""
+        if not self.loss_scales:
+            return self.guard
+        loss_scale = self.loss_scales[index]
+        # Behind a pass of the scaler's own, which finds them, a guard saves nothing but waiting for a GPU.
+        needed = self.unscales_in_registers or (loss_scale.in_registers and self.trainer.config.device.type != "cpu")
+        return loss_scale if needed else None
 
     def _bind_guard(self, before: Binding | None) -> Guard | None:
         trainer = self.trainer
@@ -275,10 +296,11 @@ class Binding:
     def _clips_in_registers(self) -> bool:
         return self.automatic and bool(self.trainer.gradient_clip_val) and not self.in_place_clipping
 
-    def update_of(self, adopted: AdoptedOptimizer) -> Callable[[], Any]:
+    def update_of(self, index: int) -> Callable[..., Any]:
+        """`update(grad_scale=1.0)`: one optimizer's step, clipped where that is done within."""
         if self._clips_by_torch:
-            return step_clipped_by_norm(adopted, self.trainer.gradient_clip_val, self.guard)
-        return adopted.step
+            return step_clipped_by_norm(self.adopted[index], self.trainer.gradient_clip_val, self.guards[index])
+        return self.adopted[index].step
 
     def _wrap_optimizers(self, before: list[LightningOptimizer]) -> list[LightningOptimizer]:
         """What user code holds as `self.optimizers()`; it may keep it, so the object stays while its optimizer does."""
@@ -403,10 +425,13 @@ class Binding:
     def _bind_update(self) -> Bound:
         adopted = self.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
+        if self.scaler is not None:
+            where = "in registers, by the step" if self.unscales_in_registers else "in memory: something can see them"
+            self._note("update", type(self.scaler).__name__, f"gradients unscaled {where}")
         if self.trainer.config.grad_dtype is not None:
             read = "as they are" if adopted.compiled else "cast to their parameters' dtype"
             self._note("update", "Trainer", f"float32 gradients of 16-bit parameters are read {read}")
-        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self.update_of(adopted))),)
+        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self.update_of(0))),)
 
     def _bind_schedulers(self) -> Bound:
         if not self.automatic:
@@ -477,9 +502,12 @@ class Binding:
                 optimizer, model=module, closure=closure or no_closure, **kwargs
             )
         elif self.scaler is not None:
-            run_step = scaled_step(self.scaler, optimizer, self.automatic, lambda: run_all(after), adopted.step)
+            compiled = partial(self.loss_scales[index].step, self.update_of(index)) if self.loss_scales else None
+            run_step = scaled_step(
+                self.scaler, optimizer, self.automatic, lambda: run_all(after), compiled, self.unscales_in_registers
+            )
         else:
-            run_step = plain_step(adopted, self.update_of(adopted), lambda: run_all(after))
+            run_step = plain_step(adopted, self.update_of(index), lambda: run_all(after))
         if casts is not None:
             run_step = casts.around(run_step)
         if self.automatic:

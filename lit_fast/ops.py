@@ -142,7 +142,7 @@ class Stepper:
         """`step` on CUDA, with everything left as it is where a gradient is NaN or infinite: only the device knows.
 
         Counters of steps lie there then; those of earlier steps are moved. A new momentum begins at zero, not with the
-        gradient: the first step is the same unless it is dampened.
+        gradient: the first step is the same unless it is dampened, and for that one the host waits.
 
         Args:
             skipped: 0-dim int64 tensor on the device, to which each step that is left out adds one.
@@ -152,11 +152,32 @@ class Stepper:
         step = functools.partial(self._step_on_cuda, core_stepper(mapping), skipped, for_good)
 
         def step_or_skip(param_groups: ParamGroups, state: State, *scale: Any) -> Tensor | str | None:
-            if any(group.get("momentum") and group.get("dampening") for group in param_groups):
-                return "its first step is not dampened, and only the device knows which one that is (nonfinite=...)"
+            if _begins_dampened(param_groups, state):
+                return self._first_step(param_groups, state, skipped, for_good, *scale)
             return step(param_groups, state, *scale)
 
         return step_or_skip
+
+    def _first_step(
+        self,
+        param_groups: ParamGroups,
+        state: State,
+        skipped: Tensor,
+        for_good: bool,
+        grad_scale: float | Tensor,
+        *clipping: float,
+    ) -> Tensor | str | None:
+        """The step with which a dampened momentum begins, which is not dampened: the host must know if it is taken."""
+        if _is_capturing(self.device):
+            return "its first step is not dampened, and a CUDA graph is being captured, which would repeat it"
+        try:
+            norm = gradient_norm(param_groups, grad_scale)
+        except KernelError as error:
+            return str(error)
+        if not norm.isfinite().item() or (for_good and skipped.item()):
+            skipped += 1
+            return norm if clipping[0] >= 0.0 else None
+        return self._step_on_cuda(self._core, None, False, param_groups, state, grad_scale, *clipping)
 
     def _step_on_cuda(
         self,
@@ -250,6 +271,15 @@ def _beside_its_parameter(mapping: Mapping) -> Callable[[State, dict[str, Any], 
             state[param][mapping.step_key] = counter.to(param.device, torch.float32)
 
     return init_state
+
+
+def _begins_dampened(param_groups: ParamGroups, state: State) -> bool:
+    return any(
+        p.grad is not None and state.get(p, {}).get("momentum_buffer") is None
+        for group in param_groups
+        if group.get("momentum") and group.get("dampening")
+        for p in group["params"]
+    )
 
 
 def formulas() -> dict[str, dict[str, Any]]:

@@ -242,7 +242,7 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
         )
         binding.rows.insert(0, row)
         return
-    update = weights.step(binding.update_of(binding.adopted[0]))
+    update = weights.step(binding.update_of(0))
     plan.update = (binding.wrap("optimizer", binding.trainer._recorded("optimizer_step", update)),)
     binding.rows.append(("update", "weights", "gradients made their weighted mean, in registers"))
 

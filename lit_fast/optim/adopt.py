@@ -46,6 +46,7 @@ def adopt(
     master: str | None = None,
     rounding: str = "nearest",
     seed: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> AdoptedOptimizer:
     """Give a loop the compiled step for its `torch.optim` object.
 
@@ -63,10 +64,14 @@ def adopt(
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`, for every param group; what state there is
             already is converted. Left at their defaults, the param groups stay as they are. With them, call `step` of
             what is returned, never `optimizer.step`.
+        scaler: has scaled the loss. `step` then does what `scaler.step(optimizer)` does, in one pass with the rest and
+            with no host sync: unscale, and leave the step out where a gradient is NaN or infinite. `scaler.update()`
+            follows it in the loop, and `scaler.unscale_(optimizer)` may precede it.
 
     Raises:
         MisconfigurationException: not an optimizer, both clippings at once, a limit or `norm_type` that is not
-            positive, `per_group` without `max_norm`, a `nonfinite` or storage option that there is not.
+            positive, `per_group` without `max_norm`, a `nonfinite` or storage option that there is not; a `scaler`
+            that is disabled or overrides torch's, or one beside `nonfinite`.
         KernelError: storage options for an optimizer or parameters that the core cannot step.
 
     Example:
@@ -85,7 +90,13 @@ def adopt(
     options = {"state_dtype": state_dtype, "master": master, "rounding": rounding, "seed": seed}
     if options != DEFAULTS:
         _store_as(optimizer, options)
-    adopted = AdoptedOptimizer(optimizer, max_norm, clip_value, norm_type, per_group, nonfinite)
+    asked = (optimizer, max_norm, clip_value, norm_type, per_group, nonfinite)
+    if scaler is None:
+        adopted = AdoptedOptimizer(*asked)
+    else:
+        from lit_fast.optim.scaling import ScaledOptimizer
+
+        adopted = ScaledOptimizer(scaler, *asked)
     if options != DEFAULTS:
         adopted.must_be_compiled()
     return adopted
@@ -136,7 +147,7 @@ class AdoptedOptimizer:
         self.around_own_step: AbstractContextManager[None] = nullcontext()
         self._bound_clipping: tuple[float, bool] | None = None
         self.set_clipping(max_norm, clip_value, norm_type, per_group)
-        check_nonfinite(nonfinite, self._device())
+        check_nonfinite(nonfinite, self.device)
         self.set_guard(None if nonfinite == "propagate" else Guard(nonfinite))
 
     @property
@@ -147,7 +158,7 @@ class AdoptedOptimizer:
     def set_guard(self, guard: Guard | None) -> None:
         """Have `guard` asked before every step from now on; None: none is left out. Raises as `adopt` does."""
         if guard is not None:
-            check_nonfinite(guard.nonfinite, self._device())
+            check_nonfinite(guard.nonfinite, self.device)
         self.guard = guard
         self._bind()
 
@@ -247,16 +258,18 @@ class AdoptedOptimizer:
         self._class_step = type(optimizer).step
         self._own_zero_grad = _function(optimizer.zero_grad) is not Optimizer.zero_grad
         self._core_step: ops.Step = _refuse
+        self._leaves_out_on_device = False
         self._bound_clipping = self._norm_type, self._per_group
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
         if mapping is not None:
-            stepper = mapping.stepper(self._device())
+            stepper = mapping.stepper(self.device)
             why_not = stepper.refusal(optimizer.param_groups)
             self._core_step = stepper.step
             if self.guard is not None:
                 check_nonfinite(self.guard.nonfinite, stepper.device)
                 self._core_step = guarded(stepper, self.guard)
+                self._leaves_out_on_device = stepper.skips_on_device
             if self._per_group or self._norm_type != 2.0:
                 self._core_step = _clipped_outside(self._core_step, self._norm_type, self._per_group)
         self.compiled, self._why_not = not why_not, why_not
@@ -267,13 +280,16 @@ class AdoptedOptimizer:
         else:
             self.reason = f"{name}: its own step, because {why_not}"
 
-    def _device(self) -> torch.device:
+    @property
+    def leaves_out_on_device(self) -> bool:
+        """Whether the next step that the guard leaves out is left out by a GPU, and the host never knows."""
+        return self._leaves_out_on_device and self.compiled and not has_step_hooks(self.optimizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first parameter lies."""
         first = next((p for group in self.optimizer.param_groups for p in group["params"]), None)
         return torch.device("cpu") if first is None else first.device
-
-    def _has_hooks(self) -> bool:
-        of_its_own = self.optimizer._optimizer_step_pre_hooks or self.optimizer._optimizer_step_post_hooks
-        return bool(of_its_own or _PRE_HOOKS or _POST_HOOKS)
 
     def _norm_of_torch(self, grad_scale: float | Tensor) -> Tensor:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.numel()]
@@ -315,7 +331,7 @@ class AdoptedOptimizer:
             self._bind()
         # Hooks and torch's own steps do not run for a step that is left out, so the host must know, whatever it costs;
         # before a clipping can hide it.
-        in_memory = not self.compiled or self._has_hooks()
+        in_memory = not self.compiled or has_step_hooks(self.optimizer)
         if in_memory and isinstance(grad_scale, Tensor):
             ops.scale_gradients_(optimizer.param_groups, grad_scale)
             grad_scale = 1.0
@@ -460,6 +476,11 @@ def _mapping_of(optimizer: Optimizer) -> tuple[ops.Mapping | None, str]:
     if getattr(kind, "_init_group", None) is not getattr(known, "_init_group", None):
         return None, f"its _init_group is not torch.optim.{known.__name__}'s"
     return _mappings()[known], ""
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    of_its_own = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return bool(of_its_own or _PRE_HOOKS or _POST_HOOKS)
 
 
 def _function(callable_: Any) -> Any:

@@ -51,8 +51,11 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float, guard: Guar
             guard.refuse(optimizer.param_groups)
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        total = get_total_norm(gradients)
+        if grad_scale != 1.0 and not math.isfinite(total):  # squares of what a loss scale has multiplied
+            total = torch.tensor(norm / grad_scale, dtype=torch.float32)
         # Both sides of the quotient divided by grad_scale, in double precision: the same bits where it is 1.
-        coefficient = torch.clamp(max_norm / grad_scale / (get_total_norm(gradients) + 1e-6 / grad_scale), max=1.0)
+        coefficient = torch.clamp(max_norm / grad_scale / (total + 1e-6 / grad_scale), max=1.0)
         adopted.step(grad_scale=coefficient.item() * grad_scale, clip=False)
 
     return step

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_fast import ops
 from lit_fast.errors import KernelError
-from lit_fast.optim.adopt import innermost
+from lit_fast.optim.adopt import has_step_hooks, innermost
 from lit_fast.optim.storage import asks_for_storage, check_groups, keep_dtypes_on_load, set_options
 
 
@@ -23,12 +24,15 @@ class Compiled(Optimizer):
     """
 
     mapping: ops.Mapping
+    found_inf: Tensor | None
+    grad_scale: Tensor | None
 
     def _set_storage(self, **given: Any) -> None:
         """Put the storage options into the defaults and into every param group; a group's own come first."""
         set_options(self, self.mapping.state_keys, given, override=False)
         keep_dtypes_on_load(self)
         self._stepper: ops.Stepper | None = None
+        self._left_out: Tensor | None = None
         self._refusal = ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -41,6 +45,7 @@ class Compiled(Optimizer):
         super().__setstate__(state)
         keep_dtypes_on_load(self)
         self._stepper = None
+        self._left_out = None
         self._refusal = ""
 
     @torch.no_grad()
@@ -55,14 +60,49 @@ class Compiled(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        stepper = self._stepper_here()
+        found = getattr(self, "found_inf", None)
+        if found is not None:
+            self._step_under_scaler(stepper, found)
+            return loss
+        refusal = stepper.step(self.param_groups, self.state, 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING)
+        if isinstance(refusal, str):
+            self._step_of_torch(refusal)
+        return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `torch.amp.GradScaler.step`: may it leave unscaling, and leaving steps out, to `step`?
+
+        On a GPU, where it would wait to hear whether a gradient is infinite; not where a hook would see scaled ones, or
+        run for a step that is left out.
+        """
+        return self._stepper_here().skips_on_device and not has_step_hooks(self)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, of_torch: bool) -> None:
+        """What torch's constructors say of their fused step, which is another."""
+
+    def _step_under_scaler(self, stepper: ops.Stepper, found: Tensor) -> None:
+        """With what `GradScaler.step` has put here: `found_inf`, and `grad_scale` unless `unscale_` has been called."""
+        scale = getattr(self, "grad_scale", None)
+        inverse: Tensor = torch.ones_like(found) if scale is None else scale.double().reciprocal().float()
+        if self._left_out is None or self._left_out.device != stepper.device:
+            self._left_out = torch.zeros((), dtype=torch.int64, device=stepper.device)
+        step = stepper.skipping(self._left_out, for_good=False)
+        factor = torch.where(found > 0.0, torch.nan, inverse)
+        refusal = step(self.param_groups, self.state, factor, ops.NO_CLIPPING, ops.NO_CLIPPING)
+        if isinstance(refusal, str) and not found.item():
+            ops.scale_gradients_(self.param_groups, inverse)
+            self.grad_scale = self.found_inf = None
+            self._step_of_torch(refusal)
+
+    def _stepper_here(self) -> ops.Stepper:
         first = next((p for group in self.param_groups for p in group["params"]), None)
         device = torch.device("cpu") if first is None else first.device
         if self._stepper is None or self._stepper.device != device:
             self._stepper = self.mapping.stepper(device)
-        refusal = self._stepper.step(self.param_groups, self.state, 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING)
-        if isinstance(refusal, str):
-            self._step_of_torch(refusal)
-        return loss
+        return self._stepper
 
     def _step_of_torch(self, refusal: str) -> None:
         check_groups(self.param_groups, self.mapping.state_keys)

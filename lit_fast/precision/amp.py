@@ -25,6 +25,11 @@ class MixedPrecision(Precision):
     begins at 65,536, halves after such a step and doubles after 2,000 others). A skipped step still counts as a step
     for `global_step` and schedulers, as in Lightning.
 
+    Where the compiled step is taken and nothing can look at the gradients around it, it unscales and clips them in
+    registers, and they stay scaled in memory; on CUDA the device leaves the step out and moves the scale, and the host
+    waits for neither. Otherwise the scaler unscales them in memory first, as in Lightning. lit_fast/optim/scaling.py
+    says what is equal to the last bit.
+
     Args:
         precision: "16-mixed" or "bf16-mixed".
         device: the kind of device that autocast is for, "cpu" or "cuda".
@@ -81,7 +86,7 @@ class MixedPrecision(Precision):
         if self.scaler is None:
             return super().optimizer_step(optimizer, model, closure, **kwargs)
         step = scaled_step(
-            self.scaler, optimizer, model.automatic_optimization, lambda: self._after_closure(model, optimizer), None
+            self.scaler, optimizer, model.automatic_optimization, lambda: self._after_closure(model, optimizer)
         )
         return step(closure, **kwargs)
 
@@ -102,14 +107,16 @@ def scaled_step(
     optimizer: Optimizer,
     automatic: bool,
     after_backward: Callable[[], None],
-    compiled: Callable[[], Any] | None,
+    compiled: Callable[[], Any] | None = None,
+    in_registers: bool = False,
 ) -> Callable[..., Any]:
     """One step under a scaler: closure, unscale, hooks and clipping, then the update unless a gradient is not finite.
 
     Args:
         automatic: a closure that returns None then means that there was no backward, so nothing to unscale or step.
         after_backward: hooks and clipping, which see unscaled gradients.
-        compiled: takes the step in place of `optimizer.step`, where it may.
+        compiled: takes the step in place of `scaler.step`, where it may.
+        in_registers: it also unscales, since nobody looks at the gradients before it.
 
     Raises:
         MisconfigurationException: the optimizer evaluates the loss itself (LBFGS): there is no one step to unscale.
@@ -119,9 +126,7 @@ def scaled_step(
             "precision='16-mixed' and LBFGS cannot be combined: LBFGS evaluates the loss several times within a step, "
             "and the gradients of each would have to be unscaled. Use precision='32-true' or 'bf16-mixed'."
         )
-    own = torch.amp.GradScaler
-    if type(scaler).step is not own.step or type(scaler).unscale_ is not own.unscale_ or not scaler.is_enabled():
-        compiled = None
+    unscale: Callable[[Optimizer], None] = _leave_scaled if in_registers else scaler.unscale_
 
     def step(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
         result = None
@@ -130,15 +135,18 @@ def scaled_step(
                 result = closure()
         skipped = automatic and result is None
         if not skipped:
-            scaler.unscale_(optimizer)
+            unscale(optimizer)
         after_backward()
         if skipped:
             return result
         if compiled is None or kwargs:
             result = scaler.step(optimizer, **kwargs)
-        elif not sum(found.item() for found in scaler._found_inf_per_device(optimizer).values()):
-            compiled()  # what GradScaler.step does, with the compiled step in the place of the optimizer's own
+        else:
+            compiled()
         scaler.update()
         return result
 
     return step
+
+
+def _leave_scaled(optimizer: Optimizer) -> None: ...

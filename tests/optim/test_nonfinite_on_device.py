@@ -5,16 +5,14 @@ What the kernels do is shown by tests/csrc/compare_cuda.cpp, and on a GPU by tes
 
 from __future__ import annotations
 
-import contextlib
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from cuda_stand_in import Event, StandIn, no_waiting, stand_in_for_cuda
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast import ops
 from lit_fast.errors import MisconfigurationException, NonFiniteGradientError
 from lit_fast.optim import adopt, nonfinite
 from lit_fast.window import WindowWeights
@@ -25,57 +23,9 @@ MAKERS: dict[str, Any] = {
 }
 
 
-class StandIn:
-    """`_core.Stepper` whose `step_on_cuda` is the CPU's step."""
-
-    def __init__(self, core: Any) -> None:
-        self._core = core
-        self.check_parameters, self.step, self.step_if_finite = core.check_parameters, core.step, core.step_if_finite
-
-    def step_on_cuda(self, groups: Any, state: Any, scale: float, max_norm: float, clip_value: float, cuda: Any) -> Any:
-        _, _, norm, workspace, factor, skipped, for_good, _ = cuda
-        assert callable(workspace) and (norm is not None or (skipped is None and max_norm < 0.0))
-        scale *= 1.0 if factor is None else factor.item()
-        if skipped is None:
-            return self._core.step(groups, state, scale, max_norm, clip_value)
-        if for_good and skipped.item():
-            skipped += 1
-            return None
-        found = self._core.step_if_finite(groups, state, scale, max_norm, clip_value)
-        if isinstance(found, str):
-            return found
-        norm.fill_(found)
-        skipped += int(not norm.isfinite())
-        return None
-
-
-class Event:
-    """Of a device that is never done by itself."""
-
-    done = False
-
-    def query(self) -> bool:
-        return Event.done
-
-    def record(self, stream: object) -> None: ...
-
-
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    core_stepper, zeros = ops.core_stepper, torch.zeros
-
-    def unpinned(*size: Any, pin_memory: bool = False, **options: Any) -> Tensor:
-        return zeros(*size, **options)
-
-    monkeypatch.setattr(ops, "core_stepper", lambda mapping: StandIn(core_stepper(mapping)))
-    for module in (ops, nonfinite):
-        monkeypatch.setattr(module, "kernels_for", lambda device: ("CUDA", "this build has CUDA kernels"))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(device_index=0, cuda_stream=0))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch, "zeros", unpinned)
-    monkeypatch.setattr(Event, "done", False)
+    stand_in_for_cuda(monkeypatch)
 
 
 def two_parameters() -> list[Parameter]:
@@ -167,14 +117,23 @@ def test_whoever_must_know_on_the_host_waits() -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_dampening_is_left_to_torch() -> None:
-    parameters = two_parameters()
-    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, dampening=0.5)
-    adopted = adopt(optimizer, nonfinite="skip")
-    set_gradients(parameters)
-    with pytest.warns(UserWarning, match="its first step is not dampened"):
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_the_host_decides_on_the_step_that_begins_a_dampened_momentum(nonfinite: str) -> None:
+    """It alone is not dampened."""
+    ours, theirs = two_parameters(), two_parameters()
+    optimizers = [torch.optim.SGD(ps, lr=0.1, momentum=0.9, dampening=0.5) for ps in (ours, theirs)]
+    adopted = adopt(optimizers[0], nonfinite=nonfinite)
+    if nonfinite == "skip":
+        set_gradients(ours, float("inf"))
         adopted.step()
-    assert torch.equal(optimizer.state[parameters[0]]["momentum_buffer"], parameters[0].grad)
+        assert not optimizers[0].state[ours[0]] and adopted.skipped_steps == 1
+    for _ in range(3):
+        for parameters in (ours, theirs):
+            set_gradients(parameters)
+        adopted.step()
+        optimizers[1].step()
+    assert adopted.compiled
+    assert_equal([p.detach() for p in ours], [p.detach() for p in theirs])
 
 
 @pytest.mark.parametrize("kernels", ["Triton", ""])
@@ -226,12 +185,7 @@ def test_nothing_on_the_way_waits_for_the_device(guard: str, limits: Any, monkey
     set_gradients(parameters)
     step = weights.step(adopted.step)
 
-    def waits(*args: Any, **kwargs: Any) -> Any:
-        raise AssertionError("the host would wait for the device")
-
-    for name in "item cpu tolist numpy nonzero __bool__ __float__ __int__ __index__ equal".split():
-        monkeypatch.setattr(torch.Tensor, name, waits)
-    monkeypatch.setattr(torch.cuda, "synchronize", waits)
+    no_waiting(monkeypatch)
     for _ in range(2):
         weights.begin()
         weights.add(torch.ones(()), length=2)

@@ -27,9 +27,9 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, fused=True)
 
 
-def by_hand(data: list[Tensor], steps: int, make: Any, window: int = 1, clip: float | None = None) -> Any:
+def by_hand(data: list[Tensor], steps: int, make: Any, window: int = 1, clip: Any = None, **options: Any) -> Any:
     """Losses, weights and the scaler after `steps` micro-batches of a loop as torch's documentation writes it."""
-    net, own = network(), scaler()
+    net, own = network(), scaler(**options)
     optimizer, losses = make(net.parameters()), []
     for index in range(steps):
         batch = data[index % len(data)]
@@ -42,7 +42,7 @@ def by_hand(data: list[Tensor], steps: int, make: Any, window: int = 1, clip: fl
         if index % window == window - 1:
             own.unscale_(optimizer)
             if clip is not None:
-                torch.nn.utils.clip_grad_value_(net.parameters(), clip)
+                clip(net.parameters())
             own.step(optimizer)
             own.update()
     return losses, net, own
@@ -51,27 +51,123 @@ def by_hand(data: list[Tensor], steps: int, make: Any, window: int = 1, clip: fl
 SPIKE = [*batches(9), torch.full((4, 8), 1e4)]  # the last batch of ten overflows float16: its step is skipped
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("clip", [None, 0.1])
-@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
-def test_bit_equal_with_the_loop_by_hand(window: int, clip: float | None, watched: bool) -> None:
-    class Watches(lit_fast.Callback):
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None: ...
-        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None: ...
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None: ...
+class Watches(lit_fast.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None: ...
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None: ...
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None: ...
 
-    model, plugin = Plain(adamw), float16()
+
+CLIPPING: dict[str, tuple[dict[str, Any], Any]] = {
+    "plain": ({}, None),
+    "value": (
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+        lambda params: torch.nn.utils.clip_grad_value_(params, 0.1),
+    ),
+    "norm": ({"gradient_clip_val": 2.0}, lambda params: torch.nn.utils.clip_grad_norm_(params, 2.0)),
+}
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("how", CLIPPING)
+@pytest.mark.parametrize("watched", [False, True], ids=["", "watched"])
+def test_bit_equal_with_the_loop_by_hand(window: int, how: str, watched: bool) -> None:
+    model, plugin, (options, clip) = Plain(adamw), float16(growth_interval=3), CLIPPING[how]
     made = fitted(
-        model, SPIKE, max_epochs=3, plugins=plugin, accumulate_grad_batches=window, gradient_clip_val=clip,
-        gradient_clip_algorithm="value", callbacks=[Watches()] if watched else [],
+        model, SPIKE, max_epochs=3, plugins=plugin, accumulate_grad_batches=window,
+        callbacks=[Watches()] if watched else [], **options,
     )  # fmt: skip
-    losses, net, own = by_hand(SPIKE, 30, adamw, window, clip)
+    losses, net, own = by_hand(SPIKE, 30, adamw, window, clip, growth_interval=3)
     assert str(model.losses) == str(losses)  # as text, since the overflowed losses are not numbers
     for ours, theirs in zip(model.net.parameters(), net.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert plugin.scaler is not None and plugin.scaler.state_dict() == own.state_dict()
     assert made.scaler is plugin.scaler
     assert made.global_step == 30 // window, "skipped steps count, as in Lightning"
+
+
+@pytest.mark.parametrize("how", ["plain", "value"])
+def test_bit_equal_where_the_scale_is_no_power_of_two(how: str) -> None:
+    model, plugin, (options, clip) = Plain(adamw), float16(init_scale=1000.0), CLIPPING[how]
+    fitted(model, SPIKE, max_epochs=3, plugins=plugin, **options)
+    losses, _, own = by_hand(SPIKE, 30, adamw, 1, clip, init_scale=1000.0)
+    assert str(model.losses) == str(losses)
+    assert plugin.scaler is not None and plugin.scaler.state_dict() == own.state_dict()
+
+
+class Skips(Watches):
+    """Looks at no gradient, and says so."""
+
+    reads_gradients = False
+
+
+@pytest.mark.parametrize("how", CLIPPING)
+@pytest.mark.parametrize("callback", [None, Skips, Watches])
+def test_the_step_unscales_unless_somebody_looks(how: str, callback: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no pass over the gradients before it, and they stay scaled and unclipped in memory."""
+    passes: list[object] = []
+    unscale = torch._amp_foreach_non_finite_check_and_unscale_
+
+    def counted(*args: Any) -> None:
+        passes.append(args)
+        unscale(*args)
+
+    monkeypatch.setattr(torch, "_amp_foreach_non_finite_check_and_unscale_", counted)
+    model = Plain(adamw)
+    made = fitted(
+        model, batches(1), max_epochs=1, plugins=float16(), callbacks=[] if callback is None else [callback()],
+        **CLIPPING[how][0],
+    )  # fmt: skip
+    watched = callback is Watches
+    assert bool(passes) is watched
+    said = "in memory: something can see them" if watched else "in registers, by the step"
+    assert f"gradients unscaled {said}" in made.explain()
+    net = network()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = (net(batches(1)[0]).squeeze(-1) - batches(1)[0].sum(-1)).square().mean()
+    (loss * 1024.0).backward()
+    if watched:
+        for p in net.parameters():
+            p.grad /= 1024.0  # type: ignore[operator]
+        if CLIPPING[how][1] is not None:
+            CLIPPING[how][1](net.parameters())
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.net.parameters(), net.parameters(), strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("how", CLIPPING)
+def test_one_bad_gradient_at_chosen_steps(how: str, bad: float) -> None:
+    """Parameters, moments and counters of steps are as if the batch had not been there."""
+
+    class Poisoned(Plain):
+        poisoned: tuple[int, ...] = ()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss + self.net[2].bias.sum() * bad if batch_idx in self.poisoned else loss
+
+    options, states = CLIPPING[how][0], []
+    for poisoned in ((1, 4, 5), ()):
+        model, plugin = Poisoned(adamw), float16(growth_interval=3)
+        model.poisoned = poisoned
+        data = batches(11) if poisoned else [batch for i, batch in enumerate(batches(11)) if i not in (1, 4, 5)]
+        made = fitted(model, data, max_epochs=1, plugins=plugin, **options)
+        states.append([model.state_dict(), made.optimizers[0].state_dict()])
+        # One good step, a bad one, two good ones, two bad ones, five good ones, the third of which doubles.
+        scale, tracker = (1024.0 / 4, 2) if poisoned else (4096.0, 2)
+        assert plugin.scaler is not None
+        assert (plugin.scaler.get_scale(), plugin.scaler.state_dict()["_growth_tracker"]) == (scale, tracker)
+    torch.testing.assert_close(*states, rtol=0.0, atol=0.0)
+
+
+def test_without_a_kernel_the_scaler_unscales() -> None:
+    """And for a scaler that is not torch's own."""
+    nadam = lambda ps: torch.optim.NAdam(ps, lr=0.01)  # noqa: E731
+    model, plugin = Plain(nadam), float16()
+    made = fitted(model, SPIKE, max_epochs=2, plugins=plugin, gradient_clip_val=2.0)
+    assert "gradients unscaled in memory" in made.explain()
+    losses, _, own = by_hand(SPIKE, 20, nadam, 1, CLIPPING["norm"][1])
+    assert str(model.losses) == str(losses)
+    assert plugin.scaler is not None and plugin.scaler.state_dict() == own.state_dict()
 
 
 def test_hooks_see_the_scaled_loss_and_unscaled_gradients() -> None:
