@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Iterator
 
+import new_process
 import pytest
 
 import lit_fast
@@ -143,8 +143,7 @@ modules = set(sys.modules.values())
 copies = [m for m in modules if (getattr(m, "__file__", None) or "").endswith("csv_logs.py")]
 assert len(copies) == 1, copies
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    new_process.output_of(program)
 
 
 @pytest.mark.parametrize(
@@ -223,8 +222,7 @@ for path in {PATHS!r}:
     assert type(found).__name__ in ("module", "Gathered"), path
 assert pl.loggers.wandb.WandbLogger is pl.loggers.WandbLogger
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    new_process.output_of(program)
 
 
 # As programs write them after nothing but `import lightning.pytorch as pl`.

@@ -70,7 +70,7 @@ import torch
 before = set(sys.modules)
 import lit_fast
 all(getattr(lit_fast, name) for name in lit_fast.__all__)
-import lit_fast.pytorch.callbacks
+import lit_fast.pytorch.callbacks, lit_fast.ops, lit_fast.optim, lit_fast.triton
 new = {{m.partition(".")[0] for m in set(sys.modules) - before}}
 print(json.dumps(sorted(new & set({HEAVY!r}))))
 """

@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import new_process
 import pytest
 from torch.utils.data import DataLoader
 
@@ -61,11 +62,7 @@ GROUP = """
 
 def test_a_signal_to_the_group_ends_workers_and_trainer(tmp_path: Path) -> None:
     """Nothing is left: no worker, no folder of its sockets, no traceback."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(GROUP), json.dumps(QUIET)],
-        capture_output=True, text=True, timeout=120, check=False, start_new_session=True,
-        env={**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = new_process.run(GROUP, json.dumps(QUIET), env={"TMPDIR": str(tmp_path)})
     assert done.returncode == 0 and done.stderr == "", done.stderr
     codes, seen, ends, workers = json.loads(done.stdout)
     assert codes == [143, 1] * 3

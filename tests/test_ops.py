@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import new_process
 import pytest
 import torch
 from torch.nn import Parameter
@@ -105,22 +105,9 @@ def test_release_gradients_sets_them_to_none():
 # ---- targets, threads, allocator ----
 
 
-def run_with(environment: dict[str, str], code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 def test_the_environment_forces_a_target():
-    result = run_with(
-        {"LIT_FAST_CPU_TARGET": "scalar"},
-        "from lit_fast import ops; i = ops.build_info(); print(i['cpu_target'], i['cpu_target_reason'])",
-    )
+    code = "from lit_fast import ops; i = ops.build_info(); print(i['cpu_target'], i['cpu_target_reason'])"
+    result = new_process.run(code, env={"LIT_FAST_CPU_TARGET": "scalar"})
     assert result.stdout.split() == ["scalar", "LIT_FAST_CPU_TARGET"], result.stderr
 
 
@@ -141,9 +128,8 @@ for name in sys.argv[1:]:
         except errors.KernelError as error:
             print(error)
 """
-    result = run_with({}, code, *names)
-    assert result.returncode == 0, result.stderr
-    for name, *answers in zip(names, *[iter(result.stdout.splitlines())] * 2, strict=True):
+    said = iter(new_process.output_of(code, *names).splitlines())
+    for name, *answers in zip(names, said, said, strict=True):
         for answer in answers:
             assert answer.startswith(f"LIT_FAST_CPU_TARGET={name}")
             assert ("lacks these instructions" if name in lacking else "is not a target of this build") in answer
@@ -174,8 +160,7 @@ def test_the_core_shares_torchs_openmp_runtime():
 def test_the_own_pool_steps_where_no_openmp_runtime_is_loaded():
     """The core by itself, without torch: its description changes only when a runtime appears."""
     code = "from lit_fast import _core; print(_core.build_info()['threads'])"
-    result = run_with({}, code)
-    assert result.stdout.startswith("own pool: "), result.stderr
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).startswith("own pool: ")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
@@ -195,11 +180,10 @@ faults(32)  # until the small remainders of aligned allocations have filled glib
 kept = faults(5)
 print(report.applied, kept, str(ops.keep_freed_memory(False)))
 """
-    result = run_with({}, code)
-    assert result.returncode == 0, result.stderr
-    applied, kept = result.stdout.split()[:2]
+    said = new_process.output_of(code)
+    applied, kept = said.split()[:2]
     if applied == "False":
-        pytest.skip(f"nothing to test: {result.stdout}")
+        pytest.skip(f"nothing to test: {said}")
     assert int(kept) < 200  # five times 16 MiB are 20,480 pages of 4 KiB
 
 

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import resume_program
 import torch
+from new_process import NewProcess
 
 import lit_fast
 
@@ -171,31 +170,23 @@ def test_saved_inside_a_window(tmp_path: Path) -> None:
 # -- whole processes: SIGKILL, Ctrl-C, SIGTERM
 
 
-def start(folder: Path, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}  # a killed process cleans nothing up
-    return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(folder), json.dumps(options)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
+def start(folder: Path, **options: Any) -> NewProcess:
+    environment = {"TMPDIR": str(folder)}  # a killed process cleans nothing up
+    return NewProcess(PROGRAM, folder, json.dumps(options), env=environment)
 
 
-def wait_for_steps(folder: Path, process: subprocess.Popen[str], steps: int) -> None:
+def wait_for_steps(folder: Path, process: NewProcess, steps: int) -> None:
     file = folder / "losses.txt"
     deadline = time.monotonic() + 240  # spawned workers import torch anew, in every epoch
     while not file.exists() or len(file.read_text().splitlines()) < steps:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.wait().stderr
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def run_to_end(folder: Path, **options: Any) -> None:
-    process = start(folder, **options)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    process = start(folder, **options).wait()
+    assert process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 1), (signal.SIGTERM, 143)], ids=["ctrl_c", "sigterm"])
@@ -215,11 +206,11 @@ def test_interrupted(number: int, code: int, workers: int, context: str | None, 
     process = start(tmp_path, pause=0.02, **options)
     wait_for_steps(tmp_path, process, 14)
     os.killpg(process.pid, number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    process.wait(60)
+    assert process.returncode == code, process.stderr
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert last.exists()
-    assert str(last) in output and "ckpt_path" in output
+    assert str(last) in process.stdout and "ckpt_path" in process.stdout
     assert finish(tmp_path, **options) == expected
 
 
@@ -230,13 +221,13 @@ def test_interrupted_twice_overwrites_its_own_file_only(tmp_path: Path) -> None:
     for steps in (5, 14):
         process = start(tmp_path, pause=0.02, **options)
         wait_for_steps(tmp_path, process, steps)
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) and process.returncode == 1
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(60).returncode == 1
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["last.ckpt"]
     process = start(tmp_path, pause=0.02, resume=False, **{**options, "sanity": 0})
     wait_for_steps(tmp_path, process, 22)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    os.kill(process.pid, signal.SIGINT)
+    process.wait(60)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["last-v1.ckpt", "last.ckpt"]  # a run that began anew leaves the other one's file alone
     assert finish(tmp_path, **options) == expected
@@ -309,7 +300,7 @@ def kill_at_random(folder: Path, seed: int, times: int, **options: Any) -> None:
         wait_for_steps(folder, process, done + chance.randint(1, 9))
         time.sleep(chance.random() * 0.03)
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.wait(60)
 
 
 def test_killed_at_a_random_moment(tmp_path: Path) -> None:

@@ -117,14 +117,6 @@ def test_a_formula_that_the_kernels_do_not_know_is_refused() -> None:
     assert kernel is None and why_not == "the Triton kernel for sgd does not know all of the core's options"
 
 
-def test_triton_is_not_imported_before_it_is_used(repository: Path) -> None:
-    # torch may import it on its own.
-    program = "import sys, torch; before = set(sys.modules); import lit_fast.ops, lit_fast.optim, lit_fast.triton;"
-    program += "print('triton' in set(sys.modules) - before)"
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    assert subprocess.check_output([sys.executable, "-c", program], text=True, env=environment) == "False\n"
-
-
 @installed
 @pytest.mark.usefixtures("without_cuda")
 def test_while_a_graph_is_captured_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,10 @@ import pathlib
 import socket
 import subprocess
 import sys
-import textwrap
 import warnings
 from io import BytesIO
 
+import new_process
 import pytest
 import torch
 
@@ -48,16 +48,8 @@ def _temporaries(directory: pathlib.Path) -> list[str]:
 
 
 def _run(script: str, *arguments: object, timeout: float = 120.0) -> dict[str, object]:
-    """Run `script` in a fresh interpreter; it prints one JSON object as its last line."""
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    """What a new process says that runs `script`: one JSON object in its last line."""
+    return json.loads(new_process.output_of(script, *arguments, timeout=timeout).splitlines()[-1])
 
 
 def test_round_trip_loads_with_weights_only(tmp_path: pathlib.Path) -> None:

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import new_process
 import pytest
+from new_process import NewProcess
 
 from lit_fast import __version__
 from lit_fast.cli import main as cli
 
 
-def lit_fast(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, "-m", "lit_fast.cli.main", *arguments]
-    return subprocess.run(program, capture_output=True, text=True, cwd=cwd, check=False)
+def lit_fast(*arguments: str) -> NewProcess:
+    program = "import runpy; runpy.run_module('lit_fast.cli.main', run_name='__main__', alter_sys=True)"
+    return new_process.run(program, *arguments)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,10 +94,11 @@ def test_run_keeps_arguments_and_exit_code(tmp_path: Path) -> None:
     assert done.stdout == "['3', '--flag', '-x'] script.py\n"
 
 
-def test_run_a_module(tmp_path: Path) -> None:
+def test_run_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "beside.py").write_text("here = True\n")
     (tmp_path / "program.py").write_text(SCRIPT)
-    done = lit_fast("run", "-m", "program", "0", cwd=tmp_path)
+    done = lit_fast("run", "-m", "program", "0")
     assert (done.returncode, done.stdout) == (0, "['0'] program.py\n"), done.stderr
 
 
@@ -107,7 +110,8 @@ def test_run_shows_the_programs_own_traceback(tmp_path: Path) -> None:
 
 
 def test_run_without_a_file() -> None:
-    done = lit_fast("run", "nowhere.py")
+    program = [sys.executable, "-m", "lit_fast.cli.main", "run", "nowhere.py"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "there is no file 'nowhere.py'" in done.stderr
 

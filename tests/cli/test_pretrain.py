@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from new_process import NewProcess
 
 from lit_fast.cli.pretrain import main, parse, presets
 from lit_fast.cli.report import phase_rows
@@ -121,24 +120,19 @@ def test_epochs_end_a_run_too(text, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_resume(text, tmp_path):
     arguments = [*SMALL, f"--data={text}", "--trainer.max_steps=1000000", "--out=run"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lit_fast.cli.pretrain", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
+    program = "import sys; from lit_fast.cli.pretrain import main; sys.exit(main(sys.argv[1:]))"
+    process = NewProcess(program, *arguments)
     try:
         until = time.monotonic() + 60
         while not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists() and time.monotonic() < until:
-            assert process.poll() is None, process.stdout.read()
+            assert process.poll() is None, process.wait().stderr
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
+        os.kill(process.pid, signal.SIGINT)
+        process.wait(60)
     finally:
         process.kill()
-    assert process.returncode == 130, said
-    assert re.search(r"Go on with: lit-fast pretrain .*--out=run --resume", said)
+    assert process.returncode == 130, process.stderr
+    assert re.search(r"Go on with: lit-fast pretrain .*--out=run --resume", process.stdout + process.stderr)
     stopped = checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
     assert stopped >= 4
     assert main(["--resume", "--out=run", f"--trainer.max_steps={stopped + 3}"]) == 0
