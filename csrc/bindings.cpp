@@ -38,8 +38,8 @@ py::object result_object(const lf::StepResult& result) {
 }
 
 // cuda: (device index, stream handle, norm tensor or None, workspace callable, factor tensor or None, tensor that
-// counts skipped steps or None, whether all are skipped after the first, whether a CUDA graph is being captured),
-// torch's current ones; None for the CPU.
+// counts skipped steps or None, whether all are skipped after the first, whether a CUDA graph is being captured,
+// whether the factor says which are skipped), torch's current ones; None for the CPU.
 struct CudaArgument {
     lf::CudaContext context;
     bool given;
@@ -59,6 +59,7 @@ struct CudaArgument {
         context.skipped = skipped.ptr();
         context.for_good = parts[6].cast<bool>();
         context.capturing = parts[7].cast<bool>();
+        context.told = parts[8].cast<bool>();
     }
     const lf::CudaContext* get() const { return given ? &context : nullptr; }
 

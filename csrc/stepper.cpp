@@ -131,7 +131,9 @@ StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping
         }
 #if LIT_FAST_HAS_CUDA
         const CudaClip clip = cuda_clip(clipping, with_norm || cuda->skips(), *cuda);
-        cuda_step(batch_, grads_, clip, workspace_of(*cuda, refs_), cuda->on);
+        // The norm of nothing is 0 times the factor.
+        const bool unread = cuda->told && !with_norm;
+        cuda_step(batch_, unread ? std::vector<Span>{} : grads_, clip, workspace_of(*cuda, refs_), cuda->on);
         return true;
 #else
         throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");

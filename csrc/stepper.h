@@ -55,6 +55,7 @@ struct CudaContext {
     PyObject* skipped = nullptr;  // 0-dim int64 tensor there, which counts steps with a NaN or infinite gradient, which
                                   // leave everything else as it is; or None: they are taken
     bool for_good = false;        // after the first such step none is taken
+    bool told = false;            // which step that is the factor says, by NaN; gradients are not read for it
     bool capturing = false;       // a CUDA graph, whose replays the host does not count
 
     bool skips() const { return skipped != nullptr && skipped != Py_None; }

@@ -8,7 +8,7 @@ from torch import Tensor
 # 0-dim float32 tensor that multiplies the gradients or None, 0-dim int64 tensor that counts skipped steps or None,
 # whether every step is skipped after the first, whether a CUDA graph is being captured)
 CudaContext: TypeAlias = tuple[
-    int, int, Tensor | None, Callable[[int], Tensor], Tensor | None, Tensor | None, bool, bool
+    int, int, Tensor | None, Callable[[int], Tensor], Tensor | None, Tensor | None, bool, bool, bool
 ]
 
 # (table, words of a row, words of a set of options, rows, chunks, aligned), see csrc/stepper.h

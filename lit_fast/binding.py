@@ -258,9 +258,8 @@ class Binding:
         if not self.loss_scales:
             return self.guard
         loss_scale = self.loss_scales[index]
-        # Behind a pass of the scaler's own, which finds them, a guard saves nothing but waiting for a GPU.
-        needed = self.unscales_in_registers or (loss_scale.in_registers and self.trainer.config.device.type != "cpu")
-        return loss_scale if needed else None
+        loss_scale.told = not self.unscales_in_registers
+        return None if loss_scale.told and not self.adopted[index].skips_on_device else loss_scale
 
     def _bind_guard(self, before: Binding | None) -> Guard | None:
         trainer = self.trainer

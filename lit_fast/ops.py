@@ -26,6 +26,8 @@ State: TypeAlias = dict[Tensor, Any]
 # (param_groups, state, grad_scale, max_norm, clip_value), see `Stepper.step`
 Step: TypeAlias = Callable[[ParamGroups, State, Any, float, float], Tensor | float | str | None]
 
+Skipping: TypeAlias = tuple[Tensor, bool, bool]  # what `Stepper.skipping` takes
+
 NO_CLIPPING = -1.0
 
 # float32 lanes of torch's own CPU kernels, which decide where its vector loop ends (csrc/formulas/math.h).
@@ -111,7 +113,7 @@ class Stepper:
         self.step: Step = self._core.step
         self.step_if_finite = self._core.step_if_finite
         if kernels == "CUDA":
-            self.step = functools.partial(self._step_on_cuda, self._core, None, False)
+            self.step = functools.partial(self._step_on_cuda, self._core, None)
         elif kernels == "Triton":
             self.where = f"{device} by Triton, because {why}"
             self._formula, self._why_not = triton.formula_named(mapping.formula, formulas()[mapping.formula]["options"])
@@ -138,7 +140,7 @@ class Stepper:
         index = _cuda_index(self.device)
         return why_not or self._core.check_step(param_groups, state, self._by_table, index, capturing)
 
-    def skipping(self, skipped: Tensor, for_good: bool) -> Step:
+    def skipping(self, skipped: Tensor, for_good: bool = False, told: bool = False) -> Step:
         """`step` on CUDA, with everything left as it is where a gradient is NaN or infinite: only the device knows.
 
         Counters of steps lie there then; those of earlier steps are moved. A new momentum begins at zero, not with the
@@ -147,9 +149,10 @@ class Stepper:
         Args:
             skipped: 0-dim int64 tensor on the device, to which each step that is left out adds one.
             for_good: whether after the first such step no other is taken.
+            told: it is not looked for in the gradients: `grad_scale`, a tensor, is NaN for such a step.
         """
         mapping = replace(self._mapping, init_state=_beside_its_parameter(self._mapping))
-        step = functools.partial(self._step_on_cuda, core_stepper(mapping), skipped, for_good)
+        step = functools.partial(self._step_on_cuda, core_stepper(mapping), (skipped, for_good, told))
 
         def step_or_skip(param_groups: ParamGroups, state: State, *scale: Any) -> Tensor | str | None:
             if _begins_dampened(param_groups, state):
@@ -177,13 +180,12 @@ class Stepper:
         if not norm.isfinite().item() or (for_good and skipped.item()):
             skipped += 1
             return norm if clipping[0] >= 0.0 else None
-        return self._step_on_cuda(self._core, None, False, param_groups, state, grad_scale, *clipping)
+        return self._step_on_cuda(self._core, None, param_groups, state, grad_scale, *clipping)
 
     def _step_on_cuda(
         self,
         core: _core.Stepper,
-        skipped: Tensor | None,
-        for_good: bool,
+        skipping: Skipping | None,
         param_groups: ParamGroups,
         state: State,
         grad_scale: float | Tensor,
@@ -195,7 +197,7 @@ class Stepper:
         with torch.cuda.device(self.device):
             if _is_capturing(self.device) and (why_not := _why_not_captured(param_groups)):
                 return why_not
-            context, norm = _cuda_context(self.device, with_norm or skipped is not None, factor, skipped, for_good)
+            context, norm = _cuda_context(self.device, with_norm or skipping is not None, factor, skipping)
             refusal = core.step_on_cuda(param_groups, state, scale, max_norm, clip_value, context)
         return refusal if refusal is not None or not with_norm else norm
 
@@ -248,8 +250,7 @@ def _cuda_context(
     device: torch.device,
     with_norm: bool,
     factor: Tensor | None = None,
-    skipped: Tensor | None = None,
-    for_good: bool = False,
+    skipping: Skipping | None = None,
 ) -> tuple[_core.CudaContext, Tensor | None]:
     """Torch's current stream there, and memory from its caching allocator, which is safe on that stream."""
     if factor is not None:
@@ -258,7 +259,8 @@ def _cuda_context(
     stream = torch.cuda.current_stream(device)
     workspace = functools.partial(torch.empty, dtype=torch.float64, device=device)
     capturing = _is_capturing(device)
-    return (stream.device_index, stream.cuda_stream, norm, workspace, factor, skipped, for_good, capturing), norm
+    skipped, for_good, told = skipping or (None, False, False)
+    return (stream.device_index, stream.cuda_stream, norm, workspace, factor, skipped, for_good, capturing, told), norm
 
 
 def _beside_its_parameter(mapping: Mapping) -> Callable[[State, dict[str, Any], Tensor], None]:

@@ -258,7 +258,7 @@ class AdoptedOptimizer:
         self._class_step = type(optimizer).step
         self._own_zero_grad = _function(optimizer.zero_grad) is not Optimizer.zero_grad
         self._core_step: ops.Step = _refuse
-        self._leaves_out_on_device = False
+        self._skips_on_device = False
         self._bound_clipping = self._norm_type, self._per_group
         name = type(optimizer).__name__
         mapping, why_not = _mapping_of(optimizer)
@@ -266,10 +266,10 @@ class AdoptedOptimizer:
             stepper = mapping.stepper(self.device)
             why_not = stepper.refusal(optimizer.param_groups)
             self._core_step = stepper.step
+            self._skips_on_device = stepper.skips_on_device
             if self.guard is not None:
                 check_nonfinite(self.guard.nonfinite, stepper.device)
                 self._core_step = guarded(stepper, self.guard)
-                self._leaves_out_on_device = stepper.skips_on_device
             if self._per_group or self._norm_type != 2.0:
                 self._core_step = _clipped_outside(self._core_step, self._norm_type, self._per_group)
         self.compiled, self._why_not = not why_not, why_not
@@ -281,9 +281,9 @@ class AdoptedOptimizer:
             self.reason = f"{name}: its own step, because {why_not}"
 
     @property
-    def leaves_out_on_device(self) -> bool:
-        """Whether the next step that the guard leaves out is left out by a GPU, and the host never knows."""
-        return self._leaves_out_on_device and self.compiled and not has_step_hooks(self.optimizer)
+    def skips_on_device(self) -> bool:
+        """Whether a guard has the next step left out by a GPU itself, and the host need not know."""
+        return self._skips_on_device and self.compiled and not has_step_hooks(self.optimizer)
 
     @property
     def device(self) -> torch.device:

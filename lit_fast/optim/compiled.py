@@ -89,8 +89,8 @@ class Compiled(Optimizer):
         inverse: Tensor = torch.ones_like(found) if scale is None else scale.double().reciprocal().float()
         if self._left_out is None or self._left_out.device != stepper.device:
             self._left_out = torch.zeros((), dtype=torch.int64, device=stepper.device)
-        step = stepper.skipping(self._left_out, for_good=False)
-        factor = torch.where(found > 0.0, torch.nan, inverse)
+        step = stepper.skipping(self._left_out, told=True)
+        factor = torch.where(found == 0.0, inverse, torch.nan)
         refusal = step(self.param_groups, self.state, factor, ops.NO_CLIPPING, ops.NO_CLIPPING)
         if isinstance(refusal, str) and not found.item():
             ops.scale_gradients_(self.param_groups, inverse)

@@ -45,11 +45,14 @@ class Guard:
 
     Attributes:
         nonfinite: "skip" or "raise".
+        told: whether on a GPU `grad_scale` says which steps those are, by NaN, and no gradient is read to know.
 
     Args:
         named_parameters: gives names to the parameters in the error; without it, or for one that it does not know, the
             names are those of the param group, or else its place there.
     """
+
+    told = False
 
     def __init__(self, nonfinite: str, named_parameters: NamedParameters | None = None) -> None:
         self.nonfinite = nonfinite
@@ -151,7 +154,7 @@ def _left_out_by_host(stepper: Stepper, guard: Guard) -> Step:
 def _left_out_by_device(stepper: Stepper, guard: Guard) -> Step:
     """An error comes as soon as the host knows without waiting."""
     device = stepper.device
-    step = stepper.skipping(guard.counted_on(device), for_good=guard.nonfinite == "raise")
+    step = stepper.skipping(guard.counted_on(device), guard.nonfinite == "raise", guard.told)
     if guard.nonfinite == "skip":
         return step
 

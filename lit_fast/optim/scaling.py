@@ -39,7 +39,8 @@ def is_torchs_own(scaler: torch.amp.GradScaler) -> bool:
 class LossScale(Guard):
     """What one optimizer's steps take from a GradScaler and tell it, without waiting for a GPU.
 
-    As a guard of the steps it counts those that are left out, as the scaler asks for.
+    As a guard of the steps it counts those that are left out, as the scaler asks for. `told`: it is asked to unscale
+    before each of them, and knows which they are.
 
     Args:
         scaler: torch's own, see `is_torchs_own`.
@@ -53,9 +54,8 @@ class LossScale(Guard):
 
     @property
     def in_registers(self) -> bool:
-        """Whether the step itself can unscale, and leave itself out. Otherwise the scaler unscales in memory first, and
-        the host looks at what it has found."""
-        return self._kernels in ("CPU", "CUDA") and self.adopted.compiled
+        """Whether the step itself may unscale, and find out whether to be left out. Otherwise the scaler does."""
+        return self._kernels in ("CPU", "CUDA") and self.adopted.compiled and not self.told
 
     def step(self, step: Callable[..., Any], grad_scale: float | Tensor = 1.0) -> Any:
         """`step(grad_scale=...)` as `scaler.step(optimizer)` would take it, before or behind its `unscale_`.
@@ -86,10 +86,10 @@ class LossScale(Guard):
         return result
 
     def _step_unless(self, found: dict[torch.device, Tensor], step: Callable[..., Any], grad_scale: Any) -> Any:
-        if self.adopted.leaves_out_on_device and self.adopted.guard is self:
+        if self.adopted.skips_on_device and self.adopted.guard is self:
             (infinite,) = found.values()  # a compiled step is on one device
             # An infinity that was clipped by value since is none any more: what the scaler has found decides.
-            return step(grad_scale=torch.where(infinite > 0.0, torch.nan, grad_scale))
+            return step(grad_scale=torch.where(infinite == 0.0, grad_scale * torch.ones_like(infinite), torch.nan))
         if not any(infinite.item() for infinite in found.values()):
             return step(grad_scale=grad_scale)
         self.refuse(self.adopted.optimizer.param_groups)

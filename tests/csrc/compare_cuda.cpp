@@ -210,10 +210,9 @@ std::vector<Storage> storages() {
     return possible;
 }
 
-// Their norm is infinite in float32, and the step is taken.
-void huge_gradients_are_finite() {
-    std::vector<float> param(64, 1.0F), grad(64, 3e38F);
-    const Case& c = all()[5];  // SGD alone: p - lr * g
+// p - lr * g
+StepBatch plain_sgd(std::vector<float>& param, std::vector<float>& grad) {
+    const Case& c = all()[5];
     StepBatch batch;
     batch.formula = c.id;
     batch.coefficients.push_back(c.coefficients(c.options));
@@ -221,9 +220,16 @@ void huge_gradients_are_finite() {
     StepTask task;
     task.param = param.data();
     task.grad = grad.data();
-    task.numel = task.body = 64;
+    task.numel = task.body = static_cast<std::int64_t>(param.size());
     task.form = c.form;
     batch.tasks.push_back(task);
+    return batch;
+}
+
+// Their norm is infinite in float32, and the step is taken.
+void huge_gradients_are_finite() {
+    std::vector<float> param(64, 1.0F), grad(64, 3e38F);
+    const StepBatch batch = plain_sgd(param, grad);
     float norm = 0.0F;
     std::int64_t skipped = 0;
     CudaClip clip;
@@ -232,6 +238,24 @@ void huge_gradients_are_finite() {
     cuda_step(batch, {{grad.data(), 64, Dtype::float32}}, clip, workspace, {});
     tally.expect(std::isinf(norm) && skipped == 0);
     for (const float p : param) tally.expect(p == __builtin_fmaf(3e38F, -0.1F, 1.0F));
+}
+
+// Whether the step is left out comes as a factor, for which no gradient is read; what it is is in the gradients then.
+void a_factor_that_is_nan_leaves_out() {
+    for (const float factor : {1.0F, NAN}) {
+        std::vector<float> param(64, 1.0F), grad(64, INFINITY);
+        const StepBatch batch = plain_sgd(param, grad);
+        float norm = 1.0F;
+        std::int64_t skipped = 0;
+        CudaClip clip;
+        clip.norm = &norm;
+        clip.skipped = &skipped;
+        clip.factor = &factor;
+        cuda_step(batch, {}, clip, workspace, {});
+        const bool taken = !std::isnan(factor);
+        tally.expect(skipped == (taken ? 0 : 1));
+        for (const float p : param) tally.expect(p == (taken ? -INFINITY : 1.0F));
+    }
 }
 
 void compare_norm_and_scale(const std::vector<Dtype>& dtypes, const std::vector<Size>& sizes) {
@@ -302,6 +326,7 @@ int main() {
         }
     }
     huge_gradients_are_finite();
+    a_factor_that_is_nan_leaves_out();
     compare_norm_and_scale({Dtype::float32}, long_ones);
     compare_norm_and_scale({Dtype::bfloat16, Dtype::float16, Dtype::float32}, long_ones);
     compare_norm_and_scale({Dtype::float32}, many);

@@ -22,7 +22,7 @@ class StandIn:
         self.check_parameters, self.step, self.step_if_finite = core.check_parameters, core.step, core.step_if_finite
 
     def step_on_cuda(self, groups: Any, state: Any, scale: float, max_norm: float, clip_value: float, cuda: Any) -> Any:
-        _, _, norm, workspace, factor, skipped, for_good, _ = cuda
+        _, _, norm, workspace, factor, skipped, for_good, _, told = cuda
         assert callable(workspace) and (norm is not None or (skipped is None and max_norm < 0.0))
         scale *= 1.0 if factor is None else factor.item()
         if skipped is None:
@@ -30,6 +30,10 @@ class StandIn:
         if for_good and skipped.item():
             skipped += 1
             return None
+        if told and max_norm < 0.0:
+            assert factor is not None
+            skipped += int(factor.isnan())
+            return None if factor.isnan() else self._core.step(groups, state, scale, max_norm, clip_value)
         found = self._core.step_if_finite(groups, state, scale, max_norm, clip_value)
         if isinstance(found, str):
             return found

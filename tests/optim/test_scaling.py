@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 import lit_fast.optim as ours
 from lit_fast.errors import MisconfigurationException
 from lit_fast.optim import adopt
+from lit_fast.optim.scaling import LossScale
 
 INF, NAN = float("inf"), float("nan")
 STEPS = [None, INF, None, None, None, NAN, None, -INF, None, None, None, None]  # what one gradient holds in each step
@@ -126,6 +127,81 @@ def test_bit_equal_where_the_device_decides(kind: str, limit: float | None, unsc
     clip = None if limit is None else lambda params: clip_grad_value_(params, limit)
     mine = loop(MAKERS[kind], of_ours(unscale, clip_value=limit))
     assert_same_loops(mine, loop(MAKERS[kind], of_torch(clip)))
+
+
+@pytest.mark.parametrize("on_device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("kind", ["adamw", "dampened"])
+def test_what_was_seen_between_decides_on_nothing(kind: str, on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where hooks look under the Trainer. Clipped by value, an infinite gradient has become a number."""
+    if on_device:
+        stand_in_for_cuda(monkeypatch)
+
+    def watched(own: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+        adopted = adopt(optimizer)
+        loss_scale = LossScale(own, adopted)
+        loss_scale.told = True
+        if on_device:
+            adopted.set_guard(loss_scale)
+
+        def step() -> None:
+            own.unscale_(optimizer)
+            clip_grad_value_(optimizer.param_groups[0]["params"], 0.25)
+            loss_scale.step(adopted.step)
+
+        return step
+
+    assert_same_loops(
+        loop(MAKERS[kind], watched), loop(MAKERS[kind], of_torch(lambda params: clip_grad_value_(params, 0.25)))
+    )
+
+
+@pytest.mark.parametrize("options", [{"norm_type": INF}, {"norm_type": 1.0}, {"per_group": True}], ids=str)
+def test_clipped_by_other_norms(options: Any) -> None:
+    """The norm is that of the unscaled gradients, and steps with a gradient that is no number are left out."""
+    plain = loop(MAKERS["momentum"], of_ours(max_norm=0.5, **options))
+    with_numbers = parameters()
+    adopted = adopt(MAKERS["momentum"](with_numbers), max_norm=0.5, **options)
+    for number, bad in enumerate(STEPS):
+        set_gradients(with_numbers, number, 1.0)
+        if bad is None:
+            adopted.step()
+    assert all(map(torch.equal, plain[0], with_numbers))
+
+
+def test_muon() -> None:
+    results = []
+    for bad_steps in (True, False):
+        own, params = scaler(), parameters()
+        adopted = adopt(ours.Muon(params, lr=0.1), scaler=own)
+        assert adopted.compiled
+        for number, bad in enumerate(STEPS):
+            set_gradients(params, number, own.get_scale(), bad)
+            if bad is None or bad_steps:
+                adopted.step()
+                own.update()
+        results.append(params)
+    assert all(map(torch.equal, *results))
+
+
+def test_a_resumed_loop_is_the_uninterrupted_one() -> None:
+    """With a checkpoint behind every step: of the scaler and of the optimizer, as torch's loops save them."""
+    params, own, saved = parameters(), scaler(), None
+    for number, bad in enumerate(STEPS):
+        own = torch.amp.GradScaler("cpu", growth_interval=3)
+        if saved is not None:
+            own.load_state_dict(saved[0])
+        own.scale(torch.zeros(()))
+        optimizer = MAKERS["adamw"](params)
+        adopted = adopt(optimizer, scaler=own)
+        if saved is not None:
+            optimizer.load_state_dict(saved[1])
+        set_gradients(params, number, own.get_scale(), bad)
+        adopted.step()
+        own.update()
+        saved = own.state_dict(), optimizer.state_dict()
+    straight = loop(MAKERS["adamw"], of_ours())
+    assert own.state_dict() == straight[1][-1]
+    assert all(map(torch.equal, params, straight[0]))
 
 
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscaled"])
