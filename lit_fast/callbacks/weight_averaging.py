@@ -99,7 +99,7 @@ class WeightAveraging(Callback):
             # was; torch's functions over lists of tensors do not mix dtypes.
             share = self._share
             average.multi_avg_fn = None
-            average.avg_fn = lambda ours, theirs, n: torch.lerp(ours, theirs.to(ours.dtype), share(int(n)))
+            average.avg_fn = lambda ours, theirs, n: _between(ours, theirs, share(int(n)))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         steps = trainer.global_step
@@ -183,6 +183,12 @@ class WeightAveraging(Callback):
         _copy(average, current)
         _copy(current, kept)
         self._swapped = not self._swapped
+
+
+def _between(ours: Tensor, theirs: Tensor, share: float) -> Tensor:
+    if ours.is_floating_point() or ours.is_complex():
+        return torch.lerp(ours, theirs.to(ours.dtype), share)
+    return ours * (1 - share) + theirs * share  # counters of batches, which have no `lerp`; torch truncates them, too
 
 
 def _copy(into: list[Tensor], source: list[Tensor]) -> None:

@@ -185,6 +185,25 @@ def test_weights_of_16_bits_have_an_average_of_32() -> None:
         close(callback._average_model.module.parameters(), average, 5)
 
 
+def test_counters_among_the_buffers_are_averaged_as_in_32_bits() -> None:
+    class Normed(Validated):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(8)
+
+        def loss(self, batch: Any) -> Tensor:
+            return self.net(self.norm(batch)).float().square().mean()
+
+    for make in (WeightAveraging, lambda: EMAWeightAveraging(decay=0.25)):
+        counted = []
+        for precision in ("32-true", "bf16-true"):
+            model = Normed()
+            trainer(callbacks=[make()], max_epochs=1, precision=precision).fit(model, batches(5), batches(1))
+            assert model.norm.num_batches_tracked is not None
+            counted.append(model.norm.num_batches_tracked.item())
+        assert counted[0] == counted[1]
+
+
 def test_a_step_runs_one_kernel_a_dtype_and_no_copies_of_the_weights() -> None:
     """The moving average reads and writes each weight once: torch's formula for single tensors does so three times."""
     callback = EMAWeightAveraging()
