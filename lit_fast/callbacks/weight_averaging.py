@@ -65,6 +65,7 @@ class WeightAveraging(Callback):
         self._latest_update_step = 0  # optimizer steps taken when the average was last updated after a step
         self._latest_update_epoch = -1
         self._swapped = False  # the module holds the average, and `_average_model` the weights being trained
+        self._unrounded: dict[str, Tensor] = {}  # while swapped: what the module holds of the average in fewer bits
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether to update the average now. Asked after every optimizer step and at the end of every training epoch.
@@ -145,7 +146,7 @@ class WeightAveraging(Callback):
         average = {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
         current = checkpoint["state_dict"]
         if self._swapped:  # saved in the middle of a validation
-            average, current = current, average
+            average, current = {**current, **self._unrounded}, average
         checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
         checkpoint["averaging_state"] = {k: value for k, value in state.items() if not k.startswith(_PREFIX)}
 
@@ -168,20 +169,23 @@ class WeightAveraging(Callback):
             )
             average.module.load_state_dict(weights, strict=False)
 
-    def _pairs(self, pl_module: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters and buffers of the average, and those of the module, in the same order."""
+    def _pairs(self, pl_module: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and buffers of the average, and those of the module, by name, in the same order."""
         assert self._average_model is not None
         module = self._average_model.module
         average = dict(chain(module.named_parameters(), module.named_buffers()))
         current = dict(chain(pl_module.named_parameters(), pl_module.named_buffers()))
         names = [name for name in current if name in average]
-        return [average[name].detach() for name in names], [current[name].detach() for name in names]
+        return {name: average[name].detach() for name in names}, {name: current[name].detach() for name in names}
 
     def _swap(self, pl_module: Any) -> None:
         average, current = self._pairs(pl_module)
-        kept = [tensor.clone() for tensor in average]
-        _copy(average, current)
-        _copy(current, kept)
+        unrounded, self._unrounded = self._unrounded, {}
+        if not self._swapped:
+            self._unrounded = {n: kept.clone() for n, kept in average.items() if kept.dtype != current[n].dtype}
+        held = {name: tensor.clone() for name, tensor in current.items()}
+        _copy(current, average)
+        _copy(average, held | unrounded)
         self._swapped = not self._swapped
 
 
@@ -191,9 +195,9 @@ def _between(ours: Tensor, theirs: Tensor, share: float) -> Tensor:
     return ours * (1 - share) + theirs * share  # counters of batches, which have no `lerp`; torch truncates them, too
 
 
-def _copy(into: list[Tensor], source: list[Tensor]) -> None:
+def _copy(into: dict[str, Tensor], source: dict[str, Tensor]) -> None:
     if into:
-        torch._foreach_copy_(into, source)
+        torch._foreach_copy_(list(into.values()), [source[name] for name in into])
 
 
 class EMAWeightAveraging(WeightAveraging):

@@ -185,6 +185,28 @@ def test_weights_of_16_bits_have_an_average_of_32() -> None:
         close(callback._average_model.module.parameters(), average, 5)
 
 
+def test_a_validation_does_not_round_the_average_to_16_bits(tmp_path: Path) -> None:
+    class Half(Validated):
+        def loss(self, batch: Any) -> Tensor:
+            return self.net(batch).float().square().mean()
+
+    class SavesWhileSwapped(Callback):
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    averages = []
+    for every in (1, 5):
+        callback = EMAWeightAveraging(decay=0.999)
+        options: dict[str, Any] = {"val_check_interval": every, "num_sanity_val_steps": 0, "precision": "bf16-true"}
+        made = trainer(callbacks=[callback, SavesWhileSwapped()], max_epochs=1, **options)
+        made.fit(Half(), batches(5), batches(1))
+        assert callback._average_model is not None
+        averages.append(list(callback._average_model.module.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*averages, strict=True))
+    saved = torch.load(tmp_path / "inside.ckpt")["state_dict"].values()
+    assert all(torch.equal(a, b) for a, b in zip(averages[0], saved, strict=True))
+
+
 def test_counters_among_the_buffers_are_averaged_as_in_32_bits() -> None:
     class Normed(Validated):
         def __init__(self) -> None:
