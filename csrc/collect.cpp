@@ -360,8 +360,13 @@ bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* 
         refusal = "a parameter or gradient " + cause;
         return false;
     }
-    if (!p.dense() || !p.same_layout(g)) {
-        refusal = "a parameter and its gradient are not dense or differ in shape or strides";
+    if (!p.dense()) {
+        refusal = "a parameter is not dense in memory";
+        return false;
+    }
+    if (!p.same_layout(g)) {
+        refusal =
+            "a parameter and its gradient differ in shape or strides; copy the gradient into a torch.empty_like(p)";
         return false;
     }
 

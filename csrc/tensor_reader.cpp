@@ -1,5 +1,7 @@
 #include "tensor_reader.h"
 
+#include <string_view>
+
 #include "check.h"
 
 namespace lit_fast {
@@ -43,6 +45,17 @@ bool read_integers(PyObject* tuple, std::int64_t* out, std::int32_t count) {
     if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != count) return false;
     for (std::int32_t d = 0; d < count; ++d) out[d] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple, d));
     return PyErr_Occurred() == nullptr;
+}
+
+// Takes the pending exception of a tensor that cannot be read away. Of a sparse one torch says that it has no storage.
+std::string why_unreadable(PyObject* tensor) {
+    std::string reason = PyErr_Occurred() != nullptr ? take_exception() : "it has no strided memory";
+    const Owned layout(PyObject_GetAttrString(tensor, "layout"));
+    const Owned name(layout ? PyObject_Str(layout.object) : nullptr);
+    const char* utf8 = name ? PyUnicode_AsUTF8(name.object) : nullptr;
+    PyErr_Clear();
+    if (utf8 == nullptr || std::string_view(utf8) == "torch.strided") return reason;
+    return std::string("its layout is ") + utf8;
 }
 
 }  // namespace
@@ -110,12 +123,12 @@ void TensorReader::configure(PyObject* torch, bool use_exchange_api) {
 bool TensorReader::read(PyObject* tensor, TensorView& view, std::string& reason) const {
     if (tensor_from_object_ == nullptr) {
         if (read_attributes(tensor, view)) return true;
-        reason = PyErr_Occurred() != nullptr ? take_exception() : "it has no strided memory";
+        reason = why_unreadable(tensor);
         return false;
     }
     dlpack::Tensor t;
     if (tensor_from_object_(tensor, &t) != 0) {
-        reason = take_exception();
+        reason = why_unreadable(tensor);
         return false;
     }
     if (t.ndim > kMaxDimensions) {

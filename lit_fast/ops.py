@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -361,7 +361,7 @@ def gradient_p_norm(param_groups: ParamGroups, norm_type: float, grad_scale: flo
         return gradient_norm(param_groups, grad_scale)
     gradients = _gradients(param_groups)
     if any(gradient.layout != torch.strided for gradient in gradients):
-        raise KernelError("gradient_p_norm: a gradient is sparse. Make it dense, or clip by value.")
+        raise KernelError("gradient_p_norm: a gradient is sparse. Make it dense.")
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
         return torch.zeros(())
@@ -379,6 +379,16 @@ def scale_gradients_(param_groups: ParamGroups, factor: Tensor) -> None:
     """Multiply all gradients by a 0-dim tensor, which lies on their device or on the CPU."""
     if gradients := _gradients(param_groups):
         torch._foreach_mul_(gradients, factor)
+
+
+def refuse_sparse_gradients(parameters: Iterable[Tensor]) -> None:
+    """Raises a KernelError before clipping by torch, which fails on them with a sentence about its own parts."""
+    for p in parameters:
+        if p.grad is not None and p.grad.layout != torch.strided:
+            raise KernelError(
+                f"The gradient of a parameter of shape {tuple(p.shape)} is sparse ({p.grad.layout}), and torch clips "
+                f"none that is. Leave clipping out, or have it dense: torch.nn.Embedding(sparse=False)."
+            )
 
 
 def _gradients(param_groups: ParamGroups) -> list[Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_fast.ops import Mapping, State
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.storage import fill
 
 
@@ -43,7 +43,7 @@ class Adagrad(Compiled, torch.optim.Adagrad):
         master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
-        MisconfigurationException: a storage option that is not allowed.
+        MisconfigurationException: an option that is not allowed.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Adagrad(Compiled, torch.optim.Adagrad):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
+        check_options({"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps})
         super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
         for group in self.param_groups:

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lit_fast.ops import Mapping, State
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.storage import fill
 
 
@@ -61,7 +61,7 @@ class AdamW(Compiled, torch.optim.AdamW):
         seed: of stochastic rounding and of 8-bit moments.
 
     Raises:
-        MisconfigurationException: a storage option that is not allowed.
+        MisconfigurationException: an option that is not allowed.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
@@ -87,6 +87,7 @@ class AdamW(Compiled, torch.optim.AdamW):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
+        check_options({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 
@@ -111,6 +112,7 @@ class Adam(Compiled, torch.optim.Adam):
         seed: int = 0,
     ) -> None:
         decoupled = {"decoupled_weight_decay": decoupled_weight_decay}
+        check_options({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, **decoupled)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import numbers
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -171,17 +172,17 @@ class AdoptedOptimizer:
     ) -> None:
         """Replace everything about clipping; a limit of None switches one off. Raises as `adopt` does."""
         for name, limit in (("max_norm", max_norm), ("clip_value", clip_value)):
-            if limit is not None and not limit > 0.0:
+            if limit is not None and not _is_positive(limit):
                 raise MisconfigurationException(
-                    f"{name}={limit}: it must be a positive number, or None for no such clipping."
+                    f"{name}={limit!r}: it must be a positive number, or None for no such clipping."
                 )
         if max_norm is not None and clip_value is not None:
             raise MisconfigurationException(
                 f"max_norm={max_norm}, clip_value={clip_value}: gradients are clipped by norm or by value. "
                 "Leave one of them None."
             )
-        if not norm_type > 0.0:
-            raise MisconfigurationException(f"norm_type={norm_type}: it must be a positive number, or infinity.")
+        if not _is_positive(norm_type):
+            raise MisconfigurationException(f"norm_type={norm_type!r}: it must be a positive number, or infinity.")
         if per_group and max_norm is None:
             raise MisconfigurationException("per_group=True clips each group to max_norm, which is None: give it.")
         self._norm_type, self._per_group = float(norm_type), per_group
@@ -391,6 +392,10 @@ class AdoptedOptimizer:
 
     def _own_step(self, grad_scale: float | Tensor, clip: bool) -> Tensor | None:
         self.must_be_compiled()
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                "LBFGS evaluates the loss several times a step: call optimizer.step(closure) itself, without adopt."
+            )
         norm = self._rewrite_gradients(grad_scale, *self._limits(clip))
         with self.around_own_step:
             self.optimizer.step()
@@ -414,6 +419,8 @@ class AdoptedOptimizer:
             except KernelError as error:  # nothing was changed
                 self._give_up(str(error))
         params = [p for group in param_groups for p in group["params"] if p.numel()]  # torch: no inf norm of nothing
+        if clip_value >= 0.0 or max_norm >= 0.0:
+            ops.refuse_sparse_gradients(params)
         if grad_scale != 1.0:
             for p in params:
                 if p.grad is not None:
@@ -449,6 +456,10 @@ def _clipped_outside(core_step: ops.Step, norm_type: float, per_group: bool) -> 
         return torch.stack(norms) if per_group else norms[0]
 
     return step
+
+
+def _is_positive(limit: Any) -> bool:
+    return isinstance(limit, (numbers.Real, Tensor)) and bool(limit > 0.0)  # type: ignore[operator]
 
 
 def _refuse(*_: Any) -> str:

@@ -38,6 +38,7 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float, guard: Guar
             if guard is not None and not all_finite(optimizer.param_groups):
                 guard.refuse(optimizer.param_groups)
                 return
+            ops.refuse_sparse_gradients(parameters)
             if grad_scale != 1.0:
                 torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], grad_scale)
             clip_grad_norm_(parameters, max_norm)

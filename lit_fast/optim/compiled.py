@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,9 +13,32 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_fast import ops
-from lit_fast.errors import KernelError
+from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim.adopt import has_step_hooks, innermost
 from lit_fast.optim.storage import asks_for_storage, check_groups, keep_dtypes_on_load, set_options
+
+# Options that are one number, 0 or more. What else torch's classes ask of theirs, they check themselves.
+_NUMBERS = ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises a MisconfigurationException that names an option of a formula which is none of the numbers allowed."""
+    for name in _NUMBERS:
+        if name in options and not _is_number(options[name]):
+            raise MisconfigurationException(f"{name}={options[name]!r}: it must be a number, 0 or more, and finite.")
+    if "betas" in options:
+        betas = options["betas"]
+        if not isinstance(betas, Iterable) or [_is_number(beta, 1.0) for beta in betas] != [True, True]:
+            raise MisconfigurationException(f"betas={betas!r}: two numbers from 0 to 1, 1 not included.")
+
+
+def _is_number(value: Any, end: float = math.inf) -> bool:
+    """Whether it is a number from 0 to `end`, not included, that a tensor may hold, too."""
+    number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    try:
+        return isinstance(number, numbers.Real) and 0.0 <= float(number) < end
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 class Compiled(Optimizer):
@@ -36,10 +61,20 @@ class Compiled(Optimizer):
         self._refusal = ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; storage options of its own are checked."""
+        """As in torch; options of its own are checked, and a group that is refused is not added."""
         super().add_param_group(param_group)
+        number = len(self.param_groups) - 1
+        try:
+            check_options(self.param_groups[number])
+        except MisconfigurationException as error:
+            del self.param_groups[number]
+            raise MisconfigurationException(f"param group {number}: {error}") from None
         if "state_dtype" in self.defaults:  # not while torch's constructor runs
-            check_groups(self.param_groups, self.mapping.state_keys)
+            try:
+                check_groups(self.param_groups, self.mapping.state_keys)
+            except MisconfigurationException:
+                del self.param_groups[number]
+                raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import Mapping, State
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.storage import fill
 
 
@@ -80,12 +79,6 @@ class Lamb(Compiled):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        if not (lr >= 0.0 and weight_decay >= 0.0 and eps >= 0.0):
-            raise MisconfigurationException(
-                f"lr={lr}, eps={eps}, weight_decay={weight_decay}: all three must be 0 or more."
-            )
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise MisconfigurationException(f"betas={betas}: two numbers from 0 to 1, 1 not included.")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -96,6 +89,7 @@ class Lamb(Compiled):
             "always_adapt": always_adapt,
             "capturable": capturable,
         }
+        check_options(defaults)
         super().__init__(params, defaults)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 

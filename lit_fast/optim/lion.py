@@ -10,16 +10,13 @@ Reference: Chen et al. 2023, "Symbolic discovery of optimization algorithms", ar
 
 from __future__ import annotations
 
-import numbers
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import Mapping, State
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.storage import fill
 
 
@@ -27,12 +24,6 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     entry = state.setdefault(param, {})
     entry.setdefault("step", torch.zeros((), dtype=torch.float32))
     fill(entry, group, param, MAPPING.state_keys)
-
-
-def _is_number(value: Any, end: float) -> bool:
-    """Whether it is a number from 0 to `end`, not included, that a tensor may hold, too."""
-    number: Any = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-    return isinstance(number, numbers.Real) and bool(0.0 <= number < end)  # type: ignore[operator]
 
 
 class Lion(Compiled):
@@ -71,11 +62,8 @@ class Lion(Compiled):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
-        if not all(_is_number(number, sys.float_info.max) for number in (lr, weight_decay)):
-            raise MisconfigurationException(f"lr={lr!r}, weight_decay={weight_decay!r}: both are numbers, 0 or more.")
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(b, 1.0) for b in betas):
-            raise MisconfigurationException(f"betas={betas!r}: two numbers from 0 to 1, 1 not included.")
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        check_options(defaults)
         super().__init__(params, defaults)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 

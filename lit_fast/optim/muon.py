@@ -28,7 +28,7 @@ from lit_fast import ops
 from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import Mapping, ParamGroups, State
 from lit_fast.optim.adamw import MAPPING as ADAMW
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.nonfinite import all_finite
 from lit_fast.optim.storage import DEFAULTS, fill, needs_steps
 
@@ -178,14 +178,10 @@ def _named(ns_dtype: Any) -> Any:
 
 def _check(group: dict[str, Any]) -> None:
     """Raises a MisconfigurationException for options that are not allowed; brings `ns_dtype` into its usual form."""
-    for name in ("lr", "weight_decay", "eps"):
-        if not group[name] >= 0.0:
-            raise MisconfigurationException(f"{name}={group[name]}: it must be 0 or more.")
+    check_options(group)
     if not group["use_muon"]:
-        if len(group["betas"]) != 2 or not all(0.0 <= beta < 1.0 for beta in group["betas"]):
-            raise MisconfigurationException(f"betas={group['betas']}: two numbers from 0 to 1, 1 not included.")
         return
-    if not 0.0 <= group["momentum"] < 1.0:
+    if not group["momentum"] < 1.0:
         raise MisconfigurationException(f"momentum={group['momentum']}: a number from 0 to 1, 1 not included.")
     if len(group["ns_coefficients"]) != 3:
         raise MisconfigurationException(f"ns_coefficients={group['ns_coefficients']}: three numbers.")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import Mapping, State
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.storage import fill
 
 
@@ -60,7 +60,7 @@ class RMSprop(Compiled, torch.optim.RMSprop):
         master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
-        MisconfigurationException: a storage option that is not allowed.
+        MisconfigurationException: an option that is not allowed.
     """
 
     def __init__(
@@ -79,6 +79,7 @@ class RMSprop(Compiled, torch.optim.RMSprop):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
+        check_options({"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "momentum": momentum})
         super().__init__(params, lr, alpha, eps, weight_decay, momentum, centered, maximize=maximize)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from lit_fast.ops import Mapping, State
-from lit_fast.optim.compiled import Compiled
+from lit_fast.optim.compiled import Compiled, check_options
 from lit_fast.optim.storage import fill, needs_steps
 
 
@@ -54,7 +54,7 @@ class SGD(Compiled, torch.optim.SGD):
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`.
 
     Raises:
-        MisconfigurationException: a storage option that is not allowed.
+        MisconfigurationException: an option that is not allowed.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -80,6 +80,7 @@ class SGD(Compiled, torch.optim.SGD):
         rounding: str = "nearest",
         seed: int = 0,
     ) -> None:
+        check_options({"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
 

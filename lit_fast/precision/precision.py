@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_fast.ops import refuse_sparse_gradients
+
 if TYPE_CHECKING:
     from lit_fast.module import LightningModule
 
@@ -155,10 +157,14 @@ class Precision:
             self.clip_grad_by_norm(optimizer, clip_val)
 
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
-        nn.utils.clip_grad_value_(self.main_params(optimizer), clip_val)
+        parameters = list(self.main_params(optimizer))
+        refuse_sparse_gradients(parameters)
+        nn.utils.clip_grad_value_(parameters, clip_val)
 
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
-        nn.utils.clip_grad_norm_(self.main_params(optimizer), clip_val)
+        parameters = list(self.main_params(optimizer))
+        refuse_sparse_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, clip_val)
 
     def main_params(self, optimizer: Optimizer) -> Iterator[nn.Parameter]:
         """The parameters whose gradients are clipped."""

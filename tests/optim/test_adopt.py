@@ -96,12 +96,21 @@ def test_its_own_step_clips_and_steps_as_by_hand(clipping):
         ((0.0, None), "max_norm=0.0"),
         ((float("nan"), None), "max_norm=nan"),
         ((None, -1.0), "clip_value=-1.0"),
+        (("1.0", None), "max_norm='1.0'"),
+        ((None, [1.0]), r"clip_value=\[1.0\]"),
         ((1.0, 1.0), "by norm or by value"),
     ],
 )
 def test_wrong_limits_are_refused(arguments, message):
     with pytest.raises(MisconfigurationException, match=message):
         adopt(torch.optim.SGD(make_params(), lr=0.1), *arguments)
+
+
+def test_an_optimizer_that_needs_a_closure_says_so():
+    params = make_params()
+    adopted = adopt(torch.optim.LBFGS(params))
+    with pytest.raises(MisconfigurationException, match=r"call optimizer\.step\(closure\) itself"):
+        adopted.step()
 
 
 def test_only_optimizers_are_adopted():
@@ -390,7 +399,7 @@ def test_a_sparse_gradient_is_refused():
     def sparse(params, optimizer):
         params[1].grad = params[1].grad.to_sparse()
 
-    refused(lambda p: torch.optim.SGD(p, lr=0.1), sparse, "cannot be read")
+    refused(lambda p: torch.optim.SGD(p, lr=0.1), sparse, "a gradient cannot be read: its layout is torch.sparse_coo")
 
 
 def test_an_option_without_kernel_that_is_set_later_is_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim import adopt
+from lit_fast.optim.clip import step_clipped_by_norm
+from lit_fast.precision import Precision
 
 NORMS = [math.inf, 1.0, 0.5, 3.0, 2.0]
 
@@ -112,15 +115,27 @@ def test_set_clipping_changes_the_norm() -> None:
 
 def test_what_is_refused() -> None:
     optimizer = torch.optim.SGD(make(), lr=0.5)
-    for norm_type in (0.0, -1.0, math.nan):
+    for norm_type in (0.0, -1.0, math.nan, "inf"):
         with pytest.raises(MisconfigurationException, match="positive number, or infinity"):
             adopt(optimizer, max_norm=1.0, norm_type=norm_type)
     with pytest.raises(MisconfigurationException, match="per_group"):
         adopt(optimizer, clip_value=1.0, per_group=True)
     embedding = torch.nn.Embedding(3, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
+    before = embedding.weight.detach().clone()
     with pytest.raises(KernelError, match="sparse"):
         ops.clip_gradients_([{"params": list(embedding.parameters())}], max_norm=1.0, norm_type=1.0)
+    limits: list[dict[str, Any]] = [{"max_norm": 1.0}, {"max_norm": 1.0, "norm_type": math.inf}, {"clip_value": 1.0}]
+    for limit in limits:
+        adopted = adopt(torch.optim.SGD(embedding.parameters(), lr=0.5), **limit)
+        with pytest.warns(UserWarning, match="own step"), pytest.raises(KernelError, match="torch clips none"):
+            adopted.step(grad_scale=0.5)
+    with pytest.raises(KernelError, match="torch clips none"):
+        step_clipped_by_norm(adopt(torch.optim.SGD(embedding.parameters(), lr=0.5)), 1.0)(grad_scale=0.5)
+    for algorithm in ("norm", "value"):
+        with pytest.raises(KernelError, match="torch clips none"):
+            Precision().clip_gradients(torch.optim.SGD(embedding.parameters(), lr=0.5), 1.0, algorithm)
+    assert torch.equal(embedding.weight, before) and embedding.weight.grad.to_dense().max() == 1.0
 
 
 # ---- the second norm of many gradients ----
