@@ -25,7 +25,14 @@ from torch.optim import optimizer as torch_optimizer
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim.nonfinite import Guard, all_finite, check_nonfinite, guarded
-from lit_fast.optim.storage import DEFAULTS, asks_for_storage, convert, keep_dtypes_on_load, set_options
+from lit_fast.optim.storage import (
+    DEFAULTS,
+    asks_for_storage,
+    convert,
+    keep_dtypes_on_load,
+    refuse_cast_states,
+    set_options,
+)
 
 _PRE_HOOKS = torch_optimizer._global_optimizer_pre_hooks
 _profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
@@ -64,7 +71,7 @@ def adopt(
             comes with a later step; counters of steps are kept there then.
         state_dtype, master, rounding, seed: as in `lit_fast.optim.AdamW`, for every param group; what state there is
             already is converted. Left at their defaults, the param groups stay as they are. With them, call `step` of
-            what is returned, never `optimizer.step`.
+            what is returned, never `optimizer.step`, and load a state only after `adopt`: before, torch casts it.
         scaler: has scaled the loss. `step` then does what `scaler.step(optimizer)` does, in one pass with the rest and
             with no host sync: unscale, and leave the step out where a gradient is NaN or infinite. `scaler.update()`
             follows it in the loop, and `scaler.unscale_(optimizer)` may precede it.
@@ -73,7 +80,8 @@ def adopt(
         MisconfigurationException: not an optimizer, both clippings at once, a limit or `norm_type` that is not
             positive, `per_group` without `max_norm`, a `nonfinite` or storage option that there is not; a `scaler`
             that is disabled or overrides torch's, or one beside `nonfinite`.
-        KernelError: storage options for an optimizer or parameters that the core cannot step.
+        KernelError: storage options for an optimizer or parameters that the core cannot step; a state with storage
+            options that was loaded before.
 
     Example:
         >>> model = torch.nn.Linear(32, 2)
@@ -88,6 +96,7 @@ def adopt(
         raise MisconfigurationException(
             f"adopt got a {type(optimizer).__name__}; it takes a torch.optim.Optimizer. Pass that itself."
         )
+    refuse_cast_states(optimizer)
     options = {"state_dtype": state_dtype, "master": master, "rounding": rounding, "seed": seed}
     if options != DEFAULTS:
         _store_as(optimizer, options)

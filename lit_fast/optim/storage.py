@@ -10,8 +10,8 @@
 Beside the names that torch uses, a parameter's state then holds `master` (float32), or `remainder` (int16: what the
 bfloat16 parameter lacks of its float32 value, which is thereby known exactly), and for "8bit" in the place of a moment
 `m` its codes `m_codes` (uint8) and `m_scale` (one float32 for each 256 of them). csrc/formulas/storage.h has the bits.
-`state_dtype` is read when a state is made or loaded: to change it later, set it in the param group and call
-`optimizer.load_state_dict(optimizer.state_dict())`.
+`state_dtype` and `master` are read when a state is made or loaded: to change them later, set them in the param group
+and call `optimizer.load_state_dict(optimizer.state_dict())`.
 
 Random bits are a function of (seed, step, element's index among all elements of the optimizer): the same on any number
 of threads, and after a resume.
@@ -116,7 +116,7 @@ def fill(entry: dict[str, Any], group: dict[str, Any], param: Tensor, moments: I
     """Add what is missing of a parameter's state: zero moments, the master weight or remainder.
 
     Raises:
-        KernelError: steps are counted, but what they have left behind is missing.
+        KernelError: steps are counted, but what they have left behind is missing, or kept in another form.
     """
     kind = group.get("state_dtype")
     for name in moments:
@@ -138,6 +138,11 @@ def fill(entry: dict[str, Any], group: dict[str, Any], param: Tensor, moments: I
     master = group.get("master")
     if param.dtype == torch.float32 or not master or (master if master == "remainder" else "master") in entry:
         return
+    if "master" in entry or "remainder" in entry:
+        raise KernelError(
+            f"The state of a parameter of shape {tuple(param.shape)} keeps its float32 value otherwise than its option "
+            f"master={master!r} asks: optimizer.load_state_dict(optimizer.state_dict()) converts it."
+        )
     if master == "remainder":
         entry["remainder"] = torch.zeros_like(param, dtype=torch.int16)
     else:
@@ -264,6 +269,25 @@ def keep_dtypes_on_load(optimizer: Optimizer) -> None:
     if _before_load not in optimizer._optimizer_load_state_dict_pre_hooks.values():
         optimizer.register_load_state_dict_pre_hook(_before_load)
         optimizer.register_load_state_dict_post_hook(_after_load)
+
+
+def refuse_cast_states(optimizer: Optimizer) -> None:
+    """Raises a KernelError: a state that needs `keep_dtypes_on_load` was loaded without, and is cast by now."""
+    if _before_load in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        return
+    for group in filter(asks_for_storage, optimizer.param_groups):
+        kept = {"master": torch.float32, "remainder": torch.int16}
+        for param in group["params"]:
+            entry = optimizer.state.get(param, {})
+            moments = dict.fromkeys(_moments_in(entry), _DTYPES.get(str(group.get("state_dtype"))))
+            codes = {f"{name}_codes": torch.uint8 for name in moments}
+            for name, dtype in {**kept, **moments, **codes}.items():
+                if isinstance(entry.get(name), Tensor) and dtype not in (None, entry[name].dtype):
+                    raise KernelError(
+                        f"The state of a parameter of shape {tuple(param.shape)} has {name} in {entry[name].dtype}, "
+                        f"and its storage options ask for {dtype}. torch casts what is loaded before `adopt`: adopt "
+                        f"the optimizer first, with the same options, and load the state then."
+                    )
 
 
 def _before_load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:

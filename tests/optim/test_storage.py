@@ -226,6 +226,46 @@ def test_an_option_changed_later_is_refused_until_the_state_is_converted(kind):
     assert optimizer.state[params[1]][f"{name}_codes"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize(("before", "after"), [("float32", "remainder"), ("remainder", "float32")])
+def test_another_master_is_refused_until_the_state_is_converted(before, after):
+    params = weights()
+    optimizer = AdamW(params, lr=1e-3, master=before)
+    optimizer.step()
+    values = [p.detach().clone() for p in params]
+    optimizer.param_groups[0]["master"] = after
+    with pytest.raises(KernelError, match=f"otherwise than its option master='{after}' asks"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(values, params, strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert (before if before == "remainder" else "master") not in optimizer.state[params[0]]
+
+
+STORED = [{"state_dtype": "8bit"}, {"state_dtype": "float32"}, {"master": "float32"}, {"master": "remainder"}]
+
+
+@pytest.mark.parametrize("options", STORED, ids=str)
+def test_a_state_loaded_before_adopt_is_refused_and_after_it_goes_on(options):
+    params = weights()
+    adopted = adopt(torch.optim.AdamW(params), **options)
+    adopted.step()
+    state = copy.deepcopy(adopted.optimizer.state_dict())
+    again = [Parameter(p.detach().clone()) for p in params]
+    optimizer = torch.optim.AdamW(again)
+    optimizer.load_state_dict(copy.deepcopy(state))
+    for same in ({}, options):
+        with pytest.raises(KernelError, match="adopt the optimizer first, with"):
+            adopt(optimizer, **same)
+    optimizer = torch.optim.AdamW(again)
+    resumed = adopt(optimizer, **options)
+    optimizer.load_state_dict(state)
+    for each in (params, again):
+        set_gradients(each, seed=8)
+    adopted.step()
+    resumed.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+
+
 def test_masters_become_remainders_and_back_without_loss():
     params = weights()
     adopted = adopt(torch.optim.AdamW(params), master="float32")
