@@ -191,11 +191,11 @@ PYBIND11_MODULE(_core, m) {
              })
         .def("hand_over",
              [](lf::Stepper& self, const py::handle& param_groups, const py::handle& state, int cuda_device,
-                std::int64_t chunk, const py::handle& launch) {
+                std::int64_t chunk, bool skips, const py::handle& launch) {
                  const Place place(cuda_device);
                  return python_errors([&] {
                      return result_object(
-                         self.hand_over(param_groups.ptr(), state.ptr(), {launch.ptr(), chunk}, place.get()));
+                         self.hand_over(param_groups.ptr(), state.ptr(), {launch.ptr(), chunk, skips}, place.get()));
                  });
              })
         .def("check_step",

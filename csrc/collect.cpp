@@ -189,17 +189,18 @@ bool Stepper::read_beside(PyObject* entry, PyObject* key, const TensorView& like
     return true;
 }
 
-bool Stepper::counts_on_host(PyObject* entry) const {
+bool Stepper::counts_elsewhere(PyObject* entry, const TensorView& like) const {
     PyObject* counter = get_item(entry, mapping_.step_key);
     TensorView view;
     std::string unused;
     const TensorReader& reader = torch_side().reader;
     return counter != nullptr && reader.plain(counter) && reader.read(counter, view, unused) &&
-           view.device == Device::cpu;
+           view.device != like.device;
 }
 
 // step: this step's number, or 0 where only the device knows it (then task.step points to it).
-bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal) {
+bool Stepper::read_counter(PyObject* entry, const TensorView& like, StepTask& task, double& step,
+                           std::string& refusal) {
     const TensorReader& reader = torch_side().reader;
     PyObject* counter = get_item(entry, mapping_.step_key);
     TensorView view;
@@ -215,13 +216,13 @@ bool Stepper::read_counter(PyObject* entry, StepTask& task, double& step, std::s
     refs_.keep(counter);
     written_.push_back(counter);
     auto* value = static_cast<float*>(view.data);
-    if (view.device == Device::cpu && cuda_ != nullptr && (cuda_->skips() || cuda_->capturing)) {
+    if (view.device != like.device && (skips_ || cuda_->capturing)) {
         refusal = "the state " + text_of(mapping_.step_key) + " is on the CPU, which would count " +
                   (cuda_->capturing ? "no step that a CUDA graph replays" : "a step that the device leaves out");
         return false;
     }
     ranges_.push_back({value, value + 1, true, number_});
-    if (view.device != Device::cpu) {
+    if (view.device != Device::cpu || skips_) {
         task.step = value;
         return true;
     }
@@ -252,12 +253,11 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     const bool lacks_master = task.storage.master != Master::none && (absent || get_item(entry, master_key) == nullptr);
     const bool draws = group.stochastic || group.state == Dtype::uint8;
     const bool lacks_step = draws && !absent && get_item(entry, mapping_.step_key) == nullptr;
-    const bool skips = cuda_ != nullptr && cuda_->skips();
-    const bool must_move_step = skips && !absent && counts_on_host(entry);
+    const bool must_move_step = skips_ && !absent && counts_elsewhere(entry, like);
     if (absent || missing != 0 || lacks_master || lacks_step || must_move_step) {
         init_state(state, group.object, param);
         // Whether a step that may have been left out was the first one, only the device knows: new states are zeros.
-        first = missing != 0 && !skips;
+        first = missing != 0 && !skips_;
         entry = get_item(state, param);
     }
     bool any = false;
@@ -310,7 +310,7 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
         task.master = view.data;
     }
     if (info_->counts_steps || group.stochastic || task.storage.state == Dtype::uint8) {
-        return read_counter(entry, task, step, refusal);
+        return read_counter(entry, like, task, step, refusal);
     }
     return true;
 }
@@ -551,7 +551,7 @@ std::string Stepper::check_parameters(PyObject* param_groups, bool by_table, boo
 }
 
 std::string Stepper::check_step(PyObject* param_groups, PyObject* state, bool by_table, const CudaContext* cuda) {
-    return collected(param_groups, state, cuda,
+    return collected(param_groups, state, cuda, false,
                      [&](StepResult& result) {
                          if (by_table) fits_table(result.refusal);
                          return false;

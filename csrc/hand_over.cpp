@@ -63,7 +63,7 @@ bool Stepper::fits_table(std::string& refusal) const {
 
 StepResult Stepper::hand_over(PyObject* param_groups, PyObject* state, const Launcher& launcher,
                               const CudaContext* cuda) {
-    return collected(param_groups, state, cuda, [&](StepResult& result) {
+    return collected(param_groups, state, cuda, launcher.skips, [&](StepResult& result) {
         if (!fits_table(result.refusal)) return false;
         Table table;
         for (const StepTask& task : batch_.tasks) table.add(task, launcher.chunk);

@@ -121,7 +121,7 @@ Stepper::~Stepper() {
 }
 
 StepResult Stepper::step(PyObject* param_groups, PyObject* state, const Clipping& clipping, const CudaContext* cuda) {
-    return collected(param_groups, state, cuda, [&](StepResult& result) {
+    return collected(param_groups, state, cuda, cuda != nullptr && cuda->skips(), [&](StepResult& result) {
         const bool with_norm = clipping.max_norm >= 0.0 || clipping.only_finite;
         if (cuda == nullptr) {
             const GradientScale scale = cpu_clip(grads_, elements_, clipping, with_norm, result);

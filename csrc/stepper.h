@@ -65,6 +65,7 @@ struct CudaContext {
 struct Launcher {
     PyObject* launch = nullptr;
     std::int64_t chunk = 0;  // elements that one program of a kernel takes
+    bool skips = false;      // of a step: the kernels decide whether it is taken
 };
 
 // What kernels outside the core work on, as 64-bit words that go to the device in one copy. Rows first, then options.
@@ -154,8 +155,10 @@ class Stepper {
     };
 
     // Everything that surrounds the arithmetic, which is work(result) -> whether it was done.
+    // skips: kernels decide whether the step is taken, and so they count it.
     template <class Work>
-    StepResult collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, const Work& work);
+    StepResult collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, bool skips,
+                         const Work& work);
     bool collect(PyObject* param_groups, PyObject* state, std::string& refusal);
     bool collect_parameter(const Group& group, Py_ssize_t index, PyObject* param, PyObject* state,
                            std::string& refusal);
@@ -164,8 +167,8 @@ class Stepper {
     bool read_group(PyObject* object, Py_ssize_t place, Group& group, std::string& refusal) const;
     bool read_storage(PyObject* object, Group& group, std::string& refusal) const;
     bool read_options(PyObject* group, double* options, std::string& refusal) const;
-    bool counts_on_host(PyObject* entry) const;
-    bool read_counter(PyObject* entry, StepTask& task, double& step, std::string& refusal);
+    bool counts_elsewhere(PyObject* entry, const TensorView& like) const;
+    bool read_counter(PyObject* entry, const TensorView& like, StepTask& task, double& step, std::string& refusal);
     bool read_beside(PyObject* entry, PyObject* key, const TensorView& like, TensorView& view, std::string& refusal);
     unsigned missing_states(PyObject* entry, unsigned form) const;
     bool fits_table(std::string& refusal) const;
@@ -188,7 +191,8 @@ class Stepper {
     std::int64_t elements_ = 0;
     Py_ssize_t number_ = 0;              // of the parameter that is looked at
     std::uint64_t first_index_ = 0;      // of the next parameter, see StepTask
-    const CudaContext* cuda_ = nullptr;  // during a step
+    const CudaContext* cuda_ = nullptr;  // during a step, and
+    bool skips_ = false;                 // as `collected` has it
     double last_step_ = -1.0;
     bool last_first_ = false;
 };
@@ -224,12 +228,14 @@ void increment_versions(const std::vector<PyObject*>& tensors);
 void release_gradients(PyObject* param_groups);
 
 template <class Work>
-StepResult Stepper::collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, const Work& work) {
+StepResult Stepper::collected(PyObject* param_groups, PyObject* state, const CudaContext* cuda, bool skips,
+                              const Work& work) {
     struct Release {
         References& refs;
         ~Release() { refs.clear(); }
     } release{refs_};
     cuda_ = cuda;
+    skips_ = skips;
     StepResult result;
     if (!PyDict_Check(state)) throw KernelError("optimizer.state is not a dict.");
     bool done = false;

@@ -88,6 +88,7 @@ class Stepper:
         state: dict[Tensor, Any],
         cuda_device: int,
         chunk: int,
+        skips: bool,
         launch: Launch,
         /,
     ) -> str | None: ...

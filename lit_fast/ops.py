@@ -107,7 +107,7 @@ class Stepper:
         self._mapping = mapping
         self._core = core_stepper(mapping)
         kernels, why = kernels_for(device)
-        self.skips_on_device = kernels == "CUDA"
+        self.skips_on_device = kernels in ("CUDA", "Triton")
         self.where = _core.build_info()["cpu_target"] if kernels == "CPU" else str(device)
         self._why_not = "" if kernels else why
         self.step: Step = self._core.step
@@ -117,7 +117,7 @@ class Stepper:
         elif kernels == "Triton":
             self.where = f"{device} by Triton, because {why}"
             self._formula, self._why_not = triton.formula_named(mapping.formula, formulas()[mapping.formula]["options"])
-            self.step = self._step_by_triton
+            self.step = functools.partial(self._step_by_triton, self._core, None)
         if self._why_not:
             self.step = lambda *_: self._why_not
         self._by_table = kernels == "Triton"
@@ -141,7 +141,7 @@ class Stepper:
         return why_not or self._core.check_step(param_groups, state, self._by_table, index, capturing)
 
     def skipping(self, skipped: Tensor, for_good: bool = False, told: bool = False) -> Step:
-        """`step` on CUDA, with everything left as it is where a gradient is NaN or infinite: only the device knows.
+        """`step` on a GPU, with everything left as it is where a gradient is NaN or infinite: only the device knows.
 
         Counters of steps lie there then; those of earlier steps are moved. A new momentum begins at zero, not with the
         gradient: the first step is the same unless it is dampened, and for that one the host waits.
@@ -151,10 +151,13 @@ class Stepper:
             for_good: whether after the first such step no other is taken.
             told: it is not looked for in the gradients: `grad_scale`, a tensor, is NaN for such a step.
         """
+        if self._why_not:
+            return self.step
         mapping = replace(self._mapping, init_state=_beside_its_parameter(self._mapping))
-        step = functools.partial(self._step_on_cuda, core_stepper(mapping), (skipped, for_good, told))
+        take = self._step_by_triton if self._by_table else self._step_on_cuda
+        step = functools.partial(take, core_stepper(mapping), (skipped, for_good, told))
 
-        def step_or_skip(param_groups: ParamGroups, state: State, *scale: Any) -> Tensor | str | None:
+        def step_or_skip(param_groups: ParamGroups, state: State, *scale: Any) -> Tensor | float | str | None:
             if _begins_dampened(param_groups, state):
                 return self._first_step(param_groups, state, skipped, for_good, *scale)
             return step(param_groups, state, *scale)
@@ -169,7 +172,7 @@ class Stepper:
         for_good: bool,
         grad_scale: float | Tensor,
         *clipping: float,
-    ) -> Tensor | str | None:
+    ) -> Tensor | float | str | None:
         """The step with which a dampened momentum begins, which is not dampened: the host must know if it is taken."""
         if _is_capturing(self.device):
             return "its first step is not dampened, and a CUDA graph is being captured, which would repeat it"
@@ -180,7 +183,7 @@ class Stepper:
         if not norm.isfinite().item() or (for_good and skipped.item()):
             skipped += 1
             return norm if clipping[0] >= 0.0 else None
-        return self._step_on_cuda(self._core, None, param_groups, state, grad_scale, *clipping)
+        return self.step(param_groups, state, grad_scale, *clipping)
 
     def _step_on_cuda(
         self,
@@ -202,17 +205,25 @@ class Stepper:
         return refusal if refusal is not None or not with_norm else norm
 
     def _step_by_triton(
-        self, param_groups: ParamGroups, state: State, grad_scale: float | Tensor, max_norm: float, clip_value: float
+        self,
+        core: _core.Stepper,
+        skipping: Skipping | None,
+        param_groups: ParamGroups,
+        state: State,
+        grad_scale: float | Tensor,
+        max_norm: float,
+        clip_value: float,
     ) -> Tensor | str | None:
         from lit_fast.triton.launch import Work
 
         if _is_capturing(self.device):
             # A graph would copy the table anew at each replay, from memory that nothing keeps for it.
             return "a CUDA graph is being captured, and the Triton kernels read a table that the host writes"
-        norm = torch.empty((), dtype=torch.float32, device=self.device) if max_norm >= 0.0 else None
-        work = Work(self.device, grad_scale, max_norm, clip_value, norm, self._formula)
-        refusal = self._core.hand_over(param_groups, state, _cuda_index(self.device), work.chunk, work)
-        return norm if refusal is None else refusal
+        with_norm, skips = max_norm >= 0.0, skipping is not None
+        norm = torch.empty((), dtype=torch.float32, device=self.device) if with_norm or skips else None
+        work = Work(self.device, grad_scale, max_norm, clip_value, norm, self._formula, skipping=skipping)
+        refusal = core.hand_over(param_groups, state, _cuda_index(self.device), work.chunk, skips, work)
+        return refusal if refusal is not None or not with_norm else norm
 
 
 @functools.cache  # asked at every norm; nothing that it depends on changes in a process

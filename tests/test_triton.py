@@ -18,6 +18,7 @@ import torch
 from lit_fast import Trainer, ops, triton
 from lit_fast.cli import info
 from lit_fast.demos.boring_classes import BoringModel
+from lit_fast.errors import NonFiniteGradientError
 from lit_fast.optim import adopt, sgd
 
 installed = pytest.mark.skipif(bool(triton.why_missing()), reason=triton.why_missing())
@@ -174,6 +175,39 @@ def test_a_gpu_gives_the_cpus_bits_and_nobody_waits_for_it(dtype, options) -> No
         assert actual.is_cuda and torch.equal(expected, actual.cpu())
 
 
+@pytest.mark.gpu
+@installed
+@pytest.mark.usefixtures("without_cuda")
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+def test_a_gpu_leaves_steps_out_and_nobody_waits_for_it(nonfinite) -> None:
+    params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (1024, 33 * 1024 + 5)]
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    adopted = adopt(torch.optim.AdamW(params, lr=0.01, fused=True), max_norm=0.5, nonfinite=nonfinite)
+    expected = adopt(torch.optim.AdamW(twins, lr=0.01, fused=True), max_norm=0.5)
+    assert adopted.compiled and "Triton" in adopted.reason
+    for step, bad in enumerate((None, None, torch.nan)):
+        gradients = [torch.randn_like(p) for p in params]
+        for p, q, gradient in zip(params, twins, gradients, strict=True):
+            p.grad, q.grad = gradient.clone(), gradient
+        if bad is not None:
+            params[1].grad[-1] = bad
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            adopted.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if bad is None:
+            expected.step()
+    assert all(map(torch.equal, params, twins))
+    assert all(state["step"].item() == 2.0 for state in adopted.optimizer.state.values())
+    if nonfinite == "raise":
+        with pytest.raises(NonFiniteGradientError, match="parameter 1 of param group 0"):
+            adopted.guard.check(adopted.optimizer.param_groups)
+    else:
+        assert adopted.skipped_steps == 1
+
+
 # ---- what they compile to; needs no GPU, only the tools that Triton brings ----
 
 TABLE = {"table": "*i64", "rows": "i32"}
@@ -215,6 +249,7 @@ def step_code(formula: str, compute_capability: int) -> tuple[str, str]:
         UPDATE=kernel.update,
         STATES=kernel.STATES,
         COEFFICIENTS=kernel.COEFFICIENTS,
+        SKIPS=True,
     )
 
 
@@ -273,13 +308,16 @@ def test_norm_scale_and_preparation_compile_without_spills(compute_capability) -
         assert_no_spills(report)
         assert re.search(r"LDG\S*\.128", code)
     numbers = {name: "i32" for name in ("chunks", "options_at", "clipping_at")}
+    results = {name: "*fp32" for name in ("norm", "scale", "coefficients")}
     _, report = compiled(
         step.prepare_kernel,
         compute_capability,
-        {**TABLE, **numbers, "partial": "*fp64", "norm": "*fp32", "scale": "*fp32", "coefficients": "*fp32"},
+        {**TABLE, **numbers, **results, "partial": "*fp64", "skipped": "*i64"},
         ROW_WORDS=10,
         OPTION_WORDS=10,
         WITH_NORM=True,
+        SKIPS=True,
+        FOR_GOOD=True,
         FORMULA=adamw.coefficients,
         COEFFICIENTS=adamw.COEFFICIENTS,
     )

@@ -23,7 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, 
 
 from lit_fast import ops
 from lit_fast.errors import KernelError
-from lit_fast.optim import adamw, adopt, lion, sgd
+from lit_fast.optim import adamw, adopt, lion, scaling, sgd
 from lit_fast.optim.adamw import AdamW
 from lit_fast.optim.lion import Lion
 from lit_fast.optim.muon import Muon
@@ -35,6 +35,7 @@ CPU = torch.device("cpu")
 CHUNK = 2048
 ROW_WORDS = 10
 MAPPINGS = {
+    AdamW: adamw.MAPPING,
     torch.optim.AdamW: adamw.MAPPING,
     torch.optim.Adam: adamw.MAPPING,
     torch.optim.SGD: sgd.MAPPING,
@@ -345,6 +346,149 @@ def test_the_norm_is_finite_only_if_every_gradient_is(bad) -> None:
     set_gradients(optimizer, seed=1)
     optimizer.param_groups[0]["params"][0].grad[CHUNK - 1] = bad
     assert not ops.gradient_norm(optimizer.param_groups).isfinite()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_norm": 0.5}, {"clip_value": 0.4}], ids=str)
+@pytest.mark.parametrize("case", [FAMILY[0], FAMILY[5], FAMILY[6]], ids=["AdamW", "SGD", "Lion"])
+def test_steps_that_are_left_out_change_nothing_and_are_counted(case, limits) -> None:
+    """As if they had not been: counters, momentum buffers that begin with zeros instead of the gradient included."""
+    kind, options = case
+    sizes = (CHUNK + 3, 0, 5)
+    skipping, without = (optimizer_of(kind, sizes, **options) for _ in range(2))
+    adopted, plain = adopt(skipping, **limits, nonfinite="skip"), adopt(without, **limits)
+    assert adopted.compiled and "by Triton, because a test says so" in adopted.reason
+    for step, bad in enumerate((math.nan, None, math.inf, None, -math.inf)):
+        set_gradients(skipping, seed=step)
+        set_gradients(without, seed=step)
+        if bad is not None:
+            skipping.param_groups[0]["params"][0 if step else 2].grad[CHUNK if step else 0] = bad
+        norm = adopted.step(0.5)
+        expected = plain.step(0.5) if bad is None else None
+        assert (norm is not None) is ("max_norm" in limits)
+        assert expected is None or torch.equal(norm, expected)
+        assert norm is None or norm.isfinite().item() is (bad is None)
+        if bad is None:
+            assert_same_bits(skipping, without, 1)
+    assert adopted.skipped_steps == 3
+    assert_same_bits(skipping, without, 1)
+    if kind is not torch.optim.SGD:
+        assert all(state["step"].item() == 2.0 for state in skipping.state.values() if "step" in state)
+
+
+@pytest.mark.parametrize("factor", [0.5, math.nan, math.inf])
+def test_a_factor_that_only_the_device_knows_decides_too(factor) -> None:
+    """A loss scale that is not finite, or a window of weights that sum to zero."""
+    optimizer = optimizer_of(torch.optim.SGD, (CHUNK + 3,), lr=0.1)
+    [param] = optimizer.param_groups[0]["params"]
+    before = param.detach().clone()
+    set_gradients(optimizer, seed=1)
+    adopted = adopt(optimizer, nonfinite="skip")
+    adopted.step(grad_scale=torch.tensor(factor))
+    assert adopted.skipped_steps == (0 if math.isfinite(factor) else 1)
+    assert torch.equal(param, before) is not math.isfinite(factor)
+
+
+def test_gradients_whose_norm_no_float32_holds_are_finite() -> None:
+    optimizer = optimizer_of(torch.optim.SGD, (9,), lr=1.0)
+    [param] = optimizer.param_groups[0]["params"]
+    param.grad, before = torch.full((9,), 3e38), param.detach().clone()
+    adopted = adopt(optimizer, nonfinite="skip")
+    adopted.step()
+    assert adopted.skipped_steps == 0 and torch.equal(param, before - 3e38)
+
+
+def test_after_a_bad_step_none_is_taken_for_good() -> None:
+    optimizer = optimizer_of(torch.optim.AdamW, (CHUNK + 3, 7), lr=0.1)
+    params = optimizer.param_groups[0]["params"]
+    skipped = torch.zeros((), dtype=torch.int64)
+    stepper = ops.Stepper(adamw.MAPPING, CPU)
+    step = stepper.skipping(skipped, for_good=True)
+    for seed, bad in enumerate((False, True, False, False)):
+        set_gradients(optimizer, seed)
+        if bad:
+            params[1].grad[6] = math.inf
+        assert step(optimizer.param_groups, optimizer.state, 1.0, -1.0, -1.0) is None
+        if seed == 0:
+            after = [p.detach().clone() for p in params]
+    assert skipped.item() == 3 and all(map(torch.equal, params, after))
+    assert all(state["step"].item() == 1.0 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_norm": 0.5}], ids=str)
+def test_a_scaler_is_told_by_the_step_that_unscales(limits, monkeypatch) -> None:
+    """Under `adopt(scaler=...)`; the same bits as of gradients that nobody has scaled, by a power of two."""
+    monkeypatch.setattr(scaling, "kernels_for", lambda device: ("Triton", "a test says so"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    ours, twin = (optimizer_of(torch.optim.AdamW, (CHUNK + 3, 5), lr=0.1) for _ in range(2))
+    adopted, plain = adopt(ours, **limits, scaler=scaler), adopt(twin, **limits)
+    assert adopted.compiled and adopted.loss_scale.in_registers
+    for step, bad in enumerate((False, True, False)):
+        for optimizer in (ours, twin):
+            set_gradients(optimizer, seed=step)
+        for p in ours.param_groups[0]["params"]:
+            p.grad *= scaler.get_scale()
+        if bad:
+            ours.param_groups[0]["params"][1].grad[4] = math.inf
+        adopted.step()
+        scaler.update()
+        if not bad:
+            plain.step()
+        assert scaler.get_scale() == (1024.0 if step == 0 else 512.0)
+    assert_same_bits(ours, twin, 1)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_an_optimizer_of_ours_is_left_out_by_what_the_scaler_has_found(bad, monkeypatch) -> None:
+    """`scaler.step(optimizer)` tells the step; no gradient is read for it."""
+    launched: list[str] = []
+    run_kernel = InterpretedFunction.run
+
+    def counting(self, *args, **kwargs):
+        launched.append(self.__name__)
+        return run_kernel(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counting)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    ours, twin = (optimizer_of(AdamW, (CHUNK + 3, 5), lr=0.1) for _ in range(2))
+    for optimizer in (ours, twin):
+        set_gradients(optimizer, seed=1)
+    params = ours.param_groups[0]["params"]
+    before = [p.detach().clone() for p in params]
+    for p in params:
+        p.grad *= 1024.0
+    params[1].grad[0] *= math.inf if bad else 1.0
+    scaler.step(ours)
+    assert launched == ["prepare_kernel", "step_kernel"]
+    if bad:
+        assert all(map(torch.equal, params, before))
+    else:
+        twin.step()
+        assert_same_bits(ours, twin, 1)
+
+
+def test_muon_and_what_has_no_kernel_are_left_out_by_the_host() -> None:
+    params = [Parameter(numbers(12, torch.float32, 1).view(3, 4)), Parameter(numbers(5, torch.float32, 2))]
+    before = [p.detach().clone() for p in params]
+    for optimizer in (Muon(params, lr=0.1), torch.optim.Adagrad(params, lr=0.1)):
+        adopted = adopt(optimizer, nonfinite="skip")
+        assert adopted.compiled is isinstance(optimizer, Muon)
+        for bad in (True, False):
+            for p in params:
+                p.grad = torch.full_like(p, math.nan if bad else 1.0)
+            adopted.step()
+            assert all(map(torch.equal, params, before)) is bad
+        before = [p.detach().clone() for p in params]
+        assert adopted.skipped_steps == 1
+    dampened = adopt(torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.5), nonfinite="skip")
+    assert dampened.compiled  # its first step is one of which the host must know
+    for bad in (True, False):
+        for p in params:
+            p.grad = torch.full_like(p, math.nan if bad else 1.0)
+        dampened.step()
+        assert all(map(torch.equal, params, before)) is bad
+    assert dampened.skipped_steps == 1
 
 
 def test_no_gradients_have_the_norm_zero() -> None:

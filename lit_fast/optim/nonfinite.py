@@ -33,9 +33,9 @@ def check_nonfinite(nonfinite: Any, device: torch.device) -> None:
     if nonfinite == "propagate":
         return
     kernels, why = kernels_for(device)
-    if kernels not in ("CPU", "CUDA"):
+    if not kernels:
         raise MisconfigurationException(
-            f"nonfinite={nonfinite!r} on {device}: only the core's own kernels leave a step out there, and {why}. Use "
+            f"nonfinite={nonfinite!r} on {device}: no kernel can leave a step out there, because {why}. Use "
             f"nonfinite='propagate', or precision='16-mixed', whose scaler skips such steps."
         )
 

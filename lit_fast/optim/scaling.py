@@ -55,7 +55,7 @@ class LossScale(Guard):
     @property
     def in_registers(self) -> bool:
         """Whether the step itself may unscale, and find out whether to be left out. Otherwise the scaler does."""
-        return self._kernels in ("CPU", "CUDA") and self.adopted.compiled and not self.told
+        return self._kernels != "" and self.adopted.compiled and not self.told
 
     def step(self, step: Callable[..., Any], grad_scale: float | Tensor = 1.0) -> Any:
         """`step(grad_scale=...)` as `scaler.step(optimizer)` would take it, before or behind its `unscale_`.

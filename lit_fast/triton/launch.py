@@ -37,6 +37,8 @@ class Work:
         max_norm: of the scaled gradients; negative for none.
         clip_value: negative for none.
         norm: 0-dim float32 on the device, to be written; None where no norm is wanted.
+        skipping: what `Stepper.skipping` takes. A step that is left out is counted and writes the norm alone,
+            which must be wanted; None: it is taken.
         formula: a file of this folder that has one; None: gradients alone.
         rewrite: without a formula, whether gradients are scaled and clipped in place.
         chunk: what the table's chunks were counted with.
@@ -49,6 +51,7 @@ class Work:
     norm: Tensor | None
     formula: ModuleType | None = None
     rewrite: bool = False
+    skipping: tuple[Tensor, bool, bool] | None = None
     chunk: int = CHUNK
 
     def __call__(
@@ -61,28 +64,34 @@ class Work:
         table = host if self.device.type == "cpu" else host.pin_memory().to(self.device, non_blocking=True)
         if isinstance(factor, Tensor):
             table[clipping_at : clipping_at + 1] = factor.to(self.device, torch.float64).reshape(1).view(torch.int64)
-        scale = torch.empty(2, dtype=torch.float32, device=self.device)
+        scale = torch.empty(3, dtype=torch.float32, device=self.device)
         formula, norm = self.formula, self.norm
-        partial = torch.empty(chunks if norm is not None else 0, dtype=torch.float64, device=self.device)
+        skipped, for_good, told = self.skipping or (None, False, False)
+        # The norm of nothing is 0 times the factor, which then tells all that there is to know.
+        summed = 0 if norm is None or (told and self.max_norm < 0.0) else chunks
+        partial = torch.empty(summed, dtype=torch.float64, device=self.device)
         numbers = 0 if formula is None else formula.COEFFICIENTS
         coefficients = torch.empty(numbers * rows, dtype=torch.float32, device=self.device)
         shape = {"CHUNK": self.chunk, "ROW_WORDS": row_words, "ALIGNED": aligned, **COMPILER_OPTIONS}
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            if norm is not None and chunks > 0:
-                square_kernel[(chunks,)](table, rows, partial, **shape)
+            if summed > 0:
+                square_kernel[(summed,)](table, rows, partial, **shape)
             prepare_kernel[(1,)](
                 table,
                 rows,
-                chunks,
+                summed,
                 rows * row_words,
                 clipping_at,
                 partial,
                 scale if norm is None else norm,
                 scale,
                 coefficients,
+                partial if skipped is None else skipped,
                 ROW_WORDS=row_words,
                 OPTION_WORDS=option_words,
                 WITH_NORM=norm is not None,
+                SKIPS=skipped is not None,
+                FOR_GOOD=for_good,
                 FORMULA=None if formula is None else formula.coefficients,
                 COEFFICIENTS=numbers,
                 **COMPILER_OPTIONS,
@@ -99,6 +108,7 @@ class Work:
                     UPDATE=formula.update,
                     STATES=formula.STATES,
                     COEFFICIENTS=numbers,
+                    SKIPS=skipped is not None,
                 )
             elif self.rewrite:
                 scale_kernel[(chunks,)](table, rows, scale, **shape)

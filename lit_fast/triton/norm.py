@@ -60,12 +60,12 @@ def square_kernel(table, rows, partial, CHUNK: tl.constexpr, ROW_WORDS: tl.const
 
 @triton.jit
 def total_norm(partial, chunks, clipping):
-    """The norm of the gradients times |grad_scale|, float32; by one program."""
+    """The norm of the gradients times |grad_scale|, float64; by one program."""
     sums = tl.zeros([PARTIALS], dtype=tl.float64)
     for start in range(0, chunks, PARTIALS):
         places = start + tl.arange(0, PARTIALS)
         sums += tl.load(partial + places, mask=places < chunks, other=0.0)
-    return (tl.sqrt(tl.sum(sums)) * tl.abs(float64_at(clipping + GRAD_SCALE))).to(tl.float32)
+    return tl.sqrt(tl.sum(sums)) * tl.abs(float64_at(clipping + GRAD_SCALE))
 
 
 @triton.jit

@@ -32,6 +32,8 @@ from lit_fast.triton.table import (
     store,
 )
 
+LEFT_OUT = tl.constexpr(2)  # where `scale` has whether the step is
+LARGEST = tl.constexpr(1.7976931348623157e308)  # finite float64
 ROWS = tl.constexpr(128)  # tensors whose coefficients are computed side by side
 
 
@@ -46,22 +48,34 @@ def prepare_kernel(
     norm,
     scale,
     coefficients,
+    skipped,
     ROW_WORDS: tl.constexpr,
     OPTION_WORDS: tl.constexpr,
     WITH_NORM: tl.constexpr,
+    SKIPS: tl.constexpr,
+    FOR_GOOD: tl.constexpr,
     FORMULA: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
 ):
-    """By one program. partial: [chunks] float64; norm: one float32; scale: two; coefficients: [COEFFICIENTS, rows]
-    float32.
+    """By one program. partial: [chunks] float64; norm: one float32; scale: three; coefficients: [COEFFICIENTS, rows]
+    float32; skipped: one int64.
 
-    FORMULA: a formula's `coefficients`, or None where gradients are all that the table has.
+    SKIPS, which needs the norm: a step with a NaN or infinite gradient is counted in `skipped` and not taken; FOR_GOOD:
+    nor is any after it. FORMULA: a formula's `coefficients`, or None where gradients are all that the table has.
     """
     clipping = table + clipping_at
     total = 0.0
     if WITH_NORM:
-        total = total_norm(partial, chunks, clipping)
+        wide = total_norm(partial, chunks, clipping)
+        total = wide.to(tl.float32)
         tl.store(norm, total)
+        if SKIPS:
+            before = tl.load(skipped)
+            left_out = tl.where(wide <= LARGEST, 0, 1)  # NaN is not
+            if FOR_GOOD:  # a warp that reads late, what another has stored, finds the same
+                left_out = tl.where(before != 0, 1, left_out)
+            tl.store(skipped, before + left_out)
+            tl.store(scale + LEFT_OUT, left_out.to(tl.float32))
     store_scale(scale, total, clipping)
     if FORMULA is not None:
         for start in range(0, rows, ROWS):
@@ -73,7 +87,10 @@ def prepare_kernel(
             counted = address != 0
             counter = address.to(tl.pointer_type(tl.float32))
             count = tl.load(counter, mask=counted, other=0.0) + 1.0
-            tl.store(counter, count, mask=counted)
+            moved = counted
+            if SKIPS:
+                moved = tl.where(left_out != 0, 0, address) != 0
+            tl.store(counter, count, mask=moved)
             step = tl.where(counted, count.to(tl.float64), float64_at(options + STEP, inside))
             step = tl.where(inside, step, 1.0)
             values = FORMULA(options, step, float64_at(options + FIRST, inside), inside)
@@ -197,6 +214,7 @@ def step_kernel(
     UPDATE: tl.constexpr,
     STATES: tl.constexpr,
     COEFFICIENTS: tl.constexpr,
+    SKIPS: tl.constexpr,
 ):
     """One program a chunk. UPDATE: a formula's `update`; scale, coefficients: as `prepare_kernel` left them."""
     chunk = tl.program_id(0)
@@ -204,6 +222,8 @@ def step_kernel(
     row = table + index * ROW_WORDS
     begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
     count = tl.minimum(tl.load(row + NUMEL) - begin, CHUNK).to(tl.int32)
+    if SKIPS:
+        count = tl.where(tl.load(scale + LEFT_OUT) != 0.0, 0, count)
     factor = tl.load(scale)
     limit = tl.load(scale + 1)
     c = _coefficients_of(coefficients, rows, index, COEFFICIENTS)
