@@ -143,7 +143,7 @@ class Attributes(Runtime):
     @property
     def skipped_steps(self) -> int:
         """Steps that `nonfinite="skip"` has left out in the last fit. `global_step` counts them too."""
-        guard = self.fit_loop.plans.binding.guard if self.fit_loop.plans is not None else None
+        guard = self.fit_loop.plans.binding.stepping.guard if self.fit_loop.plans is not None else None
         return 0 if guard is None else guard.skipped_steps
 
     @property

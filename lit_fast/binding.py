@@ -30,23 +30,18 @@ from lit_fast.calls import (
     without_index,
 )
 from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
-from lit_fast.errors import MisconfigurationException
-from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
+from lit_fast.hooks import is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
-from lit_fast.optim.adopt import adopt
-from lit_fast.optim.clip import step_clipped_by_norm
-from lit_fast.optim.closure import calls_closure_itself, plain_step
+from lit_fast.optim.closure import calls_closure_itself
 from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
-from lit_fast.optim.nonfinite import Guard, unless_nonfinite
-from lit_fast.optim.scaling import LossScale, is_torchs_own
-from lit_fast.precision.amp import scaled_step
+from lit_fast.optim.nonfinite import unless_nonfinite
 from lit_fast.profiler.actions import recorded
+from lit_fast.stepping import Stepping
 from lit_fast.window import Place, WindowWeights, bind_backward, bind_mean
 
 if TYPE_CHECKING:
-    from lit_fast.optim.adopt import AdoptedOptimizer
     from lit_fast.progress import Progress
     from lit_fast.trainer import Trainer
 
@@ -101,32 +96,20 @@ class Binding:
         self.placed: dict[Place, StepPlan] = {}
         self.automatic = module.automatic_optimization
         self.precision = trainer.precision_plugin
-        self.scaler = getattr(self.precision, "scaler", None)
         self.trains = not trainer.fit_loop._skip_backward
-        self._plugin_step = self.precision.asks_for("optimizer_step")
-        kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         wrapped = before.lightning_optimizers if before is not None else []
-        self.adopted: list[AdoptedOptimizer] = [kept.get(id(each)) or adopt(each) for each in trainer.optimizers]
-        self.loss_scales: list[LossScale] = []  # one an optimizer, where the core steps it under a scaler
-        if self.scaler is not None and is_torchs_own(self.scaler):
-            self.loss_scales = [LossScale(self.scaler, adopted) for adopted in self.adopted]
-        watched = self.gradients_are_watched()
-        self.in_place_clipping = bool(trainer.gradient_clip_val) and watched
-        self.unscales_in_registers = self.scaler is not None and self.automatic and not watched
-        self.guard = self._bind_guard(before)
-        self.guards = [self._guard_of(index) for index in range(len(self.adopted))]
-        for adopted, guard in zip(self.adopted, self.guards, strict=True):
-            self._set_options(adopted, guard)
+        stepped = before.stepping if before is not None else None
+        self.stepping: Stepping = Stepping(trainer, module, stepped, self._note)
         arguments = {"on_before_backward": 1, "on_after_backward": 0, "on_before_optimizer_step": 1}
         self.step_hooks = {name: self._hooks(name, count) for name, count in arguments.items()}
         self.plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")
         # Hooks that `backward` itself has to call: what they see is not what `losses` gives, or a plugin calls them.
-        self._hooks_in_backward = self.plugin_backward or self.scaler is not None
+        self._hooks_in_backward = self.plugin_backward or self.stepping.scaler is not None
         self.lightning_optimizers: list[LightningOptimizer] = self._wrap_optimizers(wrapped)
         needs_closure = self._steps_inline and (
             self.overrides("optimizer_step")
-            or self._plugin_step
-            or self.scaler is not None
+            or self.stepping.by_plugin
+            or self.stepping.scaler is not None
             or calls_closure_itself(trainer.optimizers[0])
         )
         self.whole = StepPlan(
@@ -220,94 +203,13 @@ class Binding:
     def _note(self, point: str, who: str, what: str) -> None:
         self.rows.append((point, who, what))
 
-    def gradients_are_watched(self) -> bool:
-        """May something look at `p.grad` around the step? Then what the step would do in registers is written back."""
-        if self.precision.asks_for("clip_gradients", "clip_grad_by_value", "clip_grad_by_norm", "main_params"):
-            return True
-        if self._plugin_step or any(map(calls_closure_itself, self.trainer.optimizers)):
-            return True  # the optimizer's own step reads them
-        observers = GRADIENT_OBSERVERS
-        if self.scaler is not None:
-            if not self.loss_scales or not all(scale.in_registers for scale in self.loss_scales):
-                return True  # the scaler's own step does
-            observers |= {"on_before_optimizer_step"}  # it sees them unscaled
-        for callback in self.trainer.callbacks:
-            if callback.reads_gradients and observers & callback.live_hooks(self.trainer):
-                return True
-        if any(self.overrides(name) for name in observers):
-            return True
-        return any(
-            getattr(optimizer, registry, None)
-            for optimizer in self.trainer.optimizers
-            for registry in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-        )
-
-    def _set_options(self, adopted: AdoptedOptimizer, guard: Guard | None) -> None:
-        trainer = self.trainer
-        limit = trainer.gradient_clip_val if self._clips_in_registers else None
-        by_value = trainer.gradient_clip_algorithm == "value"
-        by_torch = trainer.config.device.type == "cpu"  # see _update
-        adopted.set_clipping(max_norm=None if by_value or by_torch else limit, clip_value=limit if by_value else None)
-        if guard is not adopted.guard:
-            adopted.set_guard(None if self._clips_by_torch else guard)
-        if trainer.config.grad_dtype is not None:
-            adopted.around_own_step = InParameterDtype(adopted.optimizer)
-
-    def _guard_of(self, index: int) -> Guard | None:
-        """Whoever is told of the steps of one optimizer that have a NaN or an infinite gradient."""
-        if not self.loss_scales:
-            return self.guard
-        loss_scale = self.loss_scales[index]
-        loss_scale.told = not self.unscales_in_registers
-        return None if loss_scale.told and not self.adopted[index].skips_on_device else loss_scale
-
-    def _bind_guard(self, before: Binding | None) -> Guard | None:
-        trainer = self.trainer
-        nonfinite = trainer.config.nonfinite
-        if nonfinite == "propagate":
-            return None
-        if self._plugin_step or any(map(calls_closure_itself, trainer.optimizers)):
-            who = "the precision plugin" if self._plugin_step else "an optimizer that evaluates the loss itself"
-            raise MisconfigurationException(
-                f"Trainer(nonfinite={nonfinite!r}): {who} decides when a step is taken, so no step can be left out. "
-                f"Use nonfinite='propagate', or an optimizer of torch's other than LBFGS."
-            )
-        self._note("update", "Trainer", f"nonfinite={nonfinite!r}: first, whether every gradient is finite")
-        return before.guard if before is not None else Guard(nonfinite, self.module.named_parameters)
-
-    def check_gradients(self) -> None:
-        """At an epoch's end: wait for a device that may have left out steps, which are an error.
-
-        Raises:
-            NonFiniteGradientError: see `Guard.check`.
-        """
-        if self.guard is not None:
-            self.guard.check([group for optimizer in self.trainer.optimizers for group in optimizer.param_groups])
-
-    @property
-    def _clips_by_torch(self) -> bool:
-        """On the CPU a norm is clipped with torch's bits; on a GPU nobody waits for the norm."""
-        trainer = self.trainer
-        by_norm = self._clips_in_registers and trainer.gradient_clip_algorithm != "value"
-        return by_norm and trainer.config.device.type == "cpu"
-
-    @property
-    def _clips_in_registers(self) -> bool:
-        return self.automatic and bool(self.trainer.gradient_clip_val) and not self.in_place_clipping
-
-    def update_of(self, index: int) -> Callable[..., Any]:
-        """`update(grad_scale=1.0)`: one optimizer's step, clipped where that is done within."""
-        if self._clips_by_torch:
-            return step_clipped_by_norm(self.adopted[index], self.trainer.gradient_clip_val, self.guards[index])
-        return self.adopted[index].step
-
     def _wrap_optimizers(self, before: list[LightningOptimizer]) -> list[LightningOptimizer]:
         """What user code holds as `self.optimizers()`; it may keep it, so the object stays while its optimizer does."""
         known = {id(wrapped.optimizer): wrapped for wrapped in before}
         wrappers = []
         for index, optimizer in enumerate(self.trainer.optimizers):
             wrapper = known.get(id(optimizer)) or LightningOptimizer(optimizer)
-            wrapper.bind(self._user_step(index), self.adopted[index].zero_grad, self.trainer.optimizers)
+            wrapper.bind(self._user_step(index), self.stepping.adopted[index].zero_grad, self.trainer.optimizers)
             wrappers.append(wrapper)
         return wrappers
 
@@ -385,7 +287,7 @@ class Binding:
             progress = self.progress
             self._note("zero_grad", type(self.module).__name__, "optimizer_zero_grad, overridden")
             return (*hooks, lambda batch_idx: hook(progress.epoch, batch_idx, optimizer))
-        release = self.adopted[0].zero_grad
+        release = self.stepping.adopted[0].zero_grad
         self._note("zero_grad", "lit_fast", "gradients released (set to None): backward writes them anew")
         return (
             *hooks,
@@ -408,11 +310,11 @@ class Binding:
             return (self.wrap("optimizer", in_table(clip, self.log, table, 0)),)
         if not value:
             return ()
-        if self.in_place_clipping:
+        if self.stepping.in_place_clipping:
             self._note("clip", "Trainer", f"by {how} {value}, in place: a hook can see the gradients afterwards")
             rewrite: Callable[..., None] = self.precision.clip_gradients
             # By norm a NaN or an infinity leaves NaN, which a GPU finds in the step, so nobody need wait for it here.
-            if self.guard is not None and (how == "value" or trainer.config.device.type == "cpu"):
+            if self.stepping.guard is not None and (how == "value" or trainer.config.device.type == "cpu"):
                 rewrite = unless_nonfinite(rewrite)
             in_place = self.trainer._recorded(
                 "configure_gradient_clipping", lambda: rewrite(optimizer, value, algorithm)
@@ -422,15 +324,15 @@ class Binding:
         return ()
 
     def _bind_update(self) -> Bound:
-        adopted = self.adopted[0]
+        stepping, adopted = self.stepping, self.stepping.adopted[0]
         self._note("update", type(adopted.optimizer).__name__, adopted.reason)
-        if self.scaler is not None:
-            where = "in registers, by the step" if self.unscales_in_registers else "in memory: something can see them"
-            self._note("update", type(self.scaler).__name__, f"gradients unscaled {where}")
+        if stepping.scaler is not None:
+            how = "in registers, by the step" if stepping.unscales_in_registers else "in memory: something can see them"
+            self._note("update", type(stepping.scaler).__name__, f"gradients unscaled {how}")
         if self.trainer.config.grad_dtype is not None:
             read = "as they are" if adopted.compiled else "cast to their parameters' dtype"
             self._note("update", "Trainer", f"float32 gradients of 16-bit parameters are read {read}")
-        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", self.update_of(0))),)
+        return (self.wrap("optimizer", self.trainer._recorded("optimizer_step", stepping.update_of(0))),)
 
     def _bind_schedulers(self) -> Bound:
         if not self.automatic:
@@ -489,24 +391,19 @@ class Binding:
 
     def _user_step(self, index: int) -> Callable[..., Any]:
         """What `LightningOptimizer.step(closure)` does: closure, hooks, clipping, then the compiled or own step."""
-        adopted, optimizer, progress = self.adopted[index], self.trainer.optimizers[index], self.progress
+        stepping, optimizer, progress = self.stepping, self.trainer.optimizers[index], self.progress
         after = (*self._before_step(index), *(self._bind_clip() if self.automatic else ()))
         wide = self.trainer.config.grad_dtype is not None
         casts = InParameterDtype(optimizer) if wide and calls_closure_itself(optimizer) else None
         if casts is not None:
             after = (*after, casts.cast)
-        if self._plugin_step:
+        if stepping.by_plugin:
             step_by_plugin, module = self.precision.optimizer_step, self.module
             run_step: Callable[..., Any] = lambda closure, **kwargs: step_by_plugin(  # noqa: E731
                 optimizer, model=module, closure=closure or no_closure, **kwargs
             )
-        elif self.scaler is not None:
-            compiled = partial(self.loss_scales[index].step, self.update_of(index)) if self.loss_scales else None
-            run_step = scaled_step(
-                self.scaler, optimizer, self.automatic, lambda: run_all(after), compiled, self.unscales_in_registers
-            )
         else:
-            run_step = plain_step(adopted, self.update_of(index), lambda: run_all(after))
+            run_step = stepping.step_of(index, lambda: run_all(after))
         if casts is not None:
             run_step = casts.around(run_step)
         if self.automatic:

@@ -393,7 +393,7 @@ class FitLoop(Schedule, Restarted):
     def _end_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
         if self.plans is not None:
-            self.plans.binding.check_gradients()
+            self.plans.binding.stepping.check_gradients()
         trainer._metric_log.collect()
         trainer._metric_log.epoch_end = True
         progress.stage = "epoch_end"

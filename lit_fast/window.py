@@ -202,9 +202,9 @@ def bind_backward(binding: Binding, place: Place) -> tuple[Losses, Callable[[Ten
         return losses, by_plugin, shown
     if own:
         backward = in_table(module.backward, binding.log, binding.log.table("backward", "train"), 1)
-    if binding.scaler is None:
+    if binding.stepping.scaler is None:
         return losses, backward, shown
-    scale = binding.scaler.scale
+    scale = binding.stepping.scaler.scale
 
     def scaled(loss: Tensor) -> None:
         loss = scale(loss)
@@ -233,7 +233,7 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
         if place.short:
             _before_the_step(plan, inline, lambda: _stretch(binding), lambda: False)
         return
-    if not inline or plan.on_before_optimizer_step or plan.clip or binding.gradients_are_watched():
+    if not inline or plan.on_before_optimizer_step or plan.clip or binding.stepping.gradients_are_watched():
         _before_the_step(plan, inline, lambda: weights.average(binding.parameters()), lambda: weights.reference is None)
         row = (
             "on_before_optimizer_step",
@@ -242,7 +242,7 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
         )
         binding.rows.insert(0, row)
         return
-    update = weights.step(binding.update_of(0))
+    update = weights.step(binding.stepping.update_of(0))
     plan.update = (binding.wrap("optimizer", binding.trainer._recorded("optimizer_step", update)),)
     binding.rows.append(("update", "weights", "gradients made their weighted mean, in registers"))
 

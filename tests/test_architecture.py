@@ -26,7 +26,7 @@ FLOORS = [
     "attributes",
     "runtime attach",
     "defaults evaluation prediction loop schedule loop_views trackers model_checks connectors interrupts trial",
-    "step plan binding window calls",  # the plan picks one of the two step shapes; a step reads the plan it is given
+    "step plan binding stepping window calls",  # the plan picks one of two step shapes; a step reads its plan
     "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
     "config seed hparams export tuner model_summary accelerators flags",
     "optim",

@@ -236,11 +236,11 @@ def test_optimizers_and_clipping_may_change_between_epochs() -> None:
     held: list[Any] = []
 
     def clip(trainer: Any, module: Any) -> None:
-        held.extend([trainer.fit_loop.plans.binding.adopted[0], module.optimizers()])
+        held.extend([trainer.fit_loop.plans.binding.stepping.adopted[0], module.optimizers()])
         trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.1, "value"
 
     def replace(trainer: Any, module: Any) -> None:
-        held.extend([trainer.fit_loop.plans.binding.adopted[0], module.optimizers()])
+        held.extend([trainer.fit_loop.plans.binding.stepping.adopted[0], module.optimizers()])
         trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.01)]
 
     data, model = batches(4), Plain()

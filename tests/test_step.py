@@ -201,7 +201,7 @@ def test_clip_by_value_bit_equal() -> None:
     optimizer = OPTIMIZERS["sgd_momentum"]
     model = Plain(optimizer)
     made = fitted(model, data, max_steps=STEPS, gradient_clip_val=0.1, gradient_clip_algorithm="value")
-    assert made.fit_loop.plans is not None and not made.fit_loop.plans.binding.in_place_clipping
+    assert made.fit_loop.plans is not None and not made.fit_loop.plans.binding.stepping.in_place_clipping
     expected, _ = hand_losses(optimizer, data, STEPS, clip=lambda p: nn.utils.clip_grad_value_(p, 0.1))
     assert model.losses == expected
 
@@ -217,7 +217,7 @@ def test_clip_by_value_in_place_bit_equal() -> None:
     made = fitted(
         model, data, max_steps=STEPS, gradient_clip_val=0.1, gradient_clip_algorithm="value", callbacks=Watches()
     )
-    assert made.fit_loop.plans is not None and made.fit_loop.plans.binding.in_place_clipping
+    assert made.fit_loop.plans is not None and made.fit_loop.plans.binding.stepping.in_place_clipping
     expected, _ = hand_losses(optimizer, data, STEPS, clip=lambda p: nn.utils.clip_grad_value_(p, 0.1))
     assert model.losses == expected
 
@@ -273,7 +273,7 @@ def test_clip_by_norm_in_registers_is_torch_bit_for_bit(limit: float, name: str)
     data = batches(20)
     model = Plain(OPTIMIZERS[name])
     made = fitted(model, data, max_steps=STEPS, gradient_clip_val=limit)
-    assert made.fit_loop.plans is not None and not made.fit_loop.plans.binding.in_place_clipping
+    assert made.fit_loop.plans is not None and not made.fit_loop.plans.binding.stepping.in_place_clipping
     expected, _ = hand_losses(OPTIMIZERS[name], data, STEPS, clip=lambda p: nn.utils.clip_grad_norm_(p, limit))
     assert model.losses == expected
 

@@ -40,7 +40,7 @@ def test_groups_that_join_in_a_run_stay_in_the_compiled_step(tmp_path: Path) -> 
     trainer = make_trainer(NAMES, str(tmp_path), callbacks=BackboneFinetuning(unfreeze_backbone_at_epoch=1))
     before = module.backbone[0].weight.detach().clone()
     trainer.fit(module)
-    (adopted,) = trainer.fit_loop.plans.binding.adopted
+    (adopted,) = trainer.fit_loop.plans.binding.stepping.adopted
     assert adopted.compiled and len(trainer.optimizers[0].param_groups) == 2
     assert not torch.equal(before, module.backbone[0].weight)
     adopted.zero_grad()

@@ -251,14 +251,14 @@ def test_a_trainer_without_the_option_binds_nothing_for_it() -> None:
     trainer = fitted(Poisoned(0.0), batches())
     assert trainer.skipped_steps == 0 and "nonfinite" not in trainer.explain()
     plan = trainer.fit_loop.plans.whole
-    assert plan.update == (trainer.fit_loop.plans.binding.adopted[0].step,)
+    assert plan.update == (trainer.fit_loop.plans.binding.stepping.adopted[0].step,)
 
 
 def test_an_epoch_ends_with_the_error_that_a_device_has_counted() -> None:
     class Counted(Poisoned):
         def on_train_batch_end(self, *_: Any) -> None:
             if self.trainer.is_last_batch:
-                self.trainer.fit_loop.plans.binding.guard.counted_on(torch.device("cpu")).add_(2)
+                self.trainer.fit_loop.plans.binding.stepping.guard.counted_on(torch.device("cpu")).add_(2)
 
     with pytest.raises(NonFiniteGradientError, match=r"^A gradient was not finite.*the last 2 steps"):
         fitted(Counted(poison=0.0), batches(), nonfinite="raise")

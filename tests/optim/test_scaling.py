@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import lit_fast.optim as ours
 from lit_fast.errors import MisconfigurationException
-from lit_fast.optim import adopt
+from lit_fast.optim import adopt, scaling
 from lit_fast.optim.scaling import LossScale
 
 INF, NAN = float("inf"), float("nan")
@@ -166,6 +166,13 @@ def test_clipped_by_other_norms(options: Any) -> None:
         if bad is None:
             adopted.step()
     assert all(map(torch.equal, plain[0], with_numbers))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_kernels_that_leave_no_step_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in Triton: the scaler unscales, and the host waits to hear what it has found."""
+    monkeypatch.setattr(scaling, "kernels_for", lambda device: ("Triton", "this build has no CUDA kernels"))
+    assert_same_loops(loop(MAKERS[kind], of_ours()), loop(MAKERS[kind], of_torch()))
 
 
 def test_muon() -> None:

@@ -159,6 +159,29 @@ def test_one_bad_gradient_at_chosen_steps(how: str, bad: float) -> None:
     torch.testing.assert_close(*states, rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("how", CLIPPING)
+@pytest.mark.parametrize("weighted", [False, True], ids=["short", "weighted"])
+def test_windows_give_the_same_bits_in_registers_and_in_memory(how: str, weighted: bool) -> None:
+    """The last of three windows is short; weights are known at a window's end only."""
+
+    class Weighted(Plain):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss, "weight": 1.0 + batch_idx % 3} if weighted else loss
+
+    results = []
+    for callbacks in ([], [Watches()]):
+        model, plugin = Weighted(adamw), float16(growth_interval=2)
+        fitted(
+            model, batches(11), max_epochs=2, plugins=plugin, accumulate_grad_batches=4, callbacks=callbacks,
+            **CLIPPING[how][0],
+        )  # fmt: skip
+        assert plugin.scaler is not None
+        results.append([model.losses, model.state_dict(), plugin.scaler.state_dict()])
+    assert results[0][0] == results[1][0] and results[0][2] == results[1][2]
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0.0, atol=0.0)
+
+
 def test_without_a_kernel_the_scaler_unscales() -> None:
     """And for a scaler that is not torch's own."""
     nadam = lambda ps: torch.optim.NAdam(ps, lr=0.01)  # noqa: E731
