@@ -65,12 +65,11 @@ class Bounded:
         """As 8-bit codes of a block whose largest magnitude is `largest` (csrc/formulas/storage.h).
 
         Codes lie 1/8 of a power of two apart, which is at most 1/8 of the value; below the smallest one, which is
-        1.125 * 2^-15 (signed) or 2^-31 of a scale of largest / 1.875, a value becomes that or zero. Scaling, its
-        inverse and decoding are six float32 roundings.
+        1.125 * 2^-15 (signed) or 2^-31 of the scale, a value becomes that or zero. The scale is a power of two and
+        below twice largest / 1.875, so that scaling rounds nothing.
         """
-        smallest = 1.125 * 2.0 ** (-15 if signed else -31) * largest / 1.875
-        relative = 1 / 8 + 6 * UNIT[torch.float32]
-        return Bounded(self.value, self.error + relative * (self.value.abs() + self.error) + smallest)
+        smallest = 1.125 * 2.0 ** (-15 if signed else -31) * 2.0 * largest / 1.875
+        return Bounded(self.value, self.error + 1 / 8 * (self.value.abs() + self.error) + smallest)
 
     def larger(self, other: Bounded) -> Bounded:
         return Bounded(torch.maximum(self.value, other.value), torch.maximum(self.error, other.error))

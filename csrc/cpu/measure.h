@@ -85,18 +85,10 @@ void measure_staged(const StepTask& task, const CoefficientBlock& block, const G
                     std::int64_t begin, std::int64_t end, double* squares) {
     const typename Formula::Coefficients c = coefficients_of<Formula>(block);
     const GradientScale scale = signed_scale(scale_at, c);
-    Staged t;
-    __builtin_memcpy(&t.storage, &task.storage, sizeof(Storage));
-    t.param = task.param;
-    t.master = task.master;
-    t.grad = task.grad;
+    const Staged t(task);
     alignas(64) float param[kBlock], grad[kBlock], values[Formula::states][kBlock];
     Tensors<float, float, float> tensors(param, grad);
-    for (int k = 0; k < Formula::states; ++k) {
-        t.state[k] = task.state[k];
-        t.code_scale[k] = task.code_scale[k];
-        tensors.state[k] = values[k];
-    }
+    for (int k = 0; k < Formula::states; ++k) tensors.state[k] = values[k];
     Squares<Wide> sums;
     for (std::int64_t at = begin; at < end; at += kBlock) {
         const int n = end - at < kBlock ? static_cast<int>(end - at) : kBlock;

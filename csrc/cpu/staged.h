@@ -53,7 +53,7 @@ LIT_FAST_INLINE void narrow_param(bf16* __restrict out, const float* __restrict 
 template <int k>
 LIT_FAST_INLINE void narrow_state(bf16* __restrict out, const float* __restrict in, int n,
                                   const std::uint32_t* __restrict random) {
-    for (int i = 0; i < n; ++i) out[i] = stochastic_bf16(in[i], state_bits(random[i], k));
+    for (int i = 0; i < n; ++i) out[i] = stochastic_bf16(in[i], state_bits(random[i], k) >> 4);
 }
 
 LIT_FAST_INLINE void rebuild_block(float* __restrict out, const bf16* __restrict upper,
@@ -82,12 +82,12 @@ LIT_FAST_INLINE float encode_block(std::uint8_t* __restrict codes, const float* 
         const auto magnitude = static_cast<std::int32_t>(bits_of(in[i]) & 0x7fffffffU);
         largest = magnitude > largest ? magnitude : largest;
     }
-    const float inverse = inverse_scale(static_cast<std::uint32_t>(largest));
+    const float scale = scale_of(static_cast<std::uint32_t>(largest)), inverse = inverse_scale(scale);
     for (int i = 0; i < n; ++i) {
         const std::uint32_t chance = state_bits(random[i], k);
         codes[i] = kSigned ? encoded_signed(in[i], inverse, chance) : encoded_unsigned(in[i], inverse, chance);
     }
-    return scale_of(static_cast<std::uint32_t>(largest));
+    return scale;
 }
 
 // A block ahead: what the next round of the loop will read or write.
@@ -106,6 +106,20 @@ struct Staged {
     float* code_scale[kMaxStates];
     std::uint64_t seed, step, first_index;
     std::uint32_t random[kBlock];  // of the block at hand, where there is anything to round with it
+
+    LIT_FAST_INLINE explicit Staged(const StepTask& task)
+        : param(task.param),
+          master(task.master),
+          grad(task.grad),
+          seed(task.seed),
+          step(task.step_number),
+          first_index(task.first_index) {
+        __builtin_memcpy(&storage, &task.storage, sizeof(Storage));
+        for (int k = 0; k < kMaxStates; ++k) {
+            state[k] = task.state[k];
+            code_scale[k] = task.code_scale[k];
+        }
+    }
 };
 
 LIT_FAST_OWN void load_param(const Staged& t, float* out, std::int64_t at, int n) {
@@ -178,18 +192,7 @@ void step_staged(const StepTask& task, const CoefficientBlock& block, const Grad
                  std::int64_t end) {
     const typename Formula::Coefficients c = coefficients_of<Formula>(block);
     const GradientScale scale = signed_scale(scale_at, c);
-    Staged t;
-    __builtin_memcpy(&t.storage, &task.storage, sizeof(Storage));
-    t.param = task.param;
-    t.master = task.master;
-    t.grad = task.grad;
-    t.seed = task.seed;
-    t.step = task.step_number;
-    t.first_index = task.first_index;
-    for (int k = 0; k < kMaxStates; ++k) {
-        t.state[k] = task.state[k];
-        t.code_scale[k] = task.code_scale[k];
-    }
+    Staged t(task);
     const bool random = t.storage.stochastic || t.storage.state == Dtype::uint8;
     alignas(64) float param[kBlock], grad[kBlock], values[Formula::states][kBlock];
     Tensors<float, float, float> tensors(param, grad);

@@ -5,6 +5,7 @@
 #define LIT_FAST_HEADER_OF(target) LIT_FAST_VEC_HEADER(target)
 
 #include LIT_FAST_HEADER_OF(LIT_FAST_TARGET)
+#include "coded.h"
 #include "loops.h"
 #include "measure.h"
 #include "staged.h"
@@ -18,6 +19,7 @@ const CpuKernels& kernels() {
      cpu::step<Formula, Vec, cpu::Tensors<float, float, bf16>>,        \
      cpu::step<Formula, Vec, cpu::Tensors<float, bf16, float, bf16>>,  \
      cpu::step<Formula, Vec, cpu::Tensors<float, float, float, bf16>>, \
+     cpu::coded_kernel<Formula, Coded, Vec>(),                         \
      cpu::step_staged<Formula, Vec>},
 #define LIT_FAST_MEASURE(Formula)                                                        \
     {cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, float, float>>(),       \
@@ -25,6 +27,7 @@ const CpuKernels& kernels() {
      cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, float, bf16>>(),        \
      cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, bf16, float, bf16>>(),  \
      cpu::measure_kernel<Formula, Vec, Wide, cpu::Tensors<float, float, float, bf16>>(), \
+     cpu::measure_kernel<Formula, Vec, Wide>(),                                          \
      cpu::measure_kernel<Formula, Vec, Wide>()},
     static constexpr CpuKernels table = {
         {LIT_FAST_FORMULAS(LIT_FAST_ENTRY)},

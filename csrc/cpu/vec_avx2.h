@@ -7,6 +7,7 @@
 
 #include "../dtypes.h"
 #include "../formulas/math.h"
+#include "../formulas/storage.h"
 
 namespace lit_fast::avx2 {
 
@@ -116,7 +117,14 @@ struct Pair {
     LIT_FAST_INLINE Pair(Vec e, Vec o) : even(e), odd(o) {}
     static Pair load(const bf16* p);
     LIT_FAST_INLINE static void prefetch(const void* p) { Vec::prefetch(p); }
+    // As it lies in registers.
+    LIT_FAST_INLINE static Pair load_parts(const float* p) { return {Vec::load(p), Vec::load(p + Vec::lanes)}; }
+    LIT_FAST_INLINE void store_parts(float* p) const;
 };
+LIT_FAST_INLINE void Pair::store_parts(float* p) const {
+    store(p, even);
+    store(p + Vec::lanes, odd);
+}
 LIT_FAST_INLINE Pair operator+(Pair a, Pair b) { return {a.even + b.even, a.odd + b.odd}; }
 LIT_FAST_INLINE Pair operator-(Pair a, Pair b) { return {a.even - b.even, a.odd - b.odd}; }
 LIT_FAST_INLINE Pair operator*(Pair a, Pair b) { return {a.even * b.even, a.odd * b.odd}; }
@@ -160,5 +168,137 @@ LIT_FAST_INLINE Pair Pair::load(const bf16* p) {
 LIT_FAST_INLINE void store(bf16* p, Pair a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves_of(a)); }
 
 using BfloatVec = Pair;  // for a step of nothing but bf16
+
+// ---- A Pair in 8-bit codes and stochastic rounding (coded.h); all of this as formulas/storage.h defines it ----
+
+// The random words of sixteen neighbours: one for each two of them.
+struct Chances {
+    static constexpr int words = 8;
+    __m256i even;
+    LIT_FAST_INLINE __m256i odd() const { return _mm256_mullo_epi32(even, all(kNeighbour)); }
+    LIT_FAST_INLINE static __m256i all(std::uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+};
+// Those of the next sixteen, and so on.
+struct Dice {
+    __m256i weyl, second;
+    LIT_FAST_INLINE Dice(std::uint32_t index, RandomKey key)
+        : weyl(_mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), Chances::all(kWeyl))),
+          second(Chances::all(key.second)) {
+        weyl = _mm256_add_epi32(weyl, Chances::all((index >> 1) * kWeyl + key.first));
+    }
+    LIT_FAST_INLINE Chances next() {
+        __m256i x = _mm256_xor_si256(weyl, _mm256_srli_epi32(weyl, kFirstShift));
+        weyl = _mm256_add_epi32(weyl, Chances::all(Chances::words * kWeyl));
+        x = _mm256_add_epi32(_mm256_mullo_epi32(x, Chances::all(kMix)), second);
+        return {_mm256_xor_si256(x, _mm256_srli_epi32(x, kLastShift))};
+    }
+};
+
+// The bits of the largest magnitude so far; a NaN's are above those of all numbers.
+struct Extremes {
+    __m256i bits = _mm256_setzero_si256();
+    template <bool kSigned>
+    LIT_FAST_INLINE void add(Pair a) {
+        __m256i even = _mm256_castps_si256(a.even.value), odd = _mm256_castps_si256(a.odd.value);
+        if constexpr (kSigned) {
+            const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+            even = _mm256_and_si256(even, magnitude);
+            odd = _mm256_and_si256(odd, magnitude);
+        }
+        bits = _mm256_max_epu32(bits, _mm256_max_epu32(even, odd));
+    }
+    LIT_FAST_INLINE std::uint32_t largest() const {
+        __m128i x = _mm_max_epu32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+        x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0b01001110));
+        x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0b10110001));
+        return static_cast<std::uint32_t>(_mm_cvtsi128_si32(x));
+    }
+};
+// Whether no NaN has come by.
+struct Numbers {
+    __m256 none = _mm256_setzero_ps();
+    LIT_FAST_INLINE void add(Pair a) {
+        none = _mm256_or_ps(none, _mm256_cmp_ps(a.even.value, a.odd.value, _CMP_UNORD_Q));
+    }
+    LIT_FAST_INLINE bool all() const { return _mm256_movemask_ps(none) == 0; }
+};
+
+// For numbers.
+LIT_FAST_INLINE void store_by_chance(bf16* p, Pair a, const Chances& chances) {
+    const __m256i low = _mm256_set1_epi32(static_cast<int>(param_bits(~0U)));
+    const __m256i even = _mm256_add_epi32(_mm256_castps_si256(a.even.value), _mm256_and_si256(chances.even, low));
+    const __m256i odd = _mm256_add_epi32(_mm256_castps_si256(a.odd.value), _mm256_and_si256(chances.odd(), low));
+    const __m256i halves = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+
+// state_bits(word, k)
+template <int k>
+LIT_FAST_INLINE __m256i state_chance(__m256i words) {
+    if constexpr (k == 1) return _mm256_srli_epi32(words, 12);
+    return _mm256_and_si256(_mm256_srli_epi32(words, k == 0 ? 4 : 8), _mm256_set1_epi32(0xfffff));
+}
+
+// The upper halves of sixteen float32 numbers once a chance has been added to what codes have not.
+template <int k>
+LIT_FAST_INLINE __m256i raised(Pair x, const Chances& chances) {
+    const __m256i even = _mm256_add_epi32(_mm256_castps_si256(x.even.value), state_chance<k>(chances.even));
+    const __m256i odd = _mm256_add_epi32(_mm256_castps_si256(x.odd.value), state_chance<k>(chances.odd()));
+    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+}
+
+// For a step of bf16 with 8-bit moments. A code differs from the upper bits of its float32 by an offset, which is that
+// of the exponents and the scale's: all of this takes normal numbers alone.
+struct Coded {
+    using V = Pair;
+    using Chances = avx2::Chances;
+    using Dice = avx2::Dice;
+    using Extremes = avx2::Extremes;
+    using Numbers = avx2::Numbers;
+    using Offset = __m256i;
+
+    // In units of a code, times `unit`.
+    template <bool kSigned>
+    LIT_FAST_INLINE static Offset offset(float scale, int unit) {
+        const auto exponent = static_cast<int>(bits_of(scale) >> 23) - (kSigned ? kSignedBinades : kUnsignedBinades);
+        return _mm256_set1_epi16(static_cast<short>(exponent * 8 * unit));
+    }
+    // offset: for a unit of 16. A code of zero takes none: vpsignw gives it the magnitude's sign, which is zero's.
+    template <bool kSigned>
+    LIT_FAST_INLINE static Pair decoded(const std::uint8_t* codes, Offset offset) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        if constexpr (kSigned) {
+            const __m256i code = _mm256_cvtepi8_epi16(bytes);  // the sign in all of the upper half
+            const __m256i magnitude = _mm256_and_si256(code, _mm256_set1_epi16(127));
+            const __m256i shifted =
+                _mm256_and_si256(_mm256_slli_epi16(code, 4), _mm256_set1_epi16(INT16_MIN | 127 << 4));
+            return pair_of(_mm256_add_epi16(shifted, _mm256_sign_epi16(offset, magnitude)));
+        } else {
+            const __m256i code = _mm256_cvtepu8_epi16(bytes);
+            return pair_of(_mm256_add_epi16(_mm256_slli_epi16(code, 4), _mm256_sign_epi16(offset, code)));
+        }
+    }
+    // offset: for a unit of 1.
+    template <bool kSigned, int k>
+    LIT_FAST_INLINE static void store_codes(std::uint8_t* codes, Pair a, Pair b, Offset offset, const Chances& of_a,
+                                            const Chances& of_b) {
+        const __m256i upper_a = raised<k>(a, of_a), upper_b = raised<k>(b, of_b);
+        __m256i packed =
+            _mm256_packus_epi16(magnitudes<kSigned>(upper_a, offset), magnitudes<kSigned>(upper_b, offset));
+        if constexpr (kSigned) {
+            const __m256i signs = _mm256_and_si256(_mm256_packs_epi16(upper_a, upper_b), _mm256_set1_epi8(INT8_MIN));
+            packed = _mm256_or_si256(packed, signs);
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permute4x64_epi64(packed, 0b11011000));
+    }
+
+  private:
+    template <bool kSigned>
+    LIT_FAST_INLINE static __m256i magnitudes(__m256i upper, Offset offset) {
+        if constexpr (kSigned) return _mm256_subs_epu16(_mm256_srli_epi16(_mm256_slli_epi16(upper, 1), 5), offset);
+        const __m256i bits = _mm256_srli_epi16(upper, 4);
+        return _mm256_max_epu16(_mm256_subs_epu16(bits, offset), _mm256_min_epu16(bits, _mm256_set1_epi16(1)));
+    }
+};
 
 }  // namespace lit_fast::avx2

@@ -92,5 +92,6 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 using BfloatVec = Vec;  // for a step of nothing but bf16
+using Coded = void;     // for a step of bf16 with 8-bit moments: staged
 
 }  // namespace lit_fast::avx512

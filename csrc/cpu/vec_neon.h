@@ -101,5 +101,6 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { __builtin_prefetch(p); }
 
 using BfloatVec = Vec;  // for a step of nothing but bf16
+using Coded = void;     // for a step of bf16 with 8-bit moments: staged
 
 }  // namespace lit_fast::neon

@@ -76,5 +76,6 @@ LIT_FAST_INLINE void store_first(T*, Vec, int) {}
 LIT_FAST_INLINE void Vec::prefetch(const void*) {}
 
 using BfloatVec = Vec;  // for a step of nothing but bf16
+using Coded = void;     // for a step of bf16 with 8-bit moments: staged
 
 }  // namespace lit_fast::scalar

@@ -121,11 +121,11 @@ __device__ __forceinline__ void write_codes(void* to, float& scale, const float 
         mine = magnitude > mine ? magnitude : mine;
     }
     const unsigned largest = __reduce_max_sync(0xffffffffU, mine);
-    const float inverse = inverse_scale(largest);
+    const float of_block = scale_of(largest), inverse = inverse_scale(of_block);
     write_as<std::uint8_t>(to, in, at, [&](float x, int e) {
         return kSigned ? encoded_signed(x, inverse, chance(e)) : encoded_unsigned(x, inverse, chance(e));
     });
-    if (threadIdx.x % kWarp == 0) scale = scale_of(largest);
+    if (threadIdx.x % kWarp == 0) scale = of_block;
 }
 
 __device__ __forceinline__ void read_param(float (&out)[kNeighbours], const Row& row, const Storage& s,
@@ -196,7 +196,7 @@ __device__ __forceinline__ void write_states(const float (&values)[Formula::stat
                 float& scale = global<float>(row.code_scale[k])[block];
                 write_codes<uses(Formula::signed_states, k)>(row.state[k], scale, values[k], at, chance);
             } else {
-                write_number(row.state[k], values[k], s.state, s.stochastic, at, chance);
+                write_number(row.state[k], values[k], s.state, s.stochastic, at, [&](int e) { return chance(e) >> 4; });
             }
         }
         write_states<Formula, kForm, k + 1>(values, row, s, at, block, random);

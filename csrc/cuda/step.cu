@@ -82,7 +82,8 @@ struct Kind {
     Storage storage;
 
     explicit Kind(const StepTask& task) : layout(task.layout), form(task.form | kGeneral), storage(task.storage) {
-        if (layout == Layout::bfloat16_master_float32_grad) layout = Layout::staged;  // no kernel of its own here
+        const bool direct = layout <= Layout::bfloat16_master;  // the others have no kernel of their own here
+        if (!direct) layout = Layout::staged;
     }
     bool operator==(const Kind& other) const {
         const Storage &a = storage, &b = other.storage;

@@ -154,19 +154,23 @@ void check_codes() {
         if (kSigned) expect(decoded<kSigned>(code | 128U, 1.0F) == -by_definition, "value of a negative code", code);
     }
     // Blocks whose largest magnitude spans what float32 has.
+    int exponent;
     for (int i = 0; i < 20000; ++i) {
-        const std::uint32_t largest = 0x03800000U + random_word() % (0x7f800000U - 0x03800000U);
-        const float top = float_of(largest), scale = scale_of(largest), inverse = inverse_scale(largest);
-        for (const std::uint32_t chance : {0U, 0x8000U, 0xffffU}) {
-            expect(encoded<kSigned>(top, inverse, chance) + 1U >= kLast, "the largest has the last code", largest);
+        const std::uint32_t largest = kLeastOfBlock + random_word() % (kLargestScale - kLeastOfBlock);
+        const float top = float_of(largest), scale = scale_of(largest), inverse = inverse_scale(scale);
+        expect(std::frexp(scale, &exponent) == 0.5F && scale * inverse == 1.0F, "a power of two", largest);
+        const double within = static_cast<double>(top) / scale;
+        expect(within <= 1.875 && within > 0.9375, "the least scale that will do", largest);
+        for (const std::uint32_t chance : {0U, 0x80000U, 0xfffffU}) {
+            expect(encoded<kSigned>(top, inverse, chance) + 8U >= kLast, "the largest has one of the last codes",
+                   largest);
             const float x = top * __builtin_fabsf(ordinary_value()) * (i % 2 == 0 ? 1.0F : 1e-3F);
             const unsigned code = encoded<kSigned>(x, inverse, chance);
             const double given = static_cast<double>(x) / scale;
             if (!kSigned && x > 0.0F) expect(code >= 1, "what is above zero stays above it", bits_of(x));
             if (given > decoded<kSigned>(1, 1.0F)) {
-                // One code down or up, and a rounding of scale and product.
-                const double below = decoded<kSigned>(code - 1, 1.0F) * (1.0 - 3e-7);
-                const double above = decoded<kSigned>(code < kLast ? code + 1 : code, 1.0F) * (1.0 + 3e-7);
+                const double below = decoded<kSigned>(code - 1, 1.0F);
+                const double above = decoded<kSigned>(code < kLast ? code + 1 : code, 1.0F);
                 expect(below <= given && given <= above, "within a code", bits_of(x));
             }
             if (kSigned) expect(encoded<kSigned>(-x, inverse, chance) == (code | 128U), "signs", bits_of(x));
@@ -176,26 +180,28 @@ void check_codes() {
     const float one = 1.0F;
     for (unsigned code = 1; code < kLast; ++code) {
         const float low = decoded<kSigned>(code, one), high = decoded<kSigned>(code + 1, one);
-        expect(encoded<kSigned>(low, one, 0) == code && encoded<kSigned>(low, one, 0xffffU) == code, "own code", code);
+        expect(encoded<kSigned>(low, one, 0) == code && encoded<kSigned>(low, one, kDropped) == code, "own code", code);
         for (const float share : {0.25F, 0.5F, 0.75F}) {
             const float x = low + (high - low) * share;
             unsigned ups = 0;
-            for (std::uint32_t chance = 0; chance < 0x10000U; chance += 64)
+            for (std::uint32_t chance = 0; chance <= kDropped; chance += 1024)
                 ups += encoded<kSigned>(x, one, chance) - code;
             expect(ups == static_cast<unsigned>(1024 * share), "chance between codes", code);
         }
     }
     // No scale: an all zero block, or one below 2^-120.
     for (const std::uint32_t largest : {0U, 1U, 0x00800000U, 0x037fffffU}) {
-        expect(scale_of(largest) == 0.0F && inverse_scale(largest) == 0.0F, "scale of a tiny block", largest);
-        expect(encoded<kSigned>(float_of(largest), 0.0F, 0xffffU) == 0U, "code in a tiny block", largest);
+        expect(scale_of(largest) == 0.0F && inverse_scale(0.0F) == 0.0F, "scale of a tiny block", largest);
+        expect(encoded<kSigned>(float_of(largest), 0.0F, kDropped) == 0U, "code in a tiny block", largest);
         expect(decoded<kSigned>(kLast, 0.0F) == 0.0F, "value in a tiny block", largest);
     }
-    expect(std::isfinite(inverse_scale(0x03800000U)) && scale_of(0x03800000U) > 0.0F, "the least scale", 0x03800000U);
-    expect(scale_of(0x7f7fffffU) * kLargestCode <= float_of(0x7f7fffffU), "the largest scale", 0x7f7fffffU);
+    expect(scale_of(kLeastOfBlock) * inverse_scale(scale_of(kLeastOfBlock)) == 1.0F, "the least scale", kLeastOfBlock);
+    const float last = scale_of(0x7f7fffffU);
+    expect(last == 0x1p126F && encoded<kSigned>(3.4e38F, inverse_scale(last), kDropped) == kLast, "the largest scale",
+           0);
     // Infinite and NaN blocks stay visible: nothing in them decodes to a number that is not one.
     for (const std::uint32_t largest : {0x7f800000U, 0x7fc00000U}) {
-        const float scale = scale_of(largest), inverse = inverse_scale(largest);
+        const float scale = scale_of(largest), inverse = inverse_scale(scale);
         for (const float x : {0.0F, 1.0F, float_of(largest)}) {
             const float back = decoded<kSigned>(encoded<kSigned>(x, inverse, 0x1234U), scale);
             expect(!std::isfinite(back), "a block that is not finite", largest);
@@ -207,18 +213,26 @@ void check_codes() {
     }
 }
 
-// Every index has bits of its own under each key, so that no two elements share their luck by construction.
+// Every even index has bits of its own under each key, and so has every odd one: no two pairs share their luck by
+// construction.
 void check_random_bits() {
     const RandomKey key = random_key(7, 3, 0);
-    std::vector<std::uint32_t> seen;
-    for (std::uint32_t i = 0; i < 1U << 20; ++i) seen.push_back(random_bits(i * 4096U + i % 4096U, key));
-    std::sort(seen.begin(), seen.end());
-    expect(std::adjacent_find(seen.begin(), seen.end()) == seen.end(), "random bits repeat", 0);
-    // Mean of 16 bits over 2^20 draws: six standard deviations are 6 * 2^16 / sqrt(12 * 2^20) = 111.
-    for (int state = -1; state < kMaxStates; ++state) {
-        double sum = 0.0;
-        for (const std::uint32_t x : seen) sum += state < 0 ? param_bits(x) : state_bits(x, state);
-        expect(std::fabs(sum / (1 << 20) - 32767.5) < 111.0, "mean of random bits", static_cast<std::uint32_t>(state));
+    std::vector<std::uint32_t> seen[2];
+    for (std::uint32_t i = 0; i < 1U << 20; ++i) {
+        const std::uint32_t index = i * 4096U + i % 4096U;
+        seen[index & 1U].push_back(random_bits(index, key));
+    }
+    for (std::vector<std::uint32_t>& of : seen) {
+        expect(of.size() == 1U << 19, "as many of both", 0);
+        std::sort(of.begin(), of.end());
+        expect(std::adjacent_find(of.begin(), of.end()) == of.end(), "random bits repeat", 0);
+        // Mean of 16 bits over 2^19 draws: six standard deviations are 6 * 2^16 / sqrt(12 * 2^19) = 157.
+        for (int state = -1; state < kMaxStates; ++state) {
+            double sum = 0.0;
+            for (const std::uint32_t x : of) sum += state < 0 ? param_bits(x) : state_bits(x, state) >> 4;
+            expect(std::fabs(sum / (1 << 19) - 32767.5) < 157.0, "mean of random bits",
+                   static_cast<std::uint32_t>(state));
+        }
     }
     const auto differ = [](RandomKey a, RandomKey b) { return a.first != b.first && a.second != b.second; };
     const RandomKey others[] = {random_key(8, 3, 0), random_key(7, 4, 0), random_key(7, 3, 1ULL << 32)};

@@ -80,7 +80,11 @@ struct Tensors {
         for (int k = 0; k < kMaxStates; ++k) {
             state.emplace_back(s.state, shift, c.has_state(k) ? n : 0);
             scales.emplace_back(c.has_state(k) && s.state == Dtype::uint8 ? (n + kCodeBlock - 1) / kCodeBlock : 0);
-            for (float& scale : scales.back()) scale = __builtin_fabsf(value());
+            // Mostly what a step leaves, else what only somebody else could have put there.
+            for (float& scale : scales.back()) {
+                scale = __builtin_fabsf(value());
+                if (random_word() % 4 != 0) scale = scale_of(bits_of(scale));
+            }
         }
         for (int i = 0; i < n; ++i) {
             param.round(i, value());
@@ -246,13 +250,13 @@ void step_by_definition(Tensors& t) {
                     const std::uint32_t magnitude = bits_of(values[k][static_cast<std::size_t>(j)]) & 0x7fffffffU;
                     largest = magnitude > largest ? magnitude : largest;
                 }
-                t.scales[k][static_cast<std::size_t>(i / kCodeBlock)] = scale_of(largest);
+                const float scale = scale_of(largest), inverse = inverse_scale(scale);
+                t.scales[k][static_cast<std::size_t>(i / kCodeBlock)] = scale;
                 const bool is_signed = !uses(t.formula->positive, static_cast<int>(k));
-                const float inverse = inverse_scale(largest);
                 t.state[k].at<std::uint8_t>(i) =
                     is_signed ? encoded_signed(value, inverse, chance) : encoded_unsigned(value, inverse, chance);
             } else if (t.storage.stochastic && t.storage.state == Dtype::bfloat16) {
-                t.state[k].at<bf16>(i) = stochastic_bf16(value, chance);
+                t.state[k].at<bf16>(i) = stochastic_bf16(value, chance >> 4);
             } else {
                 t.state[k].round(i, value);
             }

@@ -185,11 +185,10 @@ def random_bits(seed: int, step: int, index: Tensor) -> Tensor:
         x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK64
         x ^= x >> 31
     first, second = x & MASK32, x >> 32
-    bits = index ^ first
-    bits = multiplied(bits ^ (bits >> 16), 0x7FEB352D)
-    bits = (bits + second) & MASK32
-    bits = multiplied(bits ^ (bits >> 15), 0x846CA68B)
-    return bits ^ (bits >> 16)
+    bits = (multiplied(index >> 1, 0x705B0767) + first) & MASK32
+    bits = (multiplied(bits ^ (bits >> 13), 0xD2C6C9A1) + second) & MASK32
+    bits = bits ^ (bits >> 15)
+    return torch.where(index % 2 == 1, multiplied(bits, 0x521A3BAD), bits)
 
 
 def multiplied(a: Tensor, b: int) -> Tensor:
@@ -198,11 +197,12 @@ def multiplied(a: Tensor, b: int) -> Tensor:
 
 
 def param_chance(bits: Tensor) -> Tensor:
-    return bits >> 16
+    return bits & 0xFFFF
 
 
 def state_chance(bits: Tensor, k: int) -> Tensor:
-    return (bits >> (0, 8, 4)[k]) & 0xFFFF
+    """20 bits, of which a bfloat16 state takes the upper 16."""
+    return (bits >> (4, 12, 8)[k]) & 0xFFFFF
 
 
 def stochastic_bf16(x: Tensor, chance: Tensor) -> Tensor:

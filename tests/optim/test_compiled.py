@@ -114,6 +114,6 @@ def test_what_is_stored_is_the_float32_step_rounded_as_asked(kind, dtype):
                 codes, scale = encode(value, name not in SQUARES, state_chance(bits, k))
                 assert torch.equal(entry[f"{name}_codes"], codes) and torch.equal(entry[f"{name}_scale"], scale)
             elif stochastic and entry[name].dtype == torch.bfloat16:
-                assert torch.equal(entry[name], stochastic_bf16(value, state_chance(bits, k)))
+                assert torch.equal(entry[name], stochastic_bf16(value, state_chance(bits, k) >> 4))
             else:
                 assert torch.equal(entry[name], value.to(entry[name].dtype))
