@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 
 from lit_fast import compat
 
-pytest.importorskip("sklearn", reason="the examples take their data from scikit-learn")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="the examples take their data from scikit-learn"
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
