@@ -148,7 +148,7 @@ def manual_outputs(output: Any) -> dict[str, Any]:
 def engine_backward(weight: float, device: torch.device) -> Callable[[Tensor], None]:
     """Backward through the engine itself: `loss.backward()` builds the same call anew each time, for 8 us more."""
     run_backward = torch.autograd.Variable._execution_engine.run_backward
-    seeds = {torch.float32: (torch.full((), weight, device=device),)}
+    seeds = {torch.float32: (torch.full((), weight, device=device, dtype=torch.float32),)}
 
     def backward(loss: Tensor) -> None:
         seed = seeds.get(loss.dtype)

@@ -100,6 +100,9 @@ class Binding:
         wrapped = before.lightning_optimizers if before is not None else []
         stepped = before.stepping if before is not None else None
         self.stepping: Stepping = Stepping(trainer, module, stepped, self._note)
+        if not self.automatic:
+            for adopted in self.stepping.adopted:
+                self._note("update", type(adopted.optimizer).__name__, f"where it is called: {adopted.reason}")
         arguments = {"on_before_backward": 1, "on_after_backward": 0, "on_before_optimizer_step": 1}
         self.step_hooks = {name: self._hooks(name, count) for name, count in arguments.items()}
         self.plugin_backward = self.precision.asks_for("pre_backward", "backward", "post_backward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from ast import literal_eval
 from collections.abc import Callable
@@ -399,6 +400,8 @@ def _resolve_fast_dev_run(given: Any) -> int | bool:
 def _resolve_clip_value(given: Any) -> int | float | None:
     if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
         raise MisconfigurationTypeError(f"Trainer(gradient_clip_val={given!r}): allowed is a number or None.")
+    if given is not None and math.isnan(given):
+        raise MisconfigurationException(f"Trainer(gradient_clip_val={given}): allowed is a number or None.")
     return given or None  # 0 switches clipping off, as in Lightning
 
 

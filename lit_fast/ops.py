@@ -375,7 +375,7 @@ def gradient_p_norm(param_groups: ParamGroups, norm_type: float, grad_scale: flo
         raise KernelError("gradient_p_norm: a gradient is sparse. Make it dense.")
     gradients = [gradient for gradient in gradients if gradient.numel()]
     if not gradients:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     norms = torch.stack([n.double() for n in torch._foreach_norm(gradients, norm_type, torch.float64)])
     norm: Tensor = torch.linalg.vector_norm(norms, norm_type)
     return (norm * grad_scale).abs().float()

@@ -56,6 +56,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"accumulate_grad_batches": {0: 2}}, "accumulate_grad_batches="),
     ({"gradient_clip_val": "1"}, "gradient_clip_val='1'"),
     ({"gradient_clip_val": True}, "gradient_clip_val=True"),
+    ({"gradient_clip_val": float("nan")}, "gradient_clip_val=nan"),
     ({"gradient_clip_algorithm": "l2"}, "allowed are 'norm' and 'value'"),
     ({"precision": "int8"}, "precision='int8'.*unknown.*32-true"),
     ({"num_nodes": 2}, "num_nodes=2.*several nodes are not built yet"),

@@ -64,6 +64,8 @@ class Adagrad(Compiled, torch.optim.Adagrad):
         check_options({"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay, "eps": eps})
         super().__init__(params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, maximize=maximize)
         self._set_storage(state_dtype=state_dtype, master=master, rounding=rounding, seed=seed)
+        for entry in self.state.values():
+            entry["step"] = entry["step"].float()  # float64 where that is torch's default dtype
         for group in self.param_groups:
             if group["state_dtype"] is not None:  # torch has made the sums in the parameters' dtype
                 for param in group["params"]:

@@ -44,8 +44,7 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     entry = state.setdefault(param, {})
     if "step" not in entry:
         on_device = group["capturable"] or group["fused"]
-        dtype = torch.float32 if group["fused"] or torch.get_default_dtype() != torch.float64 else torch.float64
-        entry["step"] = torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
+        entry["step"] = torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu")
     fill(entry, group, param, MAPPING.state_keys if group["amsgrad"] else MAPPING.state_keys[:2])
 
 

@@ -239,7 +239,8 @@ class AdoptedOptimizer:
         if asking is not None:
             raise KernelError(
                 f"{type(self.optimizer).__name__} with storage options ({_given(asking)}) cannot step: "
-                f"{self._why_not}. torch's own step knows none of them; leave them at their defaults for it."
+                f"{self._why_not}. torch's own step knows none of them: leave them at their defaults for it. A state "
+                f"saved with them is for lit_fast.optim, or for an optimizer that is adopted before it is loaded."
             )
 
     def zero_grad(self) -> None:

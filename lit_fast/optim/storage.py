@@ -132,7 +132,8 @@ def fill(entry: dict[str, Any], group: dict[str, Any], param: Tensor, moments: I
             storage_options((name,), state_dtype=kind)
             entry[name] = IN_CODES
             entry[f"{name}_codes"] = torch.zeros_like(param, dtype=torch.uint8)
-            entry[f"{name}_scale"] = torch.zeros(-(-param.numel() // CODE_BLOCK), device=param.device)
+            blocks = -(-param.numel() // CODE_BLOCK)
+            entry[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=param.device)
         else:
             entry[name] = torch.zeros_like(param, dtype=_DTYPES.get(str(kind), param.dtype))
     master = group.get("master")
@@ -186,6 +187,8 @@ def convert(entry: dict[str, Any], group: dict[str, Any], param: Tensor) -> None
             entry[name] = _like(value, param, _DTYPES.get(str(kind), param.dtype))
     if needs_steps(group) and entry:
         entry.setdefault("step", torch.zeros((), dtype=torch.float32))
+    if isinstance(entry.get("step"), Tensor) and entry["step"].dtype == torch.float64:
+        entry["step"] = entry["step"].float()  # as torch counts where float64 is its default dtype
     master = group.get("master") if param.dtype in _HALF else None
     if master == "remainder" and "master" in entry and "remainder" not in entry:
         upper, remainder = split(_like(entry["master"], param, torch.float32))

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import lit_fast as L
 from lit_fast.errors import KernelError
-from lit_fast.optim import SGD, Adagrad, Adam, AdamW, Lion, RMSprop, adopt
+from lit_fast.optim import SGD, Adagrad, Adam, AdamW, Lion, Muon, RMSprop, adopt
 from lit_fast.optim.storage import DEFAULTS
 
 EIGHT_BIT = {"state_dtype": "8bit", "rounding": "stochastic", "master": "remainder"}
@@ -240,6 +240,28 @@ def test_what_is_not_dense_or_shares_memory_is_torchs_or_an_error():
             SGD(params, rounding="stochastic").step()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", [*KINDS, Muon])
+def test_torchs_default_dtype_changes_nothing(kind, default):
+    """Precision "bf16-true" sets it while a `training_step` runs, and with it a step by hand."""
+    for state_dtype in ("8bit" if kind in (*CODED, Muon) else "bfloat16", "float32", None):
+        results = []
+        for dtype in (torch.float32, default):
+            torch.set_default_dtype(torch.float32)
+            params = parameters(((32, 3), (300,)), torch.bfloat16)
+            set_gradients(params, seed=1)
+            torch.set_default_dtype(dtype)  # which a fixture puts back
+            optimizer = kind(params, lr=0.1, state_dtype=state_dtype, rounding="stochastic", master="remainder")
+            optimizer.step()
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            norm = adopt(optimizer, max_norm=0.5).step()
+            results.append({"norm": norm, **tensors_of(optimizer)})
+        ours, theirs = ({k: v for k, v in each.items() if isinstance(v, Tensor)} for each in results)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].dtype == theirs[name].dtype for name in ours)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 # ---- under the Trainer ----
 
 
@@ -283,6 +305,28 @@ def test_the_trainer_adopts_names_saves_and_resumes_them(kind, storage, tmp_path
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert same_numbers(trainer.optimizers[0], resumed.optimizers[0])
     assert trainer.optimizers[0].param_groups[0]["lr"] == resumed.optimizers[0].param_groups[0]["lr"] < 0.05
+
+
+def test_a_step_by_hand_in_a_training_step_of_16_bits():
+    class ByHand(Model):
+        def __init__(self, make):
+            super().__init__(make)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    trainer = L.Trainer(
+        max_epochs=1, precision="bf16-true", logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False,
+    )  # fmt: skip
+    model = ByHand(lambda params: AdamW(params, lr=0.05, **EIGHT_BIT))
+    trainer.fit(model, list(torch.randn(3, 8, 32)))
+    assert trainer.optimizers[0].state[model.layer.weight]["exp_avg_scale"].dtype == torch.float32
+    assert "compiled step" in trainer.explain()
 
 
 # ---- any combination ----
