@@ -10,9 +10,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import bad_input_programs
+import bad_input_calls  # noqa: F401
+import bad_input_modules  # noqa: F401
 import pytest
 import torch
+from bad_input_programs import PROGRAMS, answer
 
 import lit_fast.pytorch
 from lit_fast import errors
@@ -154,27 +156,27 @@ def torch_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def test_every_program_has_its_answer() -> None:
-    assert set(bad_input_programs.PROGRAMS) == {*ERRORS, *WARNINGS, *SILENT}
+    assert set(PROGRAMS) == {*ERRORS, *WARNINGS, *SILENT}
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_error(name: str) -> None:
     kind, mentions = ERRORS[name]
-    error, text, _ = bad_input_programs.answer(bad_input_programs.PROGRAMS[name], lit_fast.pytorch)
+    error, text, _ = answer(PROGRAMS[name], lit_fast.pytorch)
     assert error == kind and re.search(mentions, text, re.S), f"{error}: {text}"
 
 
 @pytest.mark.parametrize("name", WARNINGS)
 def test_warning(name: str) -> None:
     kind, mentions = WARNINGS[name]
-    error, text, said = bad_input_programs.answer(bad_input_programs.PROGRAMS[name], lit_fast.pytorch)
+    error, text, said = answer(PROGRAMS[name], lit_fast.pytorch)
     assert error == NO_ERROR, text
     assert any(category == kind and re.search(mentions, message, re.S) for category, message in said), said
 
 
 @pytest.mark.parametrize("name", SILENT)
 def test_nothing_to_say(name: str) -> None:
-    assert bad_input_programs.answer(bad_input_programs.PROGRAMS[name], lit_fast.pytorch) == (NO_ERROR, "", [])
+    assert answer(PROGRAMS[name], lit_fast.pytorch) == (NO_ERROR, "", [])
 
 
 def test_errors_are_of_the_kinds_that_programs_for_lightning_catch() -> None:

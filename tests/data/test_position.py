@@ -1,10 +1,4 @@
-"""Position in the data: the ledger of a resumed run is the tail of the uninterrupted one's, sample for
-sample.
-
-A ledger row holds the epoch, the batch, and one draw from every process-wide generator, which stands for what
-training itself draws (dropout, augmentation). One uninterrupted run saves at many places; saving must not
-disturb it.
-"""
+"""Position in the data: the ledger of a resumed run is the tail of the uninterrupted one's, sample for sample."""
 
 from __future__ import annotations
 
@@ -18,20 +12,26 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from position_cases import (
+    IN_PROCESS,
+    IN_WORKERS,
+    PLACES,
+    REPLAYED,
+    Numbers,
+    Stream,
+    assert_resumed_is_the_tail,
+    loader_of,
+    plain_of,
+    seed_all,
+    train,
+)
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     DistributedSampler,
-    IterableDataset,
-    RandomSampler,
     Sampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-    get_worker_info,
 )
 
 from lit_fast.checkpoint import io, rng
@@ -39,272 +39,16 @@ from lit_fast.data.position import DataPosition
 from lit_fast.errors import DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-Row = tuple[Any, ...]
-EPOCHS = 3
-
-
-def _plain(batch: Any) -> Any:
-    return batch.tolist() if isinstance(batch, torch.Tensor) else batch
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _train(
-    make: Callable[[], Any],
-    path: pathlib.Path,
-    save_at: tuple[tuple[int, int], ...] = (),
-    resume: pathlib.Path | None = None,
-    ahead: int = 0,
-    limit: int | None = None,
-    end_epochs: bool = True,
-) -> list[Row]:
-    """A training loop. Saves after `save_at` = (epoch, batches) into `path`; fetches `ahead` early."""
-    _seed(0 if resume is None else 999)
-    position = DataPosition(make())
-    start, ledger = 0, []
-    if resume is not None:
-        checkpoint = io.load(resume)
-        position.load_state_dict(checkpoint["position"])
-        rng.restore(checkpoint["rng"])
-        start = checkpoint["epoch"]
-    for epoch in range(start, EPOCHS):
-        position.set_epoch(epoch)
-        consumed = position.handed_out if epoch == start else 0
-        batches = iter(position)
-        queue = [*itertools.islice(batches, ahead)]
-        while limit is None or consumed < limit:
-            queue.extend(itertools.islice(batches, 1))
-            if not queue:
-                break
-            batch = queue.pop(0)
-            consumed += 1
-            ledger.append((epoch, consumed, _plain(batch), torch.rand(1).item(), random.random(), np.random.random()))
-            if (epoch, consumed) in save_at:
-                _save(position, path, epoch, consumed, consumed)
-        if end_epochs:
-            position.end_epoch()
-        if (epoch, -1) in save_at:
-            _save(position, path, epoch + 1, -1, None)
-    return ledger
-
-
-def _save(position: DataPosition, path: pathlib.Path, epoch: int, name: int, consumed: int | None) -> None:
-    payload = {"position": position.state_dict(consumed), "rng": rng.capture(), "epoch": epoch}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a class that weights_only=True refuses would warn
-        io.save(payload, path / f"{epoch - (name == -1)}-{name}.ckpt")
-
-
-def _check(
-    make: Callable[[], Any],
-    path: pathlib.Path,
-    save_at: tuple[tuple[int, int], ...],
-    quiet: bool = True,
-    repeat: bool = True,
-    **options: Any,
-) -> None:
-    whole = _train(make, path, save_at, **options)
-    if repeat:
-        assert whole == _train(make, path, **options), "saving disturbs the run, or it does not repeat at all"
-    for epoch, consumed in save_at:
-        with warnings.catch_warnings():
-            if quiet:
-                warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-            resumed = _train(make, path, resume=path / f"{epoch}-{consumed}.ckpt", **options)
-        if consumed == -1:
-            expected = [row for row in whole if row[0] > epoch]
-        else:
-            expected = [row for row in whole if row[:2] > (epoch, consumed)]
-        assert expected and resumed == expected, f"resumed from epoch {epoch} after {consumed} batches"
-
-
-class _Numbers(Dataset[Any]):
-    """Sample i is i, with random numbers beside it from the kinds of generators in `draws`."""
-
-    def __init__(self, size: int = 23, draws: str = "") -> None:
-        self.size, self.draws = size, draws
-        self.own = np.random.default_rng(5) if "o" in draws else None
-        self.reads = 0
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        assert 0 <= index < self.size
-        self.reads += 1
-        row = [float(index)]
-        row += [torch.rand(1).item()] if "t" in self.draws else []
-        row += [np.random.standard_normal()] if "n" in self.draws else []
-        row += [random.gauss(0, 1)] if "p" in self.draws else []
-        row += [self.own.random()] if self.own is not None else []
-        info = get_worker_info()
-        row += [info.id, float(info.seed % 1000)] if info is not None and "w" in self.draws else []
-        if self.draws.startswith("late") and index == 3:  # draws for one sample only
-            row = [torch.rand(1).item()]
-        return torch.tensor((row + [0.0] * 6)[:6], dtype=torch.float64)
-
-
-class _Eager(Sampler[int]):
-    """Draws its order in `__iter__`, before the loader draws its workers' seed."""
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(23).tolist())
-
-    def __len__(self) -> int:
-        return 23
-
-
-class _Python(Sampler[int]):
-    """Draws its order with Python's and numpy's generators, at the first index."""
-
-    def __iter__(self) -> Iterator[int]:
-        order = list(range(23))
-        random.shuffle(order)
-        np.random.shuffle(order)
-        yield from order
-
-    def __len__(self) -> int:
-        return 23
-
-
-class _Own(Sampler[list[int]]):
-    """A batch sampler with a generator of its own, which goes on drawing all through the epoch."""
-
-    def __init__(self) -> None:
-        self.generator = np.random.default_rng(3)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for _ in range(6):
-            yield self.generator.integers(0, 23, size=int(self.generator.integers(1, 5))).tolist()
-
-    def __len__(self) -> int:
-        return 6
-
-
-class _Stream(IterableDataset[Any]):
-    """Numbers of this worker's share, with torch's noise, and a shuffle buffer that draws while it runs."""
-
-    def __init__(self, buffer: Any = random) -> None:
-        self.random = buffer
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        info = get_worker_info()
-        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        buffer: list[int] = []
-        for number in range(worker, 23, workers):
-            buffer.append(number)
-            if len(buffer) == 4:
-                yield torch.tensor([float(buffer.pop(self.random.randrange(4))), torch.rand(1).item()])
-        for number in buffer:
-            yield torch.tensor([float(number), 0.0])
-
-
-class _Resumable(IterableDataset[Any]):
-    def __init__(self) -> None:
-        self.next, self.reads = 0, 0
-
-    def __iter__(self) -> Iterator[int]:
-        while self.next < 23:
-            self.next, self.reads = self.next + 1, self.reads + 1
-            yield self.next - 1
-        self.next = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.next = state["next"]
-
-
-class _Batches:
-    """A user's own iterable: not a DataLoader."""
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        order = torch.randperm(6)
-        for number in order:
-            yield number + torch.rand(1)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(11)
-
-
-def _loader(draws: str = "", **options: Any) -> DataLoader[Any]:
-    if "batch_sampler" not in options:
-        options.setdefault("batch_size", 4)
-    return DataLoader(_Numbers(draws=draws), **options)
-
-
-IN_PROCESS: dict[str, Callable[[], Any]] = {
-    "sequential": _loader,
-    "shuffled": lambda: _loader(shuffle=True),
-    "shuffled with a generator": lambda: _loader(shuffle=True, generator=_generator()),
-    "drop_last": lambda: _loader(shuffle=True, drop_last=True),
-    "batch_size None": lambda: _loader(shuffle=True, batch_size=None),
-    "with replacement": lambda: _loader(sampler=RandomSampler(_Numbers(), replacement=True, num_samples=90)),
-    "with replacement and a generator": lambda: _loader(
-        sampler=RandomSampler(_Numbers(), replacement=True, num_samples=90, generator=_generator())
-    ),
-    "weighted": lambda: _loader(sampler=WeightedRandomSampler([i % 5 + 0.5 for i in range(23)], 23)),
-    "subset with a generator": lambda: _loader(sampler=SubsetRandomSampler(range(19), generator=_generator())),
-    "distributed": lambda: _loader(
-        sampler=DistributedSampler(_Numbers(), num_replicas=2, rank=1, seed=4), batch_size=2
-    ),
-    "eager sampler": lambda: _loader(sampler=_Eager()),
-    "python sampler": lambda: _loader(sampler=_Python()),
-    "own batch sampler": lambda: _loader(batch_sampler=_Own()),
-    "batch sampler": lambda: _loader(batch_sampler=BatchSampler(_Python(), 3, drop_last=True)),
-    "list as sampler": lambda: _loader(sampler=list(range(22, 0, -1))),
-    "random transforms": lambda: _loader("tnp", shuffle=True),
-    "own generator in the dataset": lambda: _loader("to", shuffle=True, generator=_generator()),
-    "list": lambda: [torch.tensor([i]) for i in range(7)],
-    "tuple": lambda: tuple(range(7)),
-    "dataset with a state": lambda: DataLoader(_Resumable(), batch_size=4),
-}
-
-REPLAYED: dict[str, Callable[[], Any]] = {
-    "iterable dataset": lambda: DataLoader(_Stream(random.Random(8)), batch_size=4),
-    "iterable": _Batches,
-    "iterable dataset, workers": lambda: DataLoader(_Stream(), batch_size=3, num_workers=2),
-    "own generator in workers": lambda: _loader("to", shuffle=True, num_workers=2),
-}
-
-IN_WORKERS: dict[str, Callable[[], Any]] = {
-    "deterministic": lambda: _loader("w", shuffle=True, num_workers=2),
-    "batch_size None": lambda: _loader("w", shuffle=True, batch_size=None, num_workers=2),
-    "random": lambda: _loader("tnpw", shuffle=True, num_workers=2),
-    "random, late": lambda: _loader("late", shuffle=True, num_workers=3),
-    "random, generator": lambda: _loader(
-        "tnpw", shuffle=True, num_workers=3, generator=_generator(), prefetch_factor=1
-    ),
-    "persistent": lambda: _loader("w", shuffle=True, num_workers=2, persistent_workers=True),
-    "persistent, random": lambda: _loader(
-        "tnpw", shuffle=True, num_workers=2, persistent_workers=True, generator=_generator()
-    ),
-    "persistent, eager sampler": lambda: _loader("tw", sampler=_Eager(), num_workers=2, persistent_workers=True),
-    "with replacement and a generator": lambda: _loader(
-        "w",
-        sampler=RandomSampler(_Numbers(), replacement=True, num_samples=90, generator=_generator()),
-        num_workers=2,
-    ),
-}
-
-PLACES = ((0, 1), (1, 2), (1, 5))
 
 
 @pytest.mark.parametrize("case", IN_PROCESS)
 def test_in_this_process(case: str, tmp_path: pathlib.Path) -> None:
-    _check(IN_PROCESS[case], tmp_path, (*PLACES, (1, -1)))
+    assert_resumed_is_the_tail(IN_PROCESS[case], tmp_path, (*PLACES, (1, -1)))
 
 
 @pytest.mark.parametrize("case", REPLAYED)
 def test_replay_says_so(case: str, tmp_path: pathlib.Path) -> None:
-    _check(REPLAYED[case], tmp_path, PLACES, quiet=False)
+    assert_resumed_is_the_tail(REPLAYED[case], tmp_path, PLACES, quiet=False)
     position = DataPosition(REPLAYED[case]())
     position.load_state_dict(io.load(tmp_path / "1-5.ckpt")["position"])
     with pytest.warns(UserWarning, match="fetching 5 batches again"):
@@ -318,41 +62,41 @@ def test_replay_says_so(case: str, tmp_path: pathlib.Path) -> None:
 def test_in_workers(case: str, tmp_path: pathlib.Path) -> None:
     torch.set_num_threads(1)
     repeat = case in ("deterministic", "persistent, random")
-    _check(IN_WORKERS[case], tmp_path, ((1, 3), (1, -1)), repeat=repeat)
+    assert_resumed_is_the_tail(IN_WORKERS[case], tmp_path, ((1, 3), (1, -1)), repeat=repeat)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", ["random, generator", "persistent, random", "with replacement and a generator"])
 def test_batches_fetched_ahead_are_not_lost(case: str, tmp_path: pathlib.Path) -> None:
     assert DataPosition(IN_WORKERS[case]()).prefetch_safe
-    _check(IN_WORKERS[case], tmp_path, ((1, 4),), repeat=False, ahead=1)
+    assert_resumed_is_the_tail(IN_WORKERS[case], tmp_path, ((1, 4),), repeat=False, ahead=1)
 
 
 @pytest.mark.parametrize("case", ["list", "shuffled", "shuffled with a generator"])
 def test_batches_fetched_ahead_in_this_process(case: str, tmp_path: pathlib.Path) -> None:
     assert DataPosition(IN_PROCESS[case]()).prefetch_safe is (case == "list")
-    _check(IN_PROCESS[case], tmp_path, PLACES, ahead=1)
+    assert_resumed_is_the_tail(IN_PROCESS[case], tmp_path, PLACES, ahead=1)
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize("case", ["persistent, random", "random"])
 def test_epochs_that_are_broken_off(case: str, tmp_path: pathlib.Path) -> None:
     """As by `limit_train_batches`: persistent workers go on with what they were given, and draw."""
-    _check(IN_WORKERS[case], tmp_path, ((0, 2), (1, 3), (1, -1)), repeat=False, limit=3)
+    assert_resumed_is_the_tail(IN_WORKERS[case], tmp_path, ((0, 2), (1, 3), (1, -1)), repeat=False, limit=3)
 
 
 @pytest.mark.parametrize("case", ["shuffled with a generator", "list", "dataset with a state", "own batch sampler"])
 def test_epochs_that_are_broken_off_in_this_process(case: str, tmp_path: pathlib.Path) -> None:
-    _check(IN_PROCESS[case], tmp_path, ((0, 2), (1, 3), (0, -1), (1, -1)), limit=3)
+    assert_resumed_is_the_tail(IN_PROCESS[case], tmp_path, ((0, 2), (1, 3), (0, -1), (1, -1)), limit=3)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
 def test_spawned_workers(tmp_path: pathlib.Path) -> None:
     def make() -> DataLoader[Any]:
-        return _loader("tnp", shuffle=True, num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
+        return loader_of("tnp", shuffle=True, num_workers=1, multiprocessing_context="spawn", persistent_workers=True)
 
-    _check(make, tmp_path, ((1, 3),))
+    assert_resumed_is_the_tail(make, tmp_path, ((1, 3),))
 
 
 def _resumed(data: Any, state: dict[str, Any]) -> tuple[DataPosition, Iterator[Any]]:
@@ -369,8 +113,8 @@ def _state_after(data: Any, batches: int) -> dict[str, Any]:
 
 
 def test_skipping_reads_no_sample() -> None:
-    state = _state_after(_loader(shuffle=True), 3)
-    loader = _loader(shuffle=True)
+    state = _state_after(loader_of(shuffle=True), 3)
+    loader = loader_of(shuffle=True)
     position, batches = _resumed(loader, state)
     assert loader.dataset.reads == 0 and position.handed_out == 3
     next(batches)
@@ -378,9 +122,9 @@ def test_skipping_reads_no_sample() -> None:
 
 
 def test_a_resuming_iter_leaves_the_generators_alone() -> None:
-    state = _state_after(_loader("tnp", shuffle=True), 3)
+    state = _state_after(loader_of("tnp", shuffle=True), 3)
     before = rng.capture()
-    _, batches = _resumed(_loader("tnp", shuffle=True), state)
+    _, batches = _resumed(loader_of("tnp", shuffle=True), state)
     assert rng.equal(rng.capture(), before)
     next(batches)
     assert not rng.equal(rng.capture(), before)
@@ -392,9 +136,9 @@ def test_resumed_runs_can_be_saved_and_resumed_again(tmp_path: pathlib.Path) -> 
         IN_PROCESS["random transforms"],
         IN_PROCESS["list"],
     ):
-        whole = _train(make, tmp_path, ((1, 2),))
-        once = _train(make, tmp_path, ((1, 4),), resume=tmp_path / "1-2.ckpt")
-        twice = _train(make, tmp_path, resume=tmp_path / "1-4.ckpt")
+        whole = train(make, tmp_path, ((1, 2),))
+        once = train(make, tmp_path, ((1, 4),), resume=tmp_path / "1-2.ckpt")
+        twice = train(make, tmp_path, resume=tmp_path / "1-4.ckpt")
         assert once == [row for row in whole if row[:2] > (1, 2)]
         assert twice == [row for row in whole if row[:2] > (1, 4)]
 
@@ -403,17 +147,17 @@ def test_resumed_runs_can_be_saved_and_resumed_again(tmp_path: pathlib.Path) -> 
 def test_resumed_workers_can_be_saved_and_resumed_again(tmp_path: pathlib.Path) -> None:
     for case in ("random", "persistent, random"):
         make = IN_WORKERS[case]
-        whole = _train(make, tmp_path, ((1, 1),))
-        once = _train(make, tmp_path, ((1, 4), (2, 1)), resume=tmp_path / "1-1.ckpt")
+        whole = train(make, tmp_path, ((1, 1),))
+        once = train(make, tmp_path, ((1, 4), (2, 1)), resume=tmp_path / "1-1.ckpt")
         assert once == [row for row in whole if row[:2] > (1, 1)]
         for place in ((1, 4), (2, 1)):
-            twice = _train(make, tmp_path, resume=tmp_path / f"{place[0]}-{place[1]}.ckpt")
+            twice = train(make, tmp_path, resume=tmp_path / f"{place[0]}-{place[1]}.ckpt")
             assert twice == [row for row in whole if row[:2] > place]
 
 
 def test_the_iterator_is_the_loaders_own() -> None:
     """No frame of ours per batch: torch's iterator comes out, its index stream runs behind a C chain."""
-    loader = _loader(shuffle=True)
+    loader = loader_of(shuffle=True)
     sampler, collate = loader.batch_sampler, loader.collate_fn
     batches = iter(DataPosition(loader))
     assert type(batches).__name__ == "_SingleProcessDataLoaderIter"
@@ -457,33 +201,33 @@ def test_an_iterator_that_is_dropped_stops_its_workers_at_once(make: Callable[[]
 
 def test_order_is_that_of_a_plain_loop() -> None:
     for make in IN_PROCESS.values():
-        _seed(3)
-        plain = [[_plain(batch) for batch in data] for data in [make()] for _ in range(2)]
+        seed_all(3)
+        plain = [[plain_of(batch) for batch in data] for data in [make()] for _ in range(2)]
         after = rng.capture()
-        _seed(3)
+        seed_all(3)
         position = DataPosition(make())
-        assert [[_plain(batch) for batch in position] for _ in range(2)] == plain
+        assert [[plain_of(batch) for batch in position] for _ in range(2)] == plain
         assert rng.equal(rng.capture(), after)
 
 
 @pytest.mark.parametrize("options", [{}, {"shuffle": True}, {"shuffle": True, "persistent_workers": True}], ids=str)
 def test_order_and_draws_of_workers_are_those_of_a_plain_loop(options: dict[str, Any]) -> None:
     def loader() -> DataLoader[Any]:
-        return DataLoader(_Numbers(8, draws="tw"), batch_size=2, num_workers=2, **options)
+        return DataLoader(Numbers(8, draws="tw"), batch_size=2, num_workers=2, **options)
 
-    _seed(3)
-    plain = [[_plain(batch) for batch in data] for data in [loader()] for _ in range(2)]
+    seed_all(3)
+    plain = [[plain_of(batch) for batch in data] for data in [loader()] for _ in range(2)]
     after = rng.capture()
-    _seed(3)
+    seed_all(3)
     position = DataPosition(loader())
-    assert [[_plain(batch) for batch in position] for _ in range(2)] == plain
+    assert [[plain_of(batch) for batch in position] for _ in range(2)] == plain
     assert rng.equal(rng.capture(), after)
     assert plain[0] != plain[1]  # an epoch's augmentations are not those of the epoch before
     position.close()
 
 
 def test_state_is_small() -> None:
-    path_free = _state_after(_loader(shuffle=True), 3)
+    path_free = _state_after(loader_of(shuffle=True), 3)
     size = sum(t.numel() * t.element_size() for t in _tensors(path_free))
     assert size < 32_000, size
 
@@ -516,7 +260,7 @@ def test_a_loader_with_its_own_state(tmp_path: pathlib.Path) -> None:
         def load_state_dict(self, state: dict[str, int]) -> None:
             self.given = state["given"]
 
-    _check(Stateful, tmp_path, ((0, 1), (1, 3), (1, -1)))
+    assert_resumed_is_the_tail(Stateful, tmp_path, ((0, 1), (1, 3), (1, -1)))
     position = DataPosition(Stateful())
     batches = iter(position)
     next(batches), next(batches)
@@ -534,32 +278,32 @@ def test_an_exhausted_epoch_goes_on_with_nothing() -> None:
 
 
 def test_nothing_begun_and_nothing_consumed(tmp_path: pathlib.Path) -> None:
-    position = DataPosition(_loader(shuffle=True))
+    position = DataPosition(loader_of(shuffle=True))
     state = position.state_dict()
-    resumed = DataPosition(_loader(shuffle=True))
+    resumed = DataPosition(loader_of(shuffle=True))
     resumed.load_state_dict(state)
     assert resumed.handed_out == 0 and len(list(resumed)) == 6
-    _seed(1)
+    seed_all(1)
     batches = iter(position)
     state = {"position": position.state_dict(), "rng": rng.capture()}
-    expected = [_plain(batch) for batch in batches]
-    resumed = DataPosition(_loader(shuffle=True))
+    expected = [plain_of(batch) for batch in batches]
+    resumed = DataPosition(loader_of(shuffle=True))
     resumed.load_state_dict(state["position"])
     rng.restore(state["rng"])
-    assert [_plain(batch) for batch in resumed] == expected
+    assert [plain_of(batch) for batch in resumed] == expected
 
 
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        (_loader, lambda: _loader(batch_size=3), "batch_size was 4 and is 3"),
+        (loader_of, lambda: loader_of(batch_size=3), "batch_size was 4 and is 3"),
         (
-            _loader,
-            lambda: _loader(shuffle=True),
+            loader_of,
+            lambda: loader_of(shuffle=True),
             "sampler was 'SequentialSampler' and is 'RandomSampler'",
         ),
-        (_loader, lambda: DataLoader(_Numbers(24), batch_size=4), "length was 23 and is 24"),
-        (_loader, lambda: [1, 2, 3], "is a list of batches"),
+        (loader_of, lambda: DataLoader(Numbers(24), batch_size=4), "length was 23 and is 24"),
+        (loader_of, lambda: [1, 2, 3], "is a list of batches"),
         (lambda: [1, 2, 3], lambda: [1, 2], "batches was 3 and is 2"),
     ],
 )
@@ -569,10 +313,10 @@ def test_data_that_changed_is_refused(then: Any, now: Any, message: str) -> None
 
 
 def test_data_that_changed_between_epochs_is_allowed() -> None:
-    position = DataPosition(_loader())
+    position = DataPosition(loader_of())
     list(position)
     position.end_epoch()
-    _, batches = _resumed(_loader(batch_size=3), position.state_dict())
+    _, batches = _resumed(loader_of(batch_size=3), position.state_dict())
     assert len(list(batches)) == 8
 
 
@@ -587,11 +331,11 @@ def test_a_sampler_with_a_hidden_state_is_found_out() -> None:
         def __len__(self) -> int:
             return 23
 
-    position = DataPosition(_loader(sampler=Rotating()))
+    position = DataPosition(loader_of(sampler=Rotating()))
     list(position)
     next(iter(position))
     with pytest.raises(DataError, match="Rotating gives this epoch another order"):
-        _resumed(_loader(sampler=Rotating()), position.state_dict())
+        _resumed(loader_of(sampler=Rotating()), position.state_dict())
 
 
 def test_a_sampler_that_draws_all_along_is_said(tmp_path: pathlib.Path) -> None:
@@ -603,13 +347,13 @@ def test_a_sampler_that_draws_all_along_is_said(tmp_path: pathlib.Path) -> None:
             return 23
 
     with pytest.warns(UserWarning, match="Lazy draws from the process-wide generators all through an epoch"):
-        _check(lambda: _loader(sampler=Lazy()), tmp_path, PLACES, quiet=False)
+        assert_resumed_is_the_tail(lambda: loader_of(sampler=Lazy()), tmp_path, PLACES, quiet=False)
 
 
 def test_a_buffer_that_draws_between_the_steps_is_said() -> None:
-    state = _state_after(DataLoader(_Stream(), batch_size=4), 3)
+    state = _state_after(DataLoader(Stream(), batch_size=4), 3)
     with pytest.warns(UserWarning, match="draws from the process-wide generators between the steps"):
-        _resumed(DataLoader(_Stream(), batch_size=4), state)
+        _resumed(DataLoader(Stream(), batch_size=4), state)
 
 
 def test_a_shorter_iterable_is_refused() -> None:
@@ -637,15 +381,15 @@ def test_another_number_of_workers_keeps_the_samples_and_says_what_does_not_repe
 
     torch.set_num_threads(1)
     for draws, workers in (("t", 1), ("", 1), ("", 0)):
-        _seed(0)
-        position = DataPosition(_loader(draws, shuffle=True, num_workers=2))
+        seed_all(0)
+        position = DataPosition(loader_of(draws, shuffle=True, num_workers=2))
         batches = iter(position)
         next(batches), next(batches), next(batches)
         state = position.state_dict()
         expected = samples(batches)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            _, rest = _resumed(_loader(draws, shuffle=True, num_workers=workers), state)
+            _, rest = _resumed(loader_of(draws, shuffle=True, num_workers=workers), state)
             assert samples(rest) == expected
         assert any("num_workers was 2 and is 1" in str(w.message) for w in said) is (draws == "t")
 
@@ -657,8 +401,8 @@ def test_set_epoch_reaches_every_sampler_once() -> None:
         def set_epoch(self, epoch: int) -> None:
             calls.append(epoch)
 
-    sampler = Sampler(_Numbers(), num_replicas=1, rank=0)
-    for loader in (_loader(sampler=sampler), _loader(batch_sampler=BatchSampler(sampler, 2, False))):
+    sampler = Sampler(Numbers(), num_replicas=1, rank=0)
+    for loader in (loader_of(sampler=sampler), loader_of(batch_sampler=BatchSampler(sampler, 2, False))):
         DataPosition(loader).set_epoch(7)
     assert calls == [7, 7]
 
@@ -668,18 +412,18 @@ def test_set_epoch_of_a_batch_sampler_is_left_to_the_program() -> None:
         def set_epoch(self, epoch: int) -> None:
             raise AssertionError
 
-    DataPosition(_loader(batch_sampler=Buckets(range(4), 2, False))).set_epoch(1)
+    DataPosition(loader_of(batch_sampler=Buckets(range(4), 2, False))).set_epoch(1)
 
 
 def test_a_copy_begins_anew() -> None:
-    position = DataPosition(_loader(shuffle=False))
+    position = DataPosition(loader_of(shuffle=False))
     first = next(iter(position))
     assert torch.equal(torch.as_tensor(next(iter(copy.deepcopy(position)))), torch.as_tensor(first))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_draw_draws_what_an_iterator_draws(workers: int) -> None:
-    loader = _loader(shuffle=True, num_workers=workers)
+    loader = loader_of(shuffle=True, num_workers=workers)
     torch.manual_seed(5)
     _ = iter(loader)
     expected = torch.get_rng_state()
