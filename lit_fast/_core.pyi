@@ -4,6 +4,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
+Groups: TypeAlias = list[dict[str, Any]]
+State: TypeAlias = dict[Tensor, Any]
+
 # (device index, stream handle, 0-dim float32 norm tensor or None, workspace(n) -> n float64 on the device,
 # 0-dim float32 tensor that multiplies the gradients or None, 0-dim int64 tensor that counts skipped steps or None,
 # whether every step is skipped after the first, whether a CUDA graph is being captured)
@@ -28,7 +31,7 @@ def build_info() -> dict[str, Any]: ...
 def formulas() -> dict[str, dict[str, Any]]: ...
 def keep_freed_memory(keep: bool, /) -> tuple[bool, str]: ...
 def gradient_norm(
-    param_groups: list[dict[str, Any]],
+    param_groups: Groups,
     grad_scale: float,
     max_norm: float,
     clip_value: float,
@@ -37,9 +40,9 @@ def gradient_norm(
     /,
 ) -> float | str | None: ...
 def hand_over_gradients(
-    param_groups: list[dict[str, Any]], rewrite: bool, cuda_device: int, chunk: int, launch: Launch, /
+    param_groups: Groups, rewrite: bool, cuda_device: int, chunk: int, launch: Launch, /
 ) -> str | None: ...
-def release_gradients(param_groups: list[dict[str, Any]], /) -> None: ...
+def release_gradients(param_groups: Groups, /) -> None: ...
 
 class Stepper:
     def __init__(
@@ -51,31 +54,19 @@ class Stepper:
         code_keys: tuple[str, ...],
         scale_keys: tuple[str, ...],
         step_key: str | None,
-        init_state: Callable[[dict[Tensor, Any], dict[str, Any], Tensor], None],
+        init_state: Callable[[State, dict[str, Any], Tensor], None],
         /,
     ) -> None: ...
     def step(
-        self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        grad_scale: float,
-        max_norm: float,
-        clip_value: float,
-        /,
+        self, param_groups: Groups, state: State, grad_scale: float, max_norm: float, clip_value: float, /
     ) -> float | str | None: ...
     def step_if_finite(
-        self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        grad_scale: float,
-        max_norm: float,
-        clip_value: float,
-        /,
+        self, param_groups: Groups, state: State, grad_scale: float, max_norm: float, clip_value: float, /
     ) -> float | str: ...
     def step_on_cuda(
         self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
+        param_groups: Groups,
+        state: State,
         grad_scale: float,
         max_norm: float,
         clip_value: float,
@@ -83,24 +74,9 @@ class Stepper:
         /,
     ) -> str | None: ...
     def hand_over(
-        self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        cuda_device: int,
-        chunk: int,
-        skips: bool,
-        launch: Launch,
-        /,
+        self, param_groups: Groups, state: State, cuda_device: int, chunk: int, skips: bool, launch: Launch, /
     ) -> str | None: ...
     def check_step(
-        self,
-        param_groups: list[dict[str, Any]],
-        state: dict[Tensor, Any],
-        by_table: bool,
-        cuda_device: int,
-        capturing: bool,
-        /,
+        self, param_groups: Groups, state: State, by_table: bool, cuda_device: int, capturing: bool, /
     ) -> str: ...
-    def check_parameters(
-        self, param_groups: list[dict[str, Any]], by_table: bool, on_cuda: bool, device_index: int, /
-    ) -> str: ...
+    def check_parameters(self, param_groups: Groups, by_table: bool, on_cuda: bool, device_index: int, /) -> str: ...
