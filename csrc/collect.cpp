@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "formulas/steps.h"
 #include "formulas/storage.h"
 #include "python.h"
 #include "stepper.h"
@@ -226,7 +227,7 @@ bool Stepper::read_counter(PyObject* entry, const TensorView& like, StepTask& ta
         task.step = value;
         return true;
     }
-    counters_.push_back({value, *value + 1.0F});
+    counters_.push_back({value, next_step(*value, draws(task.storage))});
     step = counters_.back().next;
     if (step >= 1.0 && step < 0x1p63) return true;  // random bits take it as an integer
     refusal = "the state " + text_of(mapping_.step_key) + " is " + std::to_string(*value) + ", which counts no steps";

@@ -5,6 +5,7 @@
 // prepare_kernel.
 #pragma once
 
+#include "../formulas/steps.h"
 #include "direct.cuh"
 
 namespace lit_fast::cuda {
@@ -126,9 +127,9 @@ static __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_c
     const int i = static_cast<int>((blockIdx.x - 1) * kThreads + threadIdx.x);
     if (i < head.cargo_words) head.cargo_to[i] = table.cargo[i];
     if (i >= head.counters) return;
-    const float step = __fadd_rn(*table.counter[i], 1.0F);
-    if (!left_out) *table.counter[i] = step;
     const CounterOptions& options = table.options[table.options_of[i]];
+    const float step = next_step(*table.counter[i], options.draws != 0);
+    if (!left_out) *table.counter[i] = step;
     Word* to = head.computed + static_cast<std::int64_t>(i) * kCoefficientWords;
     switch (head.formula) {
 #define LIT_FAST_ENTRY(Formula) \

@@ -183,6 +183,7 @@ struct Preparation {
     std::vector<float*> counters;
     std::vector<std::int32_t> options_of;  // of each counter, in batch.options
     std::vector<std::uint64_t> seeds;      // of each counter
+    std::vector<bool> draws;               // of each counter
     std::vector<Word> cargo;
 
     void run(const std::vector<Options>& options, const CudaStream& on) const {
@@ -208,17 +209,16 @@ struct Preparation {
   private:
     std::size_t add_counters(PrepareTable& table, const std::vector<Options>& options, std::size_t from) const {
         int sets = 0;
-        std::int32_t last = -1;
         std::size_t i = from;
         for (; i < counters.size() && i - from < kMaxCounters; ++i) {
-            if (options_of[i] != last) {
+            if (i == from || options_of[i] != options_of[i - 1] || draws[i] != draws[i - 1]) {
                 if (sets == kMaxCounterOptions) break;
                 const Options& given = options[static_cast<std::size_t>(options_of[i])];
                 CounterOptions& set = table.options[sets++];
                 std::copy_n(given.values, kMaxOptions, set.values);
                 set.seed = seeds[i];
                 set.first = given.first ? 1 : 0;
-                last = options_of[i];
+                set.draws = draws[i] ? 1 : 0;
             }
             table.counter[i - from] = counters[i];
             table.options_of[i - from] = static_cast<std::int16_t>(sets - 1);
@@ -341,6 +341,7 @@ void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const Cud
             before.counters.push_back(task.step);
             before.options_of.push_back(task.coefficients);
             before.seeds.push_back(task.seed);
+            before.draws.push_back(draws(task.storage));
         }
         if (task.numel == 0) continue;
         const cuda::Kind kind(task);

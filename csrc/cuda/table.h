@@ -102,7 +102,7 @@ constexpr int kMaxCounterOptions = kLargeArguments ? 16 : 4;
 struct CounterOptions {
     double values[kMaxOptions];
     std::uint64_t seed;
-    std::int64_t first;
+    std::int32_t first, draws;
 };
 
 struct PrepareHead {

@@ -258,6 +258,35 @@ void a_factor_that_is_nan_leaves_out() {
     }
 }
 
+// Behind 2^24 a float32 counts no further, and those that random bits depend on go back.
+void counters_behind_what_they_count_to() {
+    const Case& c = all()[0];
+    const Storage plain, drawing{Dtype::bfloat16, Dtype::bfloat16, Dtype::bfloat16, Master::none, true};
+    for (const float count : {0x1p24F - 1.0F, 0x1p24F, 0x1p23F}) {
+        float counters[] = {count, count, count};
+        std::vector<std::uint32_t> memory(64);
+        StepBatch batch;
+        batch.formula = c.id;
+        batch.coefficients.emplace_back();
+        batch.options.push_back(c.options);
+        for (int i = 0; i < 3; ++i) {
+            StepTask task;
+            task.param = &memory[static_cast<std::size_t>(16 * i)];
+            task.grad = task.state[0] = task.state[1] = task.param;
+            task.numel = task.body = 1;
+            task.storage = i == 1 ? drawing : plain;
+            task.layout = layout_of(task.storage, false);
+            task.form = c.form;
+            task.step = counters + i;
+            batch.tasks.push_back(task);
+        }
+        cuda_step(batch, {}, {}, workspace, {});
+        const float stays = count < 0x1p24F ? count + 1.0F : count;
+        tally.expect(counters[0] == stays && counters[2] == stays);
+        tally.expect(counters[1] == (count < 0x1p24F ? count + 1.0F : 0x1p23F + 1.0F));
+    }
+}
+
 void compare_norm_and_scale(const std::vector<Dtype>& dtypes, const std::vector<Size>& sizes) {
     std::deque<Twice> grads;
     std::vector<Span> spans;
@@ -326,6 +355,7 @@ int main() {
         }
     }
     huge_gradients_are_finite();
+    counters_behind_what_they_count_to();
     a_factor_that_is_nan_leaves_out();
     compare_norm_and_scale({Dtype::float32}, long_ones);
     compare_norm_and_scale({Dtype::bfloat16, Dtype::float16, Dtype::float32}, long_ones);

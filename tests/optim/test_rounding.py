@@ -16,7 +16,7 @@ from storage_cases import CODED, KINDS, storages
 from torch import Tensor
 from torch.nn import Parameter
 
-from lit_fast.optim import SGD, Adam, AdamW, RMSprop
+from lit_fast.optim import SGD, Adam, AdamW, RMSprop, adopt
 from lit_fast.optim.codes import UNSIGNED, decode
 
 DRAWS = 1_000_000
@@ -222,3 +222,53 @@ def test_parameters_have_bits_of_their_own():
     draw = random.Random(0)
     SGD(params, lr=1.0, rounding="stochastic", seed=draw.randrange(2**63)).step()
     assert not torch.equal(*params)
+
+
+# ---- counters of steps are float32, which counts to 2^24 ----
+
+
+@pytest.mark.parametrize("storage", [{"rounding": "stochastic"}, {"state_dtype": "8bit"}], ids=str)
+def test_behind_what_a_counter_counts_random_bits_still_differ(storage):
+    """2^24 is followed by 2^23 + 1, as if that many steps had been taken."""
+    param = Parameter(torch.ones(4096, dtype=BF16))
+    optimizer = AdamW([param], lr=1e-3, **storage)
+    param.grad = torch.linspace(-1, 1, 4096).to(BF16)
+    optimizer.step()
+    entry = optimizer.state[param]
+    found = []
+    for counts in (2**24 - 1, 2**24, 2**23):
+        before = {name: value.clone() if isinstance(value, Tensor) else value for name, value in entry.items()}
+        start = param.detach().clone()
+        entry["step"].fill_(counts)
+        optimizer.step()
+        found.append((entry["step"].item(), param.detach().clone(), bytes_of(entry)))
+        with torch.no_grad():
+            param.copy_(start)
+        for name, value in before.items():
+            if isinstance(value, Tensor):
+                entry[name].copy_(value)
+    assert [step for step, *_ in found] == [2.0**24, 2.0**23 + 1, 2.0**23 + 1]
+    last, after, again = ([*tensors] for _, *tensors in found)
+    assert not all(map(torch.equal, last, after)) and all(map(torch.equal, after, again))
+
+
+def bytes_of(entry: dict[str, Any]) -> Tensor:
+    """All that a step has drawn bits for, of one parameter's state."""
+    tensors = [value for name, value in sorted(entry.items()) if isinstance(value, Tensor) and name != "step"]
+    return torch.cat([value.view(torch.uint8).flatten() for value in tensors])
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam])
+def test_without_random_bits_a_counter_stays_where_torchs_does(kind):
+    params = [Parameter(torch.linspace(-1, 1, 64)) for _ in range(2)]
+    optimizers = [kind([p], lr=0.1) for p in params]
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        optimizer.state[p]["step"].fill_(2**24)
+    adopted = adopt(optimizers[0])
+    adopted.step()
+    optimizers[1].step()
+    assert adopted.compiled
+    assert optimizers[0].state[params[0]]["step"].item() == optimizers[1].state[params[1]]["step"].item() == 2**24
+    torch.testing.assert_close(params[0], params[1], rtol=1e-6, atol=0.0)
