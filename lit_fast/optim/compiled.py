@@ -97,7 +97,7 @@ class Compiled(Optimizer):
                 loss = closure()
         stepper = self._stepper_here()
         found = getattr(self, "found_inf", None)
-        if found is not None:
+        if isinstance(found, Tensor):  # a scaler that has seen no gradient puts a 0 there
             self._step_under_scaler(stepper, found)
             return loss
         refusal = stepper.step(self.param_groups, self.state, 1.0, ops.NO_CLIPPING, ops.NO_CLIPPING)

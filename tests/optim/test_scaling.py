@@ -169,9 +169,9 @@ def test_clipped_by_other_norms(options: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_kernels_that_leave_no_step_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those in Triton: the scaler unscales, and the host waits to hear what it has found."""
-    monkeypatch.setattr(scaling, "kernels_for", lambda device: ("Triton", "this build has no CUDA kernels"))
+def test_where_no_kernel_can_leave_a_step_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler unscales, and the host waits to hear what it has found."""
+    monkeypatch.setattr(scaling, "kernels_for", lambda device: ("", "there are no kernels for the device"))
     assert_same_loops(loop(MAKERS[kind], of_ours()), loop(MAKERS[kind], of_torch()))
 
 
@@ -390,6 +390,17 @@ def test_own_optimizers_whose_gradients_have_no_kernel() -> None:
         results.append((params[0].detach(), own.state_dict()))
     assert results[0][1] == results[1][1]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_own_optimizers_without_gradients() -> None:
+    """As torch's fused ones: there is nothing to step, and nothing to move the scale by."""
+    own, params = scaler(), parameters()
+    before = [p.detach().clone() for p in params]
+    own.step(ours.AdamW(params))
+    assert all(map(torch.equal, params, before))
+    with pytest.raises(AssertionError, match="No inf checks"):
+        own.update()
 
 
 def test_own_optimizers_with_hooks_are_unscaled_before(monkeypatch: pytest.MonkeyPatch) -> None:
