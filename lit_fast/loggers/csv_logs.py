@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
-from lit_fast.loggers.logger import Logger, global_rank, rank_zero_experiment
-from lit_fast.loggers.utilities import add_prefix, next_version, number, params_dict, write_yaml
+from lit_fast.loggers.logger import FolderLogger, global_rank, rank_zero_experiment
+from lit_fast.loggers.utilities import add_prefix, number, params_dict, write_yaml
 
 
 class ExperimentWriter:
@@ -86,7 +86,7 @@ class ExperimentWriter:
         os.replace(temporary, self.metrics_file_path)
 
 
-class CSVLogger(Logger):
+class CSVLogger(FolderLogger):
     """Writes `<save_dir>/<name>/version_<N>/metrics.csv` and `hparams.yaml`.
 
     Args:
@@ -113,37 +113,11 @@ class CSVLogger(Logger):
         prefix: str = "",
         flush_logs_every_n_steps: int = 100,
     ) -> None:
-        super().__init__()
-        self._save_dir = os.fspath(save_dir)
-        self._name = name or ""
-        self._version = version
+        super().__init__(save_dir, name, version)
         self._prefix = prefix
         self._flush_logs_every_n_steps = flush_logs_every_n_steps
         self._flushes = 0
         self._experiment: ExperimentWriter | None = None
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def version(self) -> int | str:
-        if self._version is None:
-            self._version = next_version(self.root_dir)
-        return self._version
-
-    @property
-    def save_dir(self) -> str:
-        return self._save_dir
-
-    @property
-    def root_dir(self) -> str:
-        return os.path.join(self._save_dir, self._name)
-
-    @property
-    def log_dir(self) -> str:
-        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        return os.path.join(self.root_dir, version)
 
     @property
     @rank_zero_experiment

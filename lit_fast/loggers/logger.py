@@ -9,6 +9,8 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lit_fast.loggers.utilities import next_version
+
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
@@ -68,6 +70,45 @@ class Logger(ABC):
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:  # noqa: B027
         """A checkpoint callback has saved a checkpoint."""
+
+
+class FolderLogger(Logger):
+    """A logger whose files are below `<save_dir>/<name>/version_<N>/`; the next free N where no version is given.
+
+    Args:
+        save_dir: directory of all experiments.
+        name: name of the experiment; "" or None leaves out that level.
+        version: a number N, or a string that is used as the folder's name.
+    """
+
+    def __init__(self, save_dir: str | os.PathLike[str], name: str | None, version: int | str | None) -> None:
+        super().__init__()
+        self._save_dir = os.fspath(save_dir)
+        self._name = name or ""
+        self._version = version
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def version(self) -> int | str:
+        if self._version is None:
+            self._version = next_version(self.root_dir)
+        return self._version
+
+    @property
+    def save_dir(self) -> str:
+        return self._save_dir
+
+    @property
+    def root_dir(self) -> str:
+        return os.path.join(self._save_dir, self._name)
+
+    @property
+    def log_dir(self) -> str:
+        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
+        return os.path.join(self.root_dir, version)
 
 
 class DummyExperiment:

@@ -12,11 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from lit_fast.errors import MisconfigurationException
-from lit_fast.loggers.logger import Logger, global_rank, rank_zero_experiment
+from lit_fast.loggers.logger import FolderLogger, global_rank, rank_zero_experiment
 from lit_fast.loggers.utilities import (
     add_prefix,
     flatten,
-    next_version,
     number,
     params_dict,
     primitives,
@@ -28,7 +27,7 @@ from lit_fast.loggers.utilities import (
 _MAX_QUEUE = 1000
 
 
-class TensorBoardLogger(Logger):
+class TensorBoardLogger(FolderLogger):
     """Writes event files and `hparams.yaml` to `<save_dir>/<name>/version_<N>/`.
 
     All numbers of one `log_metrics` call go into one event. The calling thread serializes the event and puts
@@ -71,10 +70,7 @@ class TensorBoardLogger(Logger):
         sub_dir: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
-        self._save_dir = os.fspath(save_dir)
-        self._name = name or ""
-        self._version = version
+        super().__init__(save_dir, name, version)
         self._log_graph = log_graph
         self._default_hp_metric = default_hp_metric
         self._prefix = prefix
@@ -85,32 +81,13 @@ class TensorBoardLogger(Logger):
         self._write: Any = None
 
     @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def version(self) -> int | str:
-        if self._version is None:
-            self._version = next_version(self.root_dir)
-        return self._version
-
-    @property
-    def save_dir(self) -> str:
-        return self._save_dir
-
-    @property
-    def root_dir(self) -> str:
-        return os.path.join(self._save_dir, self._name)
-
-    @property
     def sub_dir(self) -> str | None:
         """Folder of the event files inside the version's folder."""
         return self._sub_dir
 
     @property
     def log_dir(self) -> str:
-        version = self.version if isinstance(self.version, str) else f"version_{self.version}"
-        path = os.path.join(self.root_dir, version, self._sub_dir or "")
+        path = os.path.join(super().log_dir, self._sub_dir or "")
         return os.path.expanduser(os.path.expandvars(path.rstrip(os.sep)))
 
     @property
