@@ -183,7 +183,10 @@ bool Stepper::read_beside(PyObject* entry, PyObject* key, const TensorView& like
         return false;
     }
     if (view.device != like.device || !like.same_layout(view)) {
-        refusal = "the state " + text_of(key) + " differs from its parameter in device, shape or strides";
+        refusal =
+            "the state " + text_of(key) +
+            " differs from its parameter in device, shape or strides (load_state_dict(state_dict()) moves it, but "
+            "gives it no other shape)";
         return false;
     }
     written_.push_back(value);

@@ -199,6 +199,8 @@ def convert(entry: dict[str, Any], group: dict[str, Any], param: Tensor) -> None
     for key, belongs_to in (("master", "float32"), ("remainder", "remainder")):
         if master != belongs_to:
             entry.pop(key, None)
+        elif key in entry and entry[key].shape == param.shape:
+            entry[key] = _like(entry[key], param, entry[key].dtype)
 
 
 def to_torch_state_dict(optimizer: Optimizer) -> dict[str, Any]:

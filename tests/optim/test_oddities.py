@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import lit_fast as L
 from lit_fast.errors import KernelError
-from lit_fast.optim import SGD, Adagrad, Adam, AdamW, Lion, Muon, RMSprop, adopt
+from lit_fast.optim import SGD, Adagrad, Adam, AdamW, Lamb, Lion, Muon, RMSprop, adopt
 from lit_fast.optim.storage import DEFAULTS
 
 EIGHT_BIT = {"state_dtype": "8bit", "rounding": "stochastic", "master": "remainder"}
@@ -226,6 +226,30 @@ def test_codes_of_another_layout_are_converted_when_loaded():
     other.step()
     optimizer.step()
     assert bool((turned - param).abs().max() <= 0.5 * 1e-3)  # codes err by 1/16; a step is 1e-3 at most
+
+
+@pytest.mark.parametrize("storage", [{"master": "float32"}, {"master": "remainder", "state_dtype": "bfloat16"}, {}])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not Lamb])  # its norms are summed in another order
+def test_a_model_that_is_laid_out_anew_goes_on_once_its_state_is_loaded(kind, storage):
+    def made():
+        model = torch.nn.Conv2d(3, 8, 3).bfloat16()
+        torch.nn.init.normal_(model.weight, generator=torch.Generator().manual_seed(1))
+        torch.nn.init.zeros_(model.bias)
+        return model, stepped(kind(model.parameters(), lr=0.1, **storage))
+
+    (model, optimizer), (_, reference) = made(), made()
+    model.to(memory_format=torch.channels_last)
+    set_gradients(list(model.parameters()), seed=7)
+    model.weight.grad = model.weight.grad.to(memory_format=torch.channels_last)
+    if storage or kind not in OF_TORCH:
+        with pytest.raises(KernelError, match=r"load_state_dict\(state_dict\(\)\) moves it"):
+            optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    stepped(reference, steps=1, begin=7)
+    assert same_numbers(optimizer, reference)
 
 
 def test_what_is_not_dense_or_shares_memory_is_torchs_or_an_error():
