@@ -28,17 +28,17 @@ struct Storage {
     bool stochastic = false;  // how bfloat16 parameters and states are rounded
 };
 
-// Those with kernels of their own, which convert in registers: (parameter and gradient, optimizer state), the two last
-// but one with a float32 master of a bfloat16 parameter (gradient; state float32), the last one with 8-bit codes beside
-// bfloat16 and either rounding; arithmetic is float32 in all of them. Everything else goes through a block of float32
-// in the first-level cache (cpu/staged.h).
+// Those with kernels of their own, which convert in registers: (parameter and gradient, optimizer state); two with a
+// float32 master of a bfloat16 parameter (gradient; state float32); and 8-bit codes beside float32 or bfloat16, with
+// either rounding. Arithmetic is float32 in all of them. Everything else goes through a block of float32 in the
+// first-level cache (cpu/staged.h).
 enum class Layout : std::int32_t {
     float32 = 0,
     bfloat16 = 1,
     float32_bfloat16_state = 2,
     bfloat16_master = 3,
     bfloat16_master_float32_grad = 4,
-    bfloat16_codes = 5,
+    codes = 5,
     staged = 6
 };
 constexpr int kLayoutCount = 7;
@@ -52,7 +52,7 @@ constexpr Layout layout_of(const Storage& s, bool stateless) {
         if (s.grad == Dtype::float32) return Layout::bfloat16_master_float32_grad;
     }
     const bool plain = s.param == s.grad && s.master == Master::none;
-    if (plain && s.param == Dtype::bfloat16 && s.state == Dtype::uint8 && !stateless) return Layout::bfloat16_codes;
+    if (plain && s.param != Dtype::float16 && s.state == Dtype::uint8 && !stateless) return Layout::codes;
     if (s.param != s.grad || s.master != Master::none || s.stochastic) return Layout::staged;
     if (s.param == Dtype::float32 && float32_state) return Layout::float32;
     if (s.param == Dtype::bfloat16 && bfloat16_state) return Layout::bfloat16;

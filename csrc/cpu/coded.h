@@ -1,6 +1,6 @@
-// A step of bfloat16 parameters and gradients with moments in 8-bit codes, a block of codes at a time: decoded, stepped
-// and rounded in registers. Codes need the block's largest magnitude, so what a block's step gives waits in the
-// first-level cache until it is known.
+// A step with moments in 8-bit codes, of parameters and gradients that are both float32 or both bfloat16, a block of
+// codes at a time: decoded, stepped and rounded in registers. Codes need the block's largest magnitude, so what a
+// block's step gives waits in the first-level cache until it is known.
 //
 // Only for ordinary numbers: a block that a NaN, an infinity or a denormal comes up in is left to staged.h, with
 // nothing of it written.
@@ -12,15 +12,16 @@
 
 namespace lit_fast::cpu {
 
-// Addresses of one task, as local variables.
+// Addresses of one task, as local variables. P: float or bf16.
+template <class P>
 struct CodedTensors {
-    bf16* param;
-    const bf16* grad;
+    P* param;
+    const P* grad;
     std::uint8_t* codes[kMaxStates];
     float* code_scale[kMaxStates];
 
     explicit CodedTensors(const StepTask& task)
-        : param(static_cast<bf16*>(task.param)), grad(static_cast<const bf16*>(task.grad)) {
+        : param(static_cast<P*>(task.param)), grad(static_cast<const P*>(task.grad)) {
         for (int k = 0; k < kMaxStates; ++k) {
             codes[k] = static_cast<std::uint8_t*>(task.state[k]);
             code_scale[k] = task.code_scale[k];
@@ -74,14 +75,14 @@ LIT_FAST_INLINE void new_offsets(typename Coding::Offset (&offset)[Formula::stat
                                  const float (&scale)[Formula::states]) {
     if constexpr (k < Formula::states) {
         if constexpr (uses(kForm, k)) {
-            offset[k] = Coding::template offset<uses(Formula::signed_states, k)>(scale[k], 1);
+            offset[k] = Coding::template encode_offset<uses(Formula::signed_states, k)>(scale[k]);
         }
         new_offsets<Formula, kForm, Coding, k + 1>(offset, scale);
     }
 }
 
-template <class Formula, unsigned kForm, class Coding, int k = 0>
-LIT_FAST_INLINE void encode_states(const CodedTensors& t, const Stepped<Formula>& stepped,
+template <class Formula, unsigned kForm, class Coding, int k = 0, class P>
+LIT_FAST_INLINE void encode_states(const CodedTensors<P>& t, const Stepped<Formula>& stepped,
                                    const typename Coding::Offset (&offset)[Formula::states],
                                    const typename Coding::Chances& first, const typename Coding::Chances& second,
                                    std::int64_t at, int i) {
@@ -97,8 +98,8 @@ LIT_FAST_INLINE void encode_states(const CodedTensors& t, const Stepped<Formula>
     }
 }
 
-template <class Formula, unsigned kForm, class Coding, int k = 0>
-LIT_FAST_INLINE bool find_codes(const CodedTensors& t, const std::uint8_t* (&codes)[Formula::states],
+template <class Formula, unsigned kForm, class Coding, int k = 0, class P>
+LIT_FAST_INLINE bool find_codes(const CodedTensors<P>& t, const std::uint8_t* (&codes)[Formula::states],
                                 typename Coding::Offset (&offset)[Formula::states], std::int64_t at) {
     alignas(64) static constexpr std::uint8_t kZeros[kBlock] = {};
     if constexpr (k < Formula::states) {
@@ -106,34 +107,39 @@ LIT_FAST_INLINE bool find_codes(const CodedTensors& t, const std::uint8_t* (&cod
             const float scale = t.code_scale[k][at / kBlock];
             if (!is_ordinary(scale)) return false;
             codes[k] = scale == 0.0F ? kZeros : t.codes[k] + at;
-            offset[k] = Coding::template offset<uses(Formula::signed_states, k)>(scale, 16);
+            offset[k] = Coding::template decode_offset<uses(Formula::signed_states, k)>(scale);
         }
         return find_codes<Formula, kForm, Coding, k + 1>(t, codes, offset, at);
     }
     return true;
 }
 
-template <bool kStochastic, class V, class Chances>
-LIT_FAST_INLINE void store_param(bf16* to, V p, const Chances& chances) {
+template <bool kStochastic, class Coding, class P>
+LIT_FAST_INLINE void store_param(P* to, typename Coding::V p, const typename Coding::Chances& chances) {
     if constexpr (kStochastic) {
-        store_by_chance(to, p, chances);
+        Coding::store_by_chance(to, p, chances);
     } else {
         store(to, p);
     }
 }
 
+template <int kElements, class T>
+LIT_FAST_INLINE void prefetch_lines(const T* p) {
+    for (int i = 0; i < kElements; i += 64 / static_cast<int>(sizeof(T))) prefetch_line(p + i);
+}
+
 // False, with nothing written, where something is not an ordinary number. A function of its own: beside the call of the
 // staged step its loops are a fifth slower.
-template <class Formula, unsigned kForm, bool kStochastic, class Coding>
+template <class Formula, unsigned kForm, bool kStochastic, class Coding, class P>
 LIT_FAST_OWN bool step_block(const typename Formula::Coefficients& coefficients, const GradientScale& scale_at,
-                             const CodedTensors& tensors, std::int64_t at, std::uint32_t index, RandomKey key) {
+                             const CodedTensors<P>& tensors, std::int64_t at, std::uint32_t index, RandomKey key) {
     using V = typename Coding::V;
     using Chances = typename Coding::Chances;
     constexpr bool kMayClamp = (kForm & kGeneral) != 0;
     constexpr int kTwo = 2 * V::lanes;
     const typename Formula::Coefficients c = coefficients;
     const GradientScale scale = scale_at;
-    const CodedTensors t = tensors;
+    const CodedTensors<P> t = tensors;
     const std::uint8_t* codes[Formula::states];
     typename Coding::Offset offset[Formula::states];
     if (__builtin_expect(!find_codes<Formula, kForm, Coding>(t, codes, offset, at), 0)) return false;
@@ -141,8 +147,8 @@ LIT_FAST_OWN bool step_block(const typename Formula::Coefficients& coefficients,
     typename Coding::Extremes extremes[Formula::states];
     typename Coding::Numbers numbers;
     for (int two = 0; two < kBlock; two += kTwo) {
-        prefetch_line(t.param + at + two);
-        prefetch_line(t.grad + at + two);
+        prefetch_lines<kTwo>(t.param + at + two);
+        prefetch_lines<kTwo>(t.grad + at + two);
         LIT_FAST_UNROLL for (int k = 0; k < Formula::states; ++k) {
             if (uses(kForm, k)) prefetch_line(t.codes[k] + at + two);
         }
@@ -175,18 +181,19 @@ LIT_FAST_OWN bool step_block(const typename Formula::Coefficients& coefficients,
     for (int i = 0; i < kBlock; i += kTwo) {
         const Chances first = dice.next(), second = dice.next();
         encode_states<Formula, kForm, Coding>(t, stepped, offset, first, second, at, i);
-        store_param<kStochastic>(t.param + at + i, V::load_parts(stepped.param + i), first);
-        store_param<kStochastic>(t.param + at + i + V::lanes, V::load_parts(stepped.param + i + V::lanes), second);
+        store_param<kStochastic, Coding>(t.param + at + i, V::load_parts(stepped.param + i), first);
+        store_param<kStochastic, Coding>(t.param + at + i + V::lanes, V::load_parts(stepped.param + i + V::lanes),
+                                         second);
     }
     return true;
 }
 
-template <class Formula, unsigned kForm, bool kStochastic, class Coding, class Half>
+template <class Formula, unsigned kForm, class P, bool kStochastic, class Coding, class Half>
 LIT_FAST_INLINE void step_blocks(const StepTask& task, const CoefficientBlock& block, const GradientScale& scale_at,
                                  std::int64_t begin, std::int64_t end) {
     const typename Formula::Coefficients c = coefficients_of<Formula>(block);
     const GradientScale scale = signed_scale(scale_at, c);
-    const CodedTensors t(task);
+    const CodedTensors<P> t(task);
     const std::uint64_t first = task.first_index, seed = task.seed, number = task.step_number;
     RandomKey key = random_key(seed, number, first + static_cast<std::uint64_t>(begin));
     for (std::int64_t at = begin; at < end; at += kBlock) {
@@ -205,10 +212,12 @@ void step_coded(const StepTask& task, const CoefficientBlock& block, const Gradi
     const std::int64_t body = end < task.body ? end : task.body;
     const std::int64_t split = body > begin ? begin + (body - begin) / kBlock * kBlock : begin;
     for_form<Formula>(clamps(scale) ? task.form | kGeneral : task.form, [&](auto form) {
-        if (task.storage.stochastic) {
-            step_blocks<Formula, form.value, true, Coding, Half>(task, block, scale, begin, split);
+        if (task.storage.param == Dtype::float32) {
+            step_blocks<Formula, form.value, float, false, Coding, Half>(task, block, scale, begin, split);
+        } else if (task.storage.stochastic) {
+            step_blocks<Formula, form.value, bf16, true, Coding, Half>(task, block, scale, begin, split);
         } else {
-            step_blocks<Formula, form.value, false, Coding, Half>(task, block, scale, begin, split);
+            step_blocks<Formula, form.value, bf16, false, Coding, Half>(task, block, scale, begin, split);
         }
     });
     if (split < end) step_staged<Formula, Half>(task, block, scale, split, end);

@@ -116,6 +116,7 @@ struct Pair {
     LIT_FAST_INLINE explicit Pair(float v) : even(v), odd(v) {}
     LIT_FAST_INLINE Pair(Vec e, Vec o) : even(e), odd(o) {}
     static Pair load(const bf16* p);
+    static Pair load(const float* p);
     LIT_FAST_INLINE static void prefetch(const void* p) { Vec::prefetch(p); }
     // As it lies in registers.
     LIT_FAST_INLINE static Pair load_parts(const float* p) { return {Vec::load(p), Vec::load(p + Vec::lanes)}; }
@@ -166,6 +167,19 @@ LIT_FAST_INLINE Pair Pair::load(const bf16* p) {
     return pair_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 LIT_FAST_INLINE void store(bf16* p, Pair a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves_of(a)); }
+// Of the 128-bit halves (0 to 3, 8 to 11) and (4 to 7, 12 to 15) shuffles within halves make what is even and odd, in
+// the order (0 2 4 6, 8 10 12 14); and unpacking them gives the halves back.
+LIT_FAST_INLINE Pair Pair::load(const float* p) {
+    const __m256 a = _mm256_loadu_ps(p), b = _mm256_loadu_ps(p + 8);
+    const __m256 first = _mm256_permute2f128_ps(a, b, 0x20), second = _mm256_permute2f128_ps(a, b, 0x31);
+    return {Vec(_mm256_shuffle_ps(first, second, 0x88)), Vec(_mm256_shuffle_ps(first, second, 0xdd))};
+}
+LIT_FAST_INLINE void store(float* p, Pair a) {
+    const __m256 first = _mm256_unpacklo_ps(a.even.value, a.odd.value);
+    const __m256 second = _mm256_unpackhi_ps(a.even.value, a.odd.value);
+    _mm256_storeu_ps(p, _mm256_permute2f128_ps(first, second, 0x20));
+    _mm256_storeu_ps(p + 8, _mm256_permute2f128_ps(first, second, 0x31));
+}
 
 using BfloatVec = Pair;  // for a step of nothing but bf16
 
@@ -223,20 +237,11 @@ struct Numbers {
     LIT_FAST_INLINE bool all() const { return _mm256_movemask_ps(none) == 0; }
 };
 
-// For numbers.
-LIT_FAST_INLINE void store_by_chance(bf16* p, Pair a, const Chances& chances) {
-    const __m256i low = _mm256_set1_epi32(static_cast<int>(param_bits(~0U)));
-    const __m256i even = _mm256_add_epi32(_mm256_castps_si256(a.even.value), _mm256_and_si256(chances.even, low));
-    const __m256i odd = _mm256_add_epi32(_mm256_castps_si256(a.odd.value), _mm256_and_si256(chances.odd(), low));
-    const __m256i halves = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
-}
-
 // state_bits(word, k)
 template <int k>
 LIT_FAST_INLINE __m256i state_chance(__m256i words) {
     if constexpr (k == 1) return _mm256_srli_epi32(words, 12);
-    return _mm256_and_si256(_mm256_srli_epi32(words, k == 0 ? 4 : 8), _mm256_set1_epi32(0xfffff));
+    return _mm256_and_si256(_mm256_srli_epi32(words, k == 0 ? 4 : 8), Chances::all(kDropped));
 }
 
 // The upper halves of sixteen float32 numbers once a chance has been added to what codes have not.
@@ -257,13 +262,17 @@ struct Coded {
     using Numbers = avx2::Numbers;
     using Offset = __m256i;
 
-    // In units of a code, times `unit`.
     template <bool kSigned>
-    LIT_FAST_INLINE static Offset offset(float scale, int unit) {
-        const auto exponent = static_cast<int>(bits_of(scale) >> 23) - (kSigned ? kSignedBinades : kUnsignedBinades);
-        return _mm256_set1_epi16(static_cast<short>(exponent * 8 * unit));
+    LIT_FAST_INLINE static Offset encode_offset(float scale) {
+        constexpr std::uint32_t kBinades = kSigned ? kSignedBinades : kUnsignedBinades;
+        const std::uint32_t offset = scale == 0.0F ? 0xfffU : ((bits_of(scale) >> 23) - kBinades) * 8U;
+        return _mm256_set1_epi16(static_cast<short>(offset));  // of zero: above all numbers
     }
-    // offset: for a unit of 16. A code of zero takes none: vpsignw gives it the magnitude's sign, which is zero's.
+    template <bool kSigned>
+    LIT_FAST_INLINE static Offset decode_offset(float scale) {
+        return _mm256_slli_epi16(encode_offset<kSigned>(scale), 4);
+    }
+    // A code of zero takes no offset: vpsignw gives it the magnitude's sign, which is zero's.
     template <bool kSigned>
     LIT_FAST_INLINE static Pair decoded(const std::uint8_t* codes, Offset offset) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
@@ -278,7 +287,13 @@ struct Coded {
             return pair_of(_mm256_add_epi16(_mm256_slli_epi16(code, 4), _mm256_sign_epi16(offset, code)));
         }
     }
-    // offset: for a unit of 1.
+    LIT_FAST_INLINE static void store_by_chance(bf16* p, Pair a, const Chances& chances) {
+        const __m256i low = Chances::all(param_bits(~0U));
+        const __m256i even = _mm256_add_epi32(_mm256_castps_si256(a.even.value), _mm256_and_si256(chances.even, low));
+        const __m256i odd = _mm256_add_epi32(_mm256_castps_si256(a.odd.value), _mm256_and_si256(chances.odd(), low));
+        const __m256i halves = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+    }
     template <bool kSigned, int k>
     LIT_FAST_INLINE static void store_codes(std::uint8_t* codes, Pair a, Pair b, Offset offset, const Chances& of_a,
                                             const Chances& of_b) {

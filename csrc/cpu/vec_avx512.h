@@ -8,6 +8,7 @@
 
 #include "../dtypes.h"
 #include "../formulas/math.h"
+#include "../formulas/storage.h"
 
 namespace lit_fast::avx512 {
 
@@ -34,6 +35,8 @@ struct Vec {
     template <int part>
     Wide widen() const;
     static void prefetch(const void* p);
+    static Vec load_parts(const float* p);
+    void store_parts(float* p) const;
 };
 LIT_FAST_INLINE Vec operator+(Vec a, Vec b) { return Vec(_mm512_add_ps(a.value, b.value)); }
 LIT_FAST_INLINE Vec operator-(Vec a, Vec b) { return Vec(_mm512_sub_ps(a.value, b.value)); }
@@ -92,6 +95,120 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) { _mm256_mask_storeu_epi
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 using BfloatVec = Vec;  // for a step of nothing but bf16
-using Coded = void;     // for a step of bf16 with 8-bit moments: staged
+
+// ---- A Vec in 8-bit codes and stochastic rounding (coded.h); all of this as formulas/storage.h defines it ----
+
+LIT_FAST_INLINE Vec Vec::load_parts(const float* p) { return load(p); }
+LIT_FAST_INLINE void Vec::store_parts(float* p) const { store(p, *this); }
+
+// For a step of bf16 with 8-bit moments. A code differs from the upper bits of its float32 by an offset, which is that
+// of the exponents and the scale's: all of this takes normal numbers alone.
+struct Coded {
+    using V = Vec;
+    using Offset = __m512i;
+    using Chances = __m512i;  // a random word each
+
+    LIT_FAST_INLINE static __m512i all(std::uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+
+    // The random words of sixteen elements, then of the next sixteen, and so on.
+    struct Dice {
+        __m512i weyl, second, neighbours;
+        LIT_FAST_INLINE Dice(std::uint32_t index, RandomKey key) : second(all(key.second)) {
+            alignas(64) static constexpr std::uint32_t kPairs[] = {0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7};
+            alignas(64) static constexpr std::uint32_t kFactors[] = {1, kNeighbour, 1, kNeighbour, 1, kNeighbour,
+                                                                     1, kNeighbour, 1, kNeighbour, 1, kNeighbour,
+                                                                     1, kNeighbour, 1, kNeighbour};
+            const __m512i pair = _mm512_add_epi32(_mm512_loadu_si512(kPairs), all(index >> 1));
+            weyl = _mm512_add_epi32(_mm512_mullo_epi32(pair, all(kWeyl)), all(key.first));
+            neighbours = _mm512_loadu_si512(kFactors);
+        }
+        LIT_FAST_INLINE Chances next() {
+            __m512i x = _mm512_xor_si512(weyl, _mm512_srli_epi32(weyl, kFirstShift));
+            weyl = _mm512_add_epi32(weyl, all(8 * kWeyl));
+            x = _mm512_add_epi32(_mm512_mullo_epi32(x, all(kMix)), second);
+            return _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, kLastShift)), neighbours);
+        }
+    };
+
+    // The bits of the largest magnitude so far; a NaN's are above those of all numbers.
+    struct Extremes {
+        __m512i bits = all(0);
+        template <bool kSigned>
+        LIT_FAST_INLINE void add(Vec a) {
+            bits = _mm512_max_epu32(bits, magnitude<kSigned>(a));
+        }
+        LIT_FAST_INLINE std::uint32_t largest() const {
+            alignas(64) std::uint32_t lanes[16];
+            _mm512_storeu_si512(lanes, bits);
+            std::uint32_t most = 0;
+            for (const std::uint32_t lane : lanes) most = lane > most ? lane : most;
+            return most;
+        }
+    };
+    // Whether no NaN has come by.
+    struct Numbers {
+        __mmask16 none = 0;
+        LIT_FAST_INLINE void add(Vec a) {
+            none = static_cast<__mmask16>(none | _mm512_cmp_ps_mask(a.value, a.value, _CMP_UNORD_Q));
+        }
+        LIT_FAST_INLINE bool all() const { return none == 0; }
+    };
+
+    LIT_FAST_INLINE static void store_by_chance(bf16* p, Vec a, Chances chances) {
+        const __m512i chance = _mm512_and_si512(chances, all(param_bits(~0U)));
+        const __m512i sum = _mm512_add_epi32(_mm512_castps_si512(a.value), chance);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16)));
+    }
+
+    template <bool kSigned>
+    LIT_FAST_INLINE static Offset encode_offset(float scale) {
+        constexpr std::uint32_t kBinades = kSigned ? kSignedBinades : kUnsignedBinades;
+        return all(scale == 0.0F ? 0xfffU : ((bits_of(scale) >> 23) - kBinades) * 8U);  // of zero: above all numbers
+    }
+    template <bool kSigned>
+    LIT_FAST_INLINE static Offset decode_offset(float scale) {
+        return _mm512_slli_epi32(encode_offset<kSigned>(scale), 20);
+    }
+    // A code of zero takes no offset.
+    template <bool kSigned>
+    LIT_FAST_INLINE static Vec decoded(const std::uint8_t* codes, Offset offset) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+        const __m512i code = kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+        const __m512i magnitude = kSigned ? _mm512_and_si512(code, all(127U)) : code;
+        const __mmask16 above_zero = _mm512_test_epi32_mask(magnitude, magnitude);
+        const __m512i shifted = _mm512_slli_epi32(magnitude, 20);
+        __m512i bits = _mm512_mask_add_epi32(shifted, above_zero, shifted, offset);
+        if constexpr (kSigned) bits = _mm512_or_si512(bits, _mm512_and_si512(code, all(0x80000000U)));
+        return Vec(_mm512_castsi512_ps(bits));
+    }
+    template <bool kSigned, int k>
+    LIT_FAST_INLINE static void store_codes(std::uint8_t* codes, Vec a, Vec b, Offset offset, Chances of_a,
+                                            Chances of_b) {
+        store_codes<kSigned, k>(codes, a, offset, of_a);
+        store_codes<kSigned, k>(codes + Vec::lanes, b, offset, of_b);
+    }
+
+  private:
+    template <bool kSigned>
+    LIT_FAST_INLINE static __m512i magnitude(Vec a) {
+        const __m512i bits = _mm512_castps_si512(a.value);
+        return kSigned ? _mm512_and_si512(bits, all(0x7fffffffU)) : bits;
+    }
+    template <bool kSigned, int k>
+    LIT_FAST_INLINE static void store_codes(std::uint8_t* codes, Vec a, Offset offset, Chances chances) {
+        const __m512i from = _mm512_srli_epi32(chances, k == 0 ? 4 : k == 1 ? 12 : 8);  // state_bits
+        const __m512i chance = k == 1 ? from : _mm512_and_si512(from, all(kDropped));
+        const __m512i raised = _mm512_srli_epi32(_mm512_add_epi32(magnitude<kSigned>(a), chance), 20);
+        const __m512i code = _mm512_sub_epi32(raised, offset);
+        __m128i bytes;
+        if constexpr (kSigned) {
+            const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(_mm512_castps_si512(a.value), 24), all(128U));
+            bytes = _mm512_cvtepi32_epi8(_mm512_or_si512(_mm512_max_epi32(code, all(0U)), sign));
+        } else {
+            bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(code, _mm512_min_epi32(raised, all(1U))));
+        }
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), bytes);
+    }
+};
 
 }  // namespace lit_fast::avx512

@@ -29,7 +29,7 @@ FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", f"-I{CSRC}"]
 EXTRA = os.environ.get("CXXFLAGS", "").split()
 SHIPPED = ["-std=c++17", "-O3", *re.search(r"set\(LIT_FAST_FLAGS (.*)\)", CMAKE)[1].split()]
 AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-Wno-maybe-uninitialized"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def cpu_flags() -> set[str]:

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#define __m128i simde__m128i
 #define __m256 simde__m256
 #define __m256i simde__m256i
 #define __m512 simde__m512
@@ -19,6 +20,8 @@
 #define _CMP_UNORD_Q SIMDE_CMP_UNORD_Q
 #define _MM_HINT_T0 3
 #define _mm_prefetch(p, hint) __builtin_prefetch(p)
+#define _mm_loadu_si128 simde_mm_loadu_si128
+#define _mm_storeu_si128 simde_mm_storeu_si128
 #define _mm256_castpd_ps simde_mm256_castpd_ps
 #define _mm256_loadu_si256 simde_mm256_loadu_si256
 #define _mm256_storeu_si256 simde_mm256_storeu_si256
@@ -33,11 +36,17 @@
 #define _mm512_div_ps simde_mm512_div_ps
 #define _mm512_extractf64x4_pd simde_mm512_extractf64x4_pd
 #define _mm512_loadu_ps simde_mm512_loadu_ps
+#define _mm512_loadu_si512 simde_mm512_loadu_si512
+#define _mm512_mask_add_epi32 simde_mm512_mask_add_epi32
 #define _mm512_mask_mov_epi32 simde_mm512_mask_mov_epi32
 #define _mm512_mask_mov_ps simde_mm512_mask_mov_ps
+#define _mm512_max_epi32 simde_mm512_max_epi32
+#define _mm512_max_epu32 simde_mm512_max_epu32
 #define _mm512_max_ps simde_mm512_max_ps
+#define _mm512_min_epi32 simde_mm512_min_epi32
 #define _mm512_min_ps simde_mm512_min_ps
 #define _mm512_mul_ps simde_mm512_mul_ps
+#define _mm512_mullo_epi32 simde_mm512_mullo_epi32
 #define _mm512_or_si512 simde_mm512_or_si512
 #define _mm512_set1_epi32 simde_mm512_set1_epi32
 #define _mm512_set1_ps simde_mm512_set1_ps
@@ -48,7 +57,11 @@
 #define _mm512_srli_epi32 simde_mm512_srli_epi32
 #define _mm512_storeu_pd simde_mm512_storeu_pd
 #define _mm512_storeu_ps simde_mm512_storeu_ps
+#define _mm512_storeu_si512 simde_mm512_storeu_si512
+#define _mm512_sub_epi32 simde_mm512_sub_epi32
 #define _mm512_sub_ps simde_mm512_sub_ps
+#define _mm512_test_epi32_mask simde_mm512_test_epi32_mask
+#define _mm512_xor_si512 simde_mm512_xor_si512
 
 namespace emulated {
 
@@ -87,6 +100,20 @@ inline __m256i narrow_u32(__m512i a) {
     for (int i = 0; i < 16; ++i) y.at[i] = static_cast<std::uint16_t>(x.at[i]);
     return bits<__m256i>(y);
 }
+template <class T>
+__m512i widen_bytes(__m128i a) {
+    const auto x = bits<Lanes<T, 16>>(a);
+    Lanes<std::int32_t, 16> y;
+    for (int i = 0; i < 16; ++i) y.at[i] = x.at[i];
+    return bits<__m512i>(y);
+}
+// most: 255 saturates; with all 32 bits the lower eight are what is left.
+inline __m128i narrow_to_bytes(__m512i a, std::uint32_t most) {
+    const auto x = bits<Lanes<std::uint32_t, 16>>(a);
+    Lanes<std::uint8_t, 16> y;
+    for (int i = 0; i < 16; ++i) y.at[i] = static_cast<std::uint8_t>(x.at[i] < most ? x.at[i] : most);
+    return bits<__m128i>(y);
+}
 inline __m512d widen_ps(__m256 a) {
     const auto x = bits<Lanes<float, 8>>(a);
     Lanes<double, 8> y;
@@ -116,6 +143,10 @@ void store_masked(void* p, unsigned mask, const Vector& v) {
 #define _mm512_fmadd_pd emulated::fma_pd
 #define _mm512_cvtepu16_epi32 emulated::widen_u16
 #define _mm512_cvtepi32_epi16 emulated::narrow_u32
+#define _mm512_cvtepi8_epi32 emulated::widen_bytes<std::int8_t>
+#define _mm512_cvtepu8_epi32 emulated::widen_bytes<std::uint8_t>
+#define _mm512_cvtepi32_epi8(a) (emulated::narrow_to_bytes(a, 0xffffffffU))
+#define _mm512_cvtusepi32_epi8(a) (emulated::narrow_to_bytes(a, 255U))
 #define _mm512_cvtps_pd emulated::widen_ps
 #define _mm512_maskz_loadu_ps(mask, p) (emulated::load_masked<__m512, float, 16>(mask, p))
 #define _mm512_mask_storeu_ps(p, mask, v) (emulated::store_masked<float, 16>(p, mask, v))
