@@ -216,7 +216,7 @@ class ModelPruning(Callback):
             if isinstance(target, Tensor) and isinstance(source, Tensor):
                 # On one device weights and origin share memory from here on, as in Lightning: the next reset, if
                 # nothing is resampled, finds the weights where they are.
-                target.data = source.data.to(target.device)
+                target.data = source.data.to(target.device, target.dtype)
 
     def _origin(self, layer: nn.Module) -> nn.Module:
         """A layer to reset to: as it was before training, or a copy with newly drawn weights."""
