@@ -178,7 +178,8 @@ def streams_of(make: Callable[[list[Any]], Any], dtype: torch.dtype) -> dict[str
 
     random = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(4096, generator=random).to(dtype))
-    param.grad = torch.randn(4096, generator=random).to(dtype)
+    growing = 1.3 ** (torch.arange(4096) // 256)  # so that blocks of 8-bit moments have scales of their own
+    param.grad = (torch.randn(4096, generator=random) * growing).to(dtype)
     optimizer = make([param])
     optimizer.param_groups[0]["lr"] = 0.1  # so that every step shows in 16 bits
     optimizer.step()

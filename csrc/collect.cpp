@@ -232,7 +232,8 @@ bool Stepper::read_counter(PyObject* entry, const TensorView& like, StepTask& ta
     }
     counters_.push_back({value, next_step(*value, draws(task.storage))});
     step = counters_.back().next;
-    if (step >= 1.0 && step < 0x1p63) return true;  // random bits take it as an integer
+    // Random bits take it as an integer; a count beyond what a float32 counts to came from elsewhere.
+    if (step >= 1.0 && static_cast<double>(*value) < 0x1p63) return true;
     refusal = "the state " + text_of(mapping_.step_key) + " is " + std::to_string(*value) + ", which counts no steps";
     return false;
 }
