@@ -2,8 +2,8 @@
 // codes at a time: decoded, stepped and rounded in registers. Codes need the block's largest magnitude, so what a
 // block's step gives waits in the first-level cache until it is known.
 //
-// Only for ordinary numbers: a block that a NaN, an infinity or a denormal comes up in is left to staged.h, with
-// nothing of it written.
+// Only for ordinary numbers: a block with a NaN, an infinite moment, or a scale that some code is a denormal under or
+// that is no power of two (from before all were) is left to staged.h, with nothing of it written.
 #pragma once
 
 #include "../formulas/storage.h"
@@ -42,10 +42,15 @@ LIT_FAST_INLINE bool is_ordinary(float scale) {
     const bool normal = (bits & 0x7fffffU) == 0 && bits >= (kUnsignedBinades + 1U) << 23 && bits <= kLargestScale;
     return normal || bits == 0;
 }
-// The scales of such blocks alone, and of those that no code ends in.
+// Whether a block whose largest magnitude has these bits gets such a scale, and no value above its last code.
 LIT_FAST_INLINE bool is_ordinary(std::uint32_t largest) {
-    const bool within = largest >= (kUnsignedBinades + 1U) << 23 && largest + kDropped < kLargestScale + (1U << 23);
+    const bool within = largest >= (kUnsignedBinades + 1U) << 23 && largest < kLargestScale + (1U << 23) - kDropped;
     return within || largest == 0;
+}
+LIT_FAST_INLINE bool all_zero(const std::uint8_t* codes) {
+    std::uint8_t any = 0;
+    for (int i = 0; i < kBlock; ++i) any = static_cast<std::uint8_t>(any | codes[i]);
+    return any == 0;
 }
 
 template <class Formula, unsigned kForm, class Coding, int k = 0, class V>
@@ -101,12 +106,12 @@ LIT_FAST_INLINE void encode_states(const CodedTensors<P>& t, const Stepped<Formu
 template <class Formula, unsigned kForm, class Coding, int k = 0, class P>
 LIT_FAST_INLINE bool find_codes(const CodedTensors<P>& t, const std::uint8_t* (&codes)[Formula::states],
                                 typename Coding::Offset (&offset)[Formula::states], std::int64_t at) {
-    alignas(64) static constexpr std::uint8_t kZeros[kBlock] = {};
     if constexpr (k < Formula::states) {
         if constexpr (uses(kForm, k)) {
             const float scale = t.code_scale[k][at / kBlock];
-            if (!is_ordinary(scale)) return false;
-            codes[k] = scale == 0.0F ? kZeros : t.codes[k] + at;
+            codes[k] = t.codes[k] + at;
+            // Under a scale of zero other codes would be zeros with signs.
+            if (!is_ordinary(scale) || (scale == 0.0F && !all_zero(codes[k]))) return false;
             offset[k] = Coding::template decode_offset<uses(Formula::signed_states, k)>(scale);
         }
         return find_codes<Formula, kForm, Coding, k + 1>(t, codes, offset, at);

@@ -102,7 +102,7 @@ LIT_FAST_INLINE void store_first(bf16* p, Vec a, int n) {
 
 LIT_FAST_INLINE void Vec::prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// Sixteen bf16 elements as two vectors, those at even and those at odd places: widening is then one shift or one mask,
+// Sixteen elements as two vectors, those at even and those at odd places: widening bf16 is then one shift or one mask,
 // and narrowing needs no shuffle. Elementwise loops do not mind the order.
 //
 // In a step of bf16 alone the instructions are the limit, not memory (30 cycles for eight elements, where two cores
@@ -252,8 +252,8 @@ LIT_FAST_INLINE __m256i raised(Pair x, const Chances& chances) {
     return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
 }
 
-// For a step of bf16 with 8-bit moments. A code differs from the upper bits of its float32 by an offset, which is that
-// of the exponents and the scale's: all of this takes normal numbers alone.
+// For a step with 8-bit moments. A code differs from the upper bits of its float32 by an offset, which is that of the
+// exponents and the scale's: all of this takes codes of normal numbers alone.
 struct Coded {
     using V = Pair;
     using Chances = avx2::Chances;
@@ -265,7 +265,7 @@ struct Coded {
     template <bool kSigned>
     LIT_FAST_INLINE static Offset encode_offset(float scale) {
         constexpr std::uint32_t kBinades = kSigned ? kSignedBinades : kUnsignedBinades;
-        const std::uint32_t offset = scale == 0.0F ? 0xfffU : ((bits_of(scale) >> 23) - kBinades) * 8U;
+        const std::uint32_t offset = ((bits_of(scale) >> 23) - kBinades) * 8U;
         return _mm256_set1_epi16(static_cast<short>(offset));  // of zero: above all numbers
     }
     template <bool kSigned>

@@ -101,8 +101,8 @@ using BfloatVec = Vec;  // for a step of nothing but bf16
 LIT_FAST_INLINE Vec Vec::load_parts(const float* p) { return load(p); }
 LIT_FAST_INLINE void Vec::store_parts(float* p) const { store(p, *this); }
 
-// For a step of bf16 with 8-bit moments. A code differs from the upper bits of its float32 by an offset, which is that
-// of the exponents and the scale's: all of this takes normal numbers alone.
+// For a step with 8-bit moments. A code differs from the upper bits of its float32 by an offset, which is that of the
+// exponents and the scale's: all of this takes codes of normal numbers alone.
 struct Coded {
     using V = Vec;
     using Offset = __m512i;

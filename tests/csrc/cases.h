@@ -48,6 +48,27 @@ inline float any_value() {
     }
 }
 
+// Finite, and nothing that a square of overflows.
+inline float finite_value() {
+    const float value = ordinary_value();
+    if (random_word() % 1024 == 0) return value * 1e15F;
+    switch (random_word() % 16) {
+        case 0:
+            return 0.0F;
+        case 1:
+            return -0.0F;
+        case 2:
+            return value * 1e-41F;
+        case 3:
+            return value * 1e-20F;
+        default:
+            return value;
+    }
+}
+inline float zero_value() { return random_word() % 2 == 0 ? 0.0F : -0.0F; }
+inline float tiny_value() { return ordinary_value() * 0x1p-93F; }
+inline float huge_value() { return ordinary_value() * 0x1.fp126F; }
+
 template <class T>
 T as(float value) {
     if constexpr (sizeof(T) == 4) {
