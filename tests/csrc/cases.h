@@ -66,6 +66,8 @@ inline float finite_value() {
     }
 }
 inline float zero_value() { return random_word() % 2 == 0 ? 0.0F : -0.0F; }
+// Zero, or something whose square is tiny.
+inline float small_value() { return random_word() % 4 == 0 ? 0.0F : ordinary_value() * 0x1p-45F; }
 inline float tiny_value() { return ordinary_value() * 0x1p-93F; }
 inline float huge_value() { return ordinary_value() * 0x1.fp126F; }
 

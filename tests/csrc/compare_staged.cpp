@@ -309,7 +309,7 @@ int main(int argc, char** argv) {
             }
             if (layout_of(storage, false) != Layout::codes) continue;
             // Whole blocks of numbers, which have a kernel of their own: with a limit for gradients and without.
-            for (float (*value)() : {ordinary_value, finite_value, zero_value, tiny_value, huge_value}) {
+            for (float (*value)() : {ordinary_value, finite_value, zero_value, small_value, tiny_value, huge_value}) {
                 for (const int count : {2048, 2049}) compare(which, storage, count, value);
             }
         }
