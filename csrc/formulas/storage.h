@@ -11,8 +11,9 @@
 // one scale a block: Dettmers et al., "8-bit optimizers via block-wise quantization", 2022 (arXiv:2110.02861), whose
 // code table needs a search and a lookup. Codes are always rounded stochastically: with beta2 = 0.999 a moment moves by
 // 0.1 % a step, the codes lie 6 to 12 % apart, and rounding to nearest would never move it. A second moment that is not
-// zero never becomes zero, its root divides; but for one below 2^-129, or in a block whose largest is below 2^-120, which
-// is zero throughout. A signed one below the smallest code becomes zero. Blocks whose largest is above 1.6e38 end there.
+// zero never becomes zero, its root divides; but for one below 2^-129, or in a block whose largest is below 2^-120,
+// which is zero throughout. A signed one below the smallest code becomes zero. Blocks whose largest is above 1.6e38 end
+// there.
 //
 // The remainder of a bfloat16 parameter is the signed distance to its float32 value in units of the lower 16 bits,
 //     float32 bits = (bfloat16 bits << 16) + remainder,      bfloat16 bits = (float32 bits + 0x8000) >> 16
