@@ -51,7 +51,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 
 docs: setup $(VENV)/.docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going -b html docs docs/_build/html $(ARGS)
@@ -63,7 +63,7 @@ $(VENV)/.docs: docs/requirements.txt $(VENV)/.installed
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
+	$(BIN)/clang-format -i $(CPP_SOURCES) $(wildcard tests/csrc/*.h tests/csrc/*.cpp tests/csrc/*.cu)
 
 # For a GPU machine, which may have no network: the active python and its own torch, the extension built in place.
 # Its three parts may run one by one, where a command may not take long.

@@ -16,8 +16,9 @@ template __global__ void direct_kernel<AdamW, kMoments, float, bf16, false>(LIT_
 template __global__ void direct_kernel<AdamW, kMoments, bf16, float, true>(LIT_FAST_TABLES);
 template __global__ void staged_kernel<AdamW, kMoments>(LIT_FAST_TABLES);
 
-#define LIT_FAST_MEASURE(layout) \
-    template __global__ void measure_kernel<Lamb, kMoments, layout>(LIT_FAST_TABLES, const __grid_constant__ Measurement);
+#define LIT_FAST_MEASURE(layout)                                                     \
+    template __global__ void measure_kernel<Lamb, kMoments, layout>(LIT_FAST_TABLES, \
+                                                                    const __grid_constant__ Measurement);
 LIT_FAST_MEASURE(Layout::float32)
 LIT_FAST_MEASURE(Layout::bfloat16)
 LIT_FAST_MEASURE(Layout::float32_bfloat16_state)
