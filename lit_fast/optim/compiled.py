@@ -21,15 +21,21 @@ from lit_fast.optim.storage import asks_for_storage, check_groups, keep_dtypes_o
 _NUMBERS = ("lr", "weight_decay", "eps", "momentum", "alpha", "lr_decay")
 
 
-def check_options(options: dict[str, Any]) -> None:
-    """Raises a MisconfigurationException that names an option of a formula which is none of the numbers allowed."""
+def check_options(options: dict[str, Any], where: str = "") -> None:
+    """Raises a MisconfigurationException that names an option of a formula which is none of the numbers allowed.
+
+    Args:
+        where: what the message begins with.
+    """
     for name in _NUMBERS:
         if name in options and not _is_number(options[name]):
-            raise MisconfigurationException(f"{name}={options[name]!r}: it must be a number, 0 or more, and finite.")
+            raise MisconfigurationException(
+                f"{where}{name}={options[name]!r}: it must be a number, 0 or more, and finite."
+            )
     if "betas" in options:
         betas = options["betas"]
         if not isinstance(betas, Iterable) or [_is_number(beta, 1.0) for beta in betas] != [True, True]:
-            raise MisconfigurationException(f"betas={betas!r}: two numbers from 0 to 1, 1 not included.")
+            raise MisconfigurationException(f"{where}betas={betas!r}: two numbers from 0 to 1, 1 not included.")
 
 
 def _is_number(value: Any, end: float = math.inf) -> bool:
@@ -65,16 +71,12 @@ class Compiled(Optimizer):
         super().add_param_group(param_group)
         number = len(self.param_groups) - 1
         try:
-            check_options(self.param_groups[number])
-        except MisconfigurationException as error:
-            del self.param_groups[number]
-            raise MisconfigurationException(f"param group {number}: {error}") from None
-        if "state_dtype" in self.defaults:  # not while torch's constructor runs
-            try:
+            check_options(self.param_groups[number], f"param group {number}: ")
+            if "state_dtype" in self.defaults:  # not while torch's constructor runs
                 check_groups(self.param_groups, self.mapping.state_keys)
-            except MisconfigurationException:
-                del self.param_groups[number]
-                raise
+        except MisconfigurationException:
+            del self.param_groups[number]
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
