@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import harness, optimizer
 
-_BESIDE = ("harness", "peers", "curves_drawing", "__init__", "__main__")
+_BESIDE = ("harness", "peers", "curves_drawing", "simulated_network", "__init__", "__main__")
 _FIRST = ("step_overhead", "pretrain", "optimizer")  # what a reader of the README wants to know
 _FOUND = [p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _BESIDE]
 NAMES = [*_FIRST, *sorted(set(_FOUND) - {*_FIRST, "curves"}), "curves"]
