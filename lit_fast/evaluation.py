@@ -103,13 +103,14 @@ class StageLoop:
         combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
         for loader in combined.flattened:
             check_iterable(loader, names.hooks)
-        loaders = [self.prepared(loader) for loader in combined.flattened]
+        loaders = combined.flattened
         if trainer.config.overfit_batches and trainer.state.fn == TrainerFn.FITTING:
             loaders = all_in_order(loaders, f"{names.hooks} data")
         reloaded = trainer.config.reload_dataloaders_every_n_epochs > 0
         for loader in loaders:
-            warn_of(loader, f"{names.hooks} data", trains=False, reloaded=reloaded)
-        combined.flattened = loaders
+            warn_of(self.prepared(loader), f"{names.hooks} data", trains=False, reloaded=reloaded)
+        shared = trainer._distribute(loaders, names.stage, f"{names.hooks} data")
+        combined.flattened = [self.prepared(loader) for loader in shared]
         self.limits = [
             math.inf if (known := batch_limit(limited, limit, length_of(loader))) is None else known
             for loader in combined.flattened
@@ -160,6 +161,7 @@ class StageLoop:
         if combined.mode != "sequential":
             combined.limits = self.max_batches
             self.dataloader_idx = 0
+            tell_epoch(combined, self.trainer._progress.epoch)
             with left_to_parent(combined.flattened):
                 walk = map(itemgetter(0), combined)
             try:

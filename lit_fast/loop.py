@@ -129,6 +129,7 @@ class FitLoop(Schedule, Restarted):
                 loaders = all_in_order(loaders, "training data")
             for loader in loaders:
                 warn_of(loader, "training data", trains=True, reloaded=every > 0)
+            loaders = trainer._distribute(loaders, "train", "training data")
             limit = config.limit_train_batches
             limits = [batch_limit("limit_train_batches", limit, length_of(loader)) for loader in loaders]
             if combined is None:

@@ -138,19 +138,10 @@ class _Collective(NotBuilt):
     instead = "the Trainer runs in one process so far; torch.distributed is there for a program's own processes."
 
 
-class DistributedSamplerWrapper(_Collective): ...
-
-
 class SingleDeviceCollective(_Collective): ...
 
 
 class TorchCollective(_Collective): ...
-
-
-class UnrepeatedDistributedSampler(_Collective): ...
-
-
-class UnrepeatedDistributedSamplerWrapper(_Collective): ...
 
 
 class _CommandLine(NotBuilt):

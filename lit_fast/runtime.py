@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import finding
 from lit_fast.checkpoint import state as checkpoint_state
+from lit_fast.data.samplers import distribute
 from lit_fast.defaults import in_order, is_kind
 from lit_fast.errors import MisconfigurationException, PossibleUserWarning
 from lit_fast.hooks import is_overridden
@@ -376,6 +377,13 @@ class Runtime(Interrupts):
             source = self._hook(owner, name)()
         seed_workers(source, self._trainer.global_rank)
         return source
+
+    def _distribute(self, loaders: list[Any], stage: str, name: str) -> list[Any]:
+        """What this process reads of each loader; see `data.samplers.distribute`."""
+        config = self.config
+        share = self._trainer.distributed_sampler_kwargs if config.use_distributed_sampler else None
+        once = self.state.fn in (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        return distribute(loaders, stage, name, share, overfit=bool(config.overfit_batches), once=once)
 
     def _data_hook(self, name: str) -> Callable[..., Any] | None:
         """A transfer hook, where the datamodule or the module overrides it."""

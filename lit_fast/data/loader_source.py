@@ -29,6 +29,11 @@ from torch.utils.data import (
 
 from lit_fast.checkpoint import rng
 from lit_fast.data.randomness import Randomness, State, apply, changes, check_shape, length_of, warn_of_replay
+from lit_fast.data.samplers import (
+    DistributedSamplerWrapper,
+    UnrepeatedDistributedSampler,
+    UnrepeatedDistributedSamplerWrapper,
+)
 from lit_fast.data.sources import stop_workers
 from lit_fast.data.worker_rng import WorkerWatch
 from lit_fast.errors import DataError
@@ -43,6 +48,9 @@ _KNOWN_SAMPLERS = (
     SubsetRandomSampler,
     WeightedRandomSampler,
     type(None),
+    UnrepeatedDistributedSampler,
+    DistributedSamplerWrapper,
+    UnrepeatedDistributedSamplerWrapper,
 )
 
 

@@ -41,6 +41,17 @@ def with_batch_sampler(loader: DataLoader[Any], batch_sampler: Any, **others: An
     return loader
 
 
+def with_sampler(loader: DataLoader[Any], sampler: Any) -> DataLoader[Any]:
+    """A copy of a loader that draws its indices from another sampler, through a batch sampler such as it has."""
+    batch_sampler: Any = loader.batch_sampler
+    if type(batch_sampler) is BatchSampler:
+        batch_sampler = BatchSampler(sampler, batch_sampler.batch_size, batch_sampler.drop_last)
+    elif batch_sampler is not None:
+        batch_sampler = copy.copy(batch_sampler)
+        batch_sampler.sampler = sampler
+    return with_batch_sampler(loader, batch_sampler, sampler=sampler)
+
+
 def in_order(loader: Any) -> Any:
     """A copy of a loader that reads its data set from front to back; other than map-style DataLoaders stay as they are.
 
@@ -49,19 +60,13 @@ def in_order(loader: Any) -> Any:
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    sampler: Any = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
     batch_sampler: Any = loader.batch_sampler
-    if type(batch_sampler) is BatchSampler:
-        batch_sampler = BatchSampler(sampler, batch_sampler.batch_size, batch_sampler.drop_last)
-    elif batch_sampler is not None:
-        if not hasattr(batch_sampler, "sampler"):
-            raise MisconfigurationException(
-                f"overfit_batches needs data in a fixed order, and {type(batch_sampler).__name__} has no attribute "
-                f"`sampler` that could be replaced by one in order; give it one, or pass a loader in order."
-            )
-        batch_sampler = copy.copy(batch_sampler)
-        batch_sampler.sampler = sampler
-    return with_batch_sampler(loader, batch_sampler, sampler=sampler)
+    if batch_sampler is not None and not hasattr(batch_sampler, "sampler"):
+        raise MisconfigurationException(
+            f"overfit_batches needs data in a fixed order, and {type(batch_sampler).__name__} has no attribute "
+            f"`sampler` that could be replaced by one in order; give it one, or pass a loader in order."
+        )
+    return with_sampler(loader, SequentialSampler(loader.dataset))  # type: ignore[arg-type]
 
 
 def all_in_order(loaders: list[Any], name: str) -> list[Any]:

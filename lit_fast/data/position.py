@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lit_fast.data.combined import CombinedLoader
 from lit_fast.data.combined_source import CombinedSource
@@ -263,7 +263,9 @@ def tell_epoch(loader: Any, epoch: int) -> None:
             tell_epoch(each, epoch)
         return
     batch_sampler = getattr(loader, "batch_sampler", None)  # Lightning leaves its own set_epoch to the program
-    targets = (loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None))
+    targets = [loader, getattr(loader, "sampler", None), getattr(batch_sampler, "sampler", None)]
+    if isinstance(batch_sampler, DistributedSampler):  # ours, which deals out the batches of the program's
+        targets.append(batch_sampler)
     for target in {id(target): target for target in targets}.values():
         call = getattr(target, "set_epoch", None)
         if callable(call):

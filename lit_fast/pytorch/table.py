@@ -193,7 +193,9 @@ TABLE: dict[str, Entry] = {
     "pytorch.loops.prediction_loop": {"_PredictionLoop": _LOOPS["_PredictionLoop"]},
     "pytorch.loops.training_epoch_loop": {"_TrainingEpochLoop": _LOOPS["_TrainingEpochLoop"]},
     "pytorch.overrides": {},
-    "pytorch.overrides.distributed": _not_built("UnrepeatedDistributedSampler", "UnrepeatedDistributedSamplerWrapper"),
+    "pytorch.overrides.distributed": _from(
+        "data.samplers", "UnrepeatedDistributedSampler", "UnrepeatedDistributedSamplerWrapper"
+    ),
     "pytorch.plugins": _PLUGINS,
     **_below("pytorch.plugins.environments", _ENVIRONMENT_MODULES),
     **_below("pytorch.plugins.precision", _PRECISION_MODULES),
@@ -271,7 +273,7 @@ TABLE: dict[str, Entry] = {
     "fabric.utilities.data": {**_DATA, **_from("hparams", "AttributeDict")},
     "fabric.utilities.distributed": {
         **_from("pytorch.functions", "is_shared_filesystem"),
-        **_not_built("DistributedSamplerWrapper"),
+        **_from("data.samplers", "DistributedSamplerWrapper"),
     },
     "fabric.utilities.enums": _ENUM,
     "fabric.utilities.exceptions": _EXCEPTIONS,
