@@ -29,7 +29,7 @@ FLOORS = [
     "step plan binding stepping window calls",  # the plan picks one of two step shapes; a step reads its plan
     "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
     "config seed hparams export tuner model_summary accelerators flags",
-    "optim",
+    "optim distributed",
     "ops triton",  # the kernels that are written in Triton; ops hands them what the core has collected
     "_core",
     "rank_zero not_built",
