@@ -32,10 +32,23 @@ struct CpuKernels {
     ScaleKernel scale[kDtypeCount];
 };
 
+// Flat memory, see packer.h. Elements [0, count) from each address.
+// out <- scale * (grad + aside), aside may be nullptr. grad or aside may be out.
+using PackKernel = void (*)(const void* grad, const void* aside, void* out, float scale, std::int64_t count);
+// out <- scale * (the sum of `pieces` arrays, `stride` elements from one to the next, in float32 in their order)
+using SumKernel = void (*)(const void* first, std::int64_t stride, std::int64_t pieces, void* out, float scale,
+                           std::int64_t count);
+
+struct BucketKernels {
+    PackKernel pack[kDtypeCount][kDtypeCount];  // dtype of grad and aside, dtype of out
+    SumKernel sum[kDtypeCount][kDtypeCount];    // dtype of the pieces, dtype of out
+};
+
 struct CpuTarget {
     const char* name;
     bool (*supported)();
     const CpuKernels& (*kernels)();
+    const BucketKernels& (*bucket_kernels)();
 };
 
 // Built targets, best first; "scalar" is always the last.
@@ -86,6 +99,24 @@ double cpu_sum_of_squares(const std::vector<Span>& grads, int threads);
 void cpu_scale(const std::vector<Span>& grads, const GradientScale& scale, int threads);
 // A measured formula's tasks are given coefficients of their own first.
 void cpu_step(StepBatch& batch, const GradientScale& scale, int threads);
+
+// One run of a flat buffer: out[begin, begin + count) from a gradient, then zeros as far as begin + padded.
+struct PackRow {
+    const void* grad = nullptr;   // nullptr: `fill` instead
+    const void* aside = nullptr;  // of the same dtype, added to it; nullptr: nothing
+    std::int64_t begin = 0;
+    std::int64_t count = 0;
+    std::int64_t padded = 0;
+    Dtype dtype = Dtype::float32;
+    float fill = 0.0F;
+};
+struct PackBatch {
+    std::vector<PackRow> rows;
+    Span out;
+    float scale = 1.0F;
+};
+
+void cpu_pack(const PackBatch& batch, int threads);
 
 // ---- whole batches on CUDA (cuda/step.cu): everything is queued on the given stream, nothing waits for the device.
 // The device must be torch's current one; the memory behind all pointers must live on it until the stream is done,

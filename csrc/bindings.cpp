@@ -3,8 +3,10 @@
 #include <pybind11/stl.h>
 
 #include "backend.h"
+#include "buckets.h"
 #include "check.h"
 #include "memory.h"
+#include "packer.h"
 #include "stepper.h"
 #include "threads.h"
 
@@ -79,6 +81,20 @@ struct Place {
     const lf::CudaContext* get() const { return cuda ? &context : nullptr; }
 };
 
+// (device index, stream handle), torch's current ones; None for the CPU.
+struct StreamArgument {
+    lf::CudaContext context;
+    bool cuda;
+
+    explicit StreamArgument(const py::object& stream) : cuda(!stream.is_none()) {
+        if (!cuda) return;
+        const auto parts = stream.cast<py::tuple>();
+        context.on.device = parts[0].cast<int>();
+        context.on.stream = reinterpret_cast<void*>(parts[1].cast<std::uintptr_t>());
+    }
+    const lf::CudaContext* get() const { return cuda ? &context : nullptr; }
+};
+
 std::unique_ptr<lf::Stepper> make_stepper(const std::string& formula, const py::tuple& option_keys,
                                           const py::tuple& refused_keys, const py::tuple& state_keys,
                                           const py::tuple& code_keys, const py::tuple& scale_keys,
@@ -93,6 +109,35 @@ std::unique_ptr<lf::Stepper> make_stepper(const std::string& formula, const py::
     mapping.step_key = step_key.inc_ref().ptr();
     mapping.init_state = init_state.inc_ref().ptr();
     return std::make_unique<lf::Stepper>(mapping);
+}
+
+// [(segment, stride, [(index, offset)], [(slot, param_begin, wire_begin, count)])]
+py::list lay_out_buckets(const std::vector<std::int64_t>& numels, std::int64_t first_capacity, std::int64_t capacity,
+                         std::int64_t segments, std::int64_t flags, std::int64_t last_flags) {
+    py::list buckets;
+    for (const lf::BucketLayout& layout :
+         lf::lay_out_buckets(numels, {first_capacity, capacity, segments, flags, last_flags})) {
+        py::list slots, pieces;
+        for (const lf::Slot& slot : layout.slots) slots.append(py::make_tuple(slot.index, slot.offset));
+        for (const lf::Piece& piece : layout.pieces) {
+            pieces.append(py::make_tuple(piece.slot, piece.param_begin, piece.wire_begin, piece.count));
+        }
+        buckets.append(py::make_tuple(layout.segment, layout.stride, slots, pieces));
+    }
+    return buckets;
+}
+
+using PieceNumbers = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+std::unique_ptr<lf::Packer> make_packer(const py::tuple& params, const std::vector<PieceNumbers>& numbers,
+                                        const std::vector<std::vector<std::int64_t>>& used_flags, std::int64_t size,
+                                        std::vector<std::string> names) {
+    std::vector<lf::Piece> pieces;
+    for (const auto& [slot, param_begin, wire_begin, count] : numbers) {
+        pieces.push_back({slot, param_begin, wire_begin, count});
+    }
+    return python_errors(
+        [&] { return std::make_unique<lf::Packer>(params.ptr(), pieces, used_flags, size, std::move(names)); });
 }
 
 py::dict formulas() {
@@ -210,6 +255,26 @@ PYBIND11_MODULE(_core, m) {
                  return python_errors(
                      [&] { return self.check_parameters(param_groups.ptr(), by_table, on_cuda, device_index); });
              });
+    py::class_<lf::Packer>(m, "Packer")
+        .def(py::init(&make_packer))
+        .def("ready", [](const lf::Packer& self,
+                         const py::tuple& params) { return python_errors([&] { return self.ready(params.ptr()); }); })
+        .def("pack",
+             [](lf::Packer& self, const py::tuple& params, const py::object& stream, const py::handle& out,
+                double scale, const py::handle& aside, bool release) {
+                 const StreamArgument on(stream);
+                 return python_errors(
+                     [&] { return self.pack(params.ptr(), out.ptr(), scale, aside.ptr(), release, on.get()); });
+             })
+        .def("assign", [](const lf::Packer& self, const py::tuple& params, const py::handle& views,
+                          const std::vector<std::int64_t>& without) {
+            return python_errors([&] {
+                self.assign(params.ptr(), views.ptr(), without);
+                return py::none();
+            });
+        });
+    m.def("lay_out_buckets", &lay_out_buckets);
+    m.attr("square_chunk") = lf::kSquareChunk;
     m.def("gradient_norm", [](const py::handle& param_groups, double grad_scale, double max_norm, double clip_value,
                               bool rewrite, const py::object& cuda) {
         const lf::Clipping clipping{grad_scale, max_norm, clip_value};

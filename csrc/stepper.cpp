@@ -3,37 +3,9 @@
 #include <cmath>
 
 #include "python.h"
-#include "threads.h"
 
 namespace lit_fast {
 namespace {
-
-// Below this many elements a parallel region (2 to 5 us) costs more than it saves, and so does releasing the GIL.
-constexpr std::int64_t kParallelElements = 1 << 16;
-
-int threads_for(std::int64_t elements) {
-    if (elements < kParallelElements) return 1;
-    PyObject* number = checked(PyObject_CallNoArgs(torch_side().num_threads));
-    const long threads = PyLong_AsLong(number);
-    Py_DECREF(number);
-    if (threads == -1 && PyErr_Occurred() != nullptr) throw PythonError{};
-    return static_cast<int>(threads);
-}
-
-// Runs without the GIL where that pays; has it back whatever happens.
-template <class Work>
-void run(std::int64_t elements, const Work& work) {
-    const int threads = threads_for(elements);
-    if (elements < kParallelElements) {
-        work(threads);
-        return;
-    }
-    struct WithoutGil {
-        PyThreadState* thread_state = PyEval_SaveThread();
-        ~WithoutGil() { PyEval_RestoreThread(thread_state); }
-    } without_gil;
-    work(threads);
-}
 
 GradientScale scale_without_norm(const Clipping& clipping) {
     GradientScale scale;
@@ -59,13 +31,6 @@ GradientScale cpu_clip(const std::vector<Span>& grads, std::int64_t elements, co
 }
 
 #if LIT_FAST_HAS_CUDA
-void* pointer_of(PyObject* tensor) {
-    TensorView view;
-    std::string cause;
-    if (!torch_side().reader.read(tensor, view, cause)) throw KernelError("a CUDA tensor cannot be read: " + cause);
-    return view.data;
-}
-
 CudaClip cuda_clip(const Clipping& clipping, bool with_norm, const CudaContext& cuda) {
     CudaClip clip;
     clip.scale = scale_without_norm(clipping);

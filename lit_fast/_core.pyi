@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -30,6 +30,12 @@ def choose_cpu_target(name: str, reason: str, /) -> None: ...
 def build_info() -> dict[str, Any]: ...
 def formulas() -> dict[str, dict[str, Any]]: ...
 def keep_freed_memory(keep: bool, /) -> tuple[bool, str]: ...
+
+square_chunk: int
+
+def lay_out_buckets(
+    numels: list[int], first_capacity: int, capacity: int, segments: int, flags: int, last_flags: int, /
+) -> list[tuple[int, int, list[tuple[int, int]], list[tuple[int, int, int, int]]]]: ...
 def gradient_norm(
     param_groups: Groups,
     grad_scale: float,
@@ -80,3 +86,29 @@ class Stepper:
         self, param_groups: Groups, state: State, by_table: bool, cuda_device: int, capturing: bool, /
     ) -> str: ...
     def check_parameters(self, param_groups: Groups, by_table: bool, on_cuda: bool, device_index: int, /) -> str: ...
+
+# (device index, stream handle), torch's current ones; None for the CPU
+Stream: TypeAlias = tuple[int, int] | None
+
+class Packer:
+    def __init__(
+        self,
+        params: tuple[Tensor, ...],
+        pieces: Sequence[tuple[int, int, int, int]],
+        used_flags: Sequence[Sequence[int]],
+        size: int,
+        names: Sequence[str],
+        /,
+    ) -> None: ...
+    def ready(self, params: tuple[Tensor, ...], /) -> bool: ...
+    def pack(
+        self,
+        params: tuple[Tensor, ...],
+        stream: Stream,
+        out: Tensor,
+        scale: float,
+        aside: Sequence[Tensor | None] | None,
+        release: bool,
+        /,
+    ) -> list[int]: ...
+    def assign(self, params: tuple[Tensor, ...], views: Sequence[Tensor], without: Sequence[int], /) -> None: ...

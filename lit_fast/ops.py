@@ -19,6 +19,10 @@ from torch import Tensor
 
 from lit_fast import _core, triton
 from lit_fast.errors import KernelError
+from lit_fast.flat import BucketLayout as BucketLayout
+from lit_fast.flat import Packer as Packer
+from lit_fast.flat import lay_out_buckets as lay_out_buckets
+from lit_fast.flat import square_chunk as square_chunk
 
 ParamGroups: TypeAlias = list[dict[str, Any]]
 State: TypeAlias = dict[Tensor, Any]

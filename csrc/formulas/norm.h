@@ -15,7 +15,7 @@ namespace lit_fast {
 
 constexpr int kSquareLanes = 16;
 constexpr int kSquareStreams = 4;
-constexpr std::int64_t kSquareChunk = 1 << 16;  // elements, a multiple of kSquareStreams * kSquareLanes
+constexpr std::int64_t kSquareChunk = 1 << 14;  // elements, a multiple of kSquareStreams * kSquareLanes
 
 template <class Wide>
 LIT_FAST_INLINE void add_square(Wide& sum, Wide x) {

@@ -1,0 +1,440 @@
+"""Buckets of gradients: every element has one place, and what is moved there has the bits of torch's expressions."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import weakref
+from collections.abc import Iterator
+from itertools import pairwise, product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import Parameter
+
+from lit_fast import ops
+from lit_fast.errors import KernelError
+
+CHUNK = ops.square_chunk()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def test_only_ops_imports_the_flat_kernels():
+    package = Path(ops.__file__).parent
+    importers = {
+        path.name
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "lit_fast.flat"
+    }
+    assert importers == {"ops.py"}
+
+
+# ---- where everything lies ----
+
+SIZES = st.one_of(
+    st.integers(0, 70), st.integers(0, 3 * CHUNK), st.sampled_from([CHUNK - 1, CHUNK, CHUNK + 1, 9 * CHUNK])
+)
+
+
+@settings(deadline=None)
+@given(
+    numels=st.lists(SIZES, max_size=12),
+    first_capacity=st.integers(1, 2 * CHUNK),
+    capacity=st.integers(1, 6 * CHUNK),
+    segments=st.integers(1, 5),
+    flags=st.integers(0, 2),
+    last_flags=st.integers(0, 20),
+)
+@example([5 * CHUNK, 3, 5 * CHUNK + 1, 7, 2 * CHUNK], 10, 13 * CHUNK, 4, 1, 3)
+@example([0, 0], 1, 1, 3, 0, 0)
+def test_every_element_has_one_place(numels, first_capacity, capacity, segments, flags, last_flags):
+    buckets = ops.lay_out_buckets(
+        numels,
+        first_capacity=first_capacity,
+        capacity=capacity,
+        segments=segments,
+        flags=flags,
+        last_flags=last_flags,
+    )
+    assert [index for bucket in buckets for index, _ in bucket.slots] == list(range(len(numels)))
+    for number, bucket in enumerate(buckets):
+        room = first_capacity if number == 0 else capacity
+        sizes = [numels[index] for index, _ in bucket.slots]
+        check_dense(bucket, sizes, segments)
+        check_wire(bucket, sizes, last_flags if bucket is buckets[-1] else 0)
+        assert len(sizes) == 1 or ends(sizes)[-1] <= room or sum(sizes[:-1]) == 0
+        if bucket is not buckets[-1]:  # it was full
+            assert ends([*sizes, numels[buckets[number + 1].slots[0][0]]])[-1] > room
+
+
+def ends(sizes: list[int]) -> list[int]:
+    """Of each, one behind the other from multiples of 16 on."""
+    end, all_ends = 0, []
+    for size in sizes:
+        end = -(-end // 16) * 16 + size
+        all_ends.append(end)
+    return all_ends
+
+
+def check_dense(bucket: ops.BucketLayout, sizes: list[int], segments: int) -> None:
+    end = cuts = 0
+    for (_, offset), size in zip(bucket.slots, sizes, strict=True):
+        assert offset % 16 == 0 and offset >= end
+        over = [cut for cut in range(bucket.segment, bucket.dense_size, bucket.segment) if offset < cut < offset + size]
+        assert all((cut - offset) % CHUNK == 0 for cut in over)
+        assert offset - end < (CHUNK if over or offset % bucket.segment == 0 else 16)
+        cuts += len(over)
+        end = offset + size
+    assert end <= bucket.dense_size
+    assert bucket.dense_size <= sum(sizes) + 16 * len(sizes) + (2 * segments - 1) * CHUNK
+    if segments > 1:
+        assert bucket.segment % CHUNK == 0 and cuts < segments
+    else:
+        assert bucket.dense_size == max(-(-ends(sizes)[-1] // 16), 1) * 16
+
+
+def check_wire(bucket: ops.BucketLayout, sizes: list[int], last_flags: int) -> None:
+    assert bucket.stride % 16 == 0
+    assert 0 <= bucket.stride - bucket.last_flag_offset - last_flags < 16
+    runs = [(wire, count) for _, _, wire, count in bucket.pieces]
+    runs += [(place, 1) for places in bucket.used_flags for place in places]
+    last = [rank * bucket.stride + bucket.last_flag_offset for rank in range(bucket.segments)]
+    runs += [(place, last_flags) for place in last]
+    runs.sort()
+    assert all(count > 0 or last_flags == 0 for _, count in runs)
+    assert all(begin + count <= after for (begin, count), (after, _) in pairwise(runs))
+    assert not runs or runs[-1][0] + runs[-1][1] <= bucket.size
+    assert [wire for _, _, wire, _ in bucket.pieces] == sorted(wire for _, _, wire, _ in bucket.pieces)
+    for slot, ((_, offset), size) in enumerate(zip(bucket.slots, sizes, strict=True)):
+        begin = 0
+        for _, param_begin, wire, count in (piece for piece in bucket.pieces if piece[0] == slot):
+            assert param_begin == begin
+            rank, within = divmod(wire, bucket.stride)
+            assert offset + begin == rank * bucket.segment + within and within + count <= bucket.segment
+            begin += count
+        assert begin == size
+        assert len(bucket.used_flags[slot]) == bucket.segments * bucket.flags
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"capacity": 0}, {"first_capacity": 0}, {"segments": 0}, {"flags": -1}, {"last_flags": -1}]
+)
+def test_numbers_that_no_bucket_has_are_refused(wrong):
+    with pytest.raises(KernelError):
+        ops.lay_out_buckets([3], **({"first_capacity": 8, "capacity": 8} | wrong))
+    with pytest.raises(KernelError, match="not negative"):
+        ops.lay_out_buckets([-3], first_capacity=8, capacity=8)
+
+
+# ---- packing ----
+
+
+def values(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Ordinary numbers, now and then zeros, denormals, huge and infinite ones and NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    special = torch.tensor([0.0, -0.0, 1e-41, -1e-30, 3e38, -6e4, 6e-8, torch.inf, -torch.inf, torch.nan])
+    kinds = torch.randint(0, 80, shape, generator=generator)
+    return torch.where(kinds < 10, special[kinds.clamp(max=9)], x).to(dtype)
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    """Of every layout in memory that is dense."""
+    shapes = [(3, 5), (), (0,), (1,), (7, 1, 3), (33,), (260,), (2, 3, 4, 5), (6, 50)]
+    params = [torch.zeros(shape, dtype=dtype) for shape in shapes]
+    params[-2] = params[-2].to(memory_format=torch.channels_last)
+    params[-1] = torch.zeros(50, 6, dtype=dtype).t()
+    return [Parameter(p) for p in params]
+
+
+def like(param: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.empty_like(param, dtype=dtype).copy_(values(*param.shape, seed=seed))
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    return x.as_strided((x.numel(),), (1,))
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bits, where they are numbers; a NaN is a NaN."""
+    number = ~b.isnan()
+    integer = torch.int32 if a.dtype == torch.float32 else torch.int16
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a[number].view(integer), b[number].view(integer))
+
+
+def packer_of(params: list[Parameter], **options: int) -> tuple[ops.Packer, ops.BucketLayout]:
+    sizes = {"first_capacity": 1 << 30, "capacity": 1 << 30, "flags": 1}
+    [layout] = ops.lay_out_buckets([p.numel() for p in params], **(sizes | options))
+    return ops.Packer(params, layout.pieces, layout.used_flags, layout.size), layout
+
+
+def expected_pack(
+    layout: ops.BucketLayout, sums: list[Tensor | None], scale: float, dtype: torch.dtype, last: int = 0
+) -> Tensor:
+    out = torch.zeros(layout.size, dtype=dtype)
+    factor = torch.tensor(scale, dtype=torch.float32)
+    for slot, begin, wire, count in layout.pieces:
+        if (found := sums[slot]) is not None:
+            out[wire : wire + count] = (in_memory_order(found)[begin : begin + count].float() * factor).to(dtype)
+    for found, places in zip(sums, layout.used_flags, strict=True):
+        out[places] = float(found is not None)
+    return out
+
+
+def poisoned(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((size,), torch.nan, dtype=dtype)
+
+
+@pytest.fixture(params=ops.build_info()["cpu_targets_supported"])
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = ops.build_info()["cpu_target"]
+    ops.use_cpu_target(request.param)
+    yield request.param
+    ops.use_cpu_target(before)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.25, 1 / 3])
+@pytest.mark.parametrize("with_aside", [False, True])
+def test_pack_has_the_bits_of_torch_for_every_pair_of_dtypes(target, scale, with_aside):
+    for given_dtype, wire_dtype in product(DTYPES, DTYPES):
+        params = parameters(given_dtype)
+        packer, layout = packer_of(params)
+        grads = [like(p, given_dtype, seed) for seed, p in enumerate(params)]
+        aside = [like(p, given_dtype, 100 + seed) for seed, p in enumerate(params)] if with_aside else None
+        sums = grads if aside is None else [a + g for a, g in zip(aside, grads, strict=True)]
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = grad
+        assert packer.ready()
+        out = poisoned(layout.size, wire_dtype)
+        assert packer.pack(out, scale, aside) == []
+        assert same(out, expected_pack(layout, sums, scale, wire_dtype))
+        assert all(p.grad is None for p in params) and not packer.ready()
+
+
+def test_pack_is_what_torchs_ddp_does():
+    """torch.mul(gradient, 1 / world, out=view of the bucket), where both have one dtype."""
+    for dtype in DTYPES:
+        param = Parameter(torch.zeros(1000, dtype=dtype))
+        packer, layout = packer_of([param], flags=0)
+        param.grad = values(1000, dtype=dtype)
+        expected = torch.empty(1000, dtype=dtype)
+        torch.mul(param.grad, 1 / 3, out=expected)
+        out = poisoned(layout.size, dtype)
+        packer.pack(out, 1 / 3)
+        assert same(out[:1000], expected) and not out[1000:].any()
+
+
+def test_segments_cut_parameters_and_flags_lie_behind_each():
+    params = [Parameter(torch.zeros(n)) for n in (CHUNK + 5, 3 * CHUNK + 1, 17, 2 * CHUNK, 0)]
+    packer, layout = packer_of(params, segments=3, flags=2, last_flags=4)
+    assert len(layout.pieces) > 4
+    for seed, p in enumerate(params):
+        p.grad = None if seed == 2 else values(p.numel(), seed=seed)
+    grads = [p.grad for p in params]
+    out = poisoned(layout.size, torch.bfloat16)
+    assert not packer.ready()
+    assert packer.pack(out, 0.5) == [2]
+    assert same(out, expected_pack(layout, grads, 0.5, torch.bfloat16))
+    flags = out.view(3, layout.stride)[:, layout.flag_offset : layout.last_flag_offset]
+    assert flags.tolist() == [[1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]] * 3
+
+
+def test_what_was_set_aside_counts_without_a_gradient_too():
+    params = [Parameter(torch.zeros(20)) for _ in range(3)]
+    packer, layout = packer_of(params)
+    aside = [values(20, seed=1), None, values(20, seed=2)]
+    params[0].grad = values(20, seed=3)
+    sums = [aside[0] + params[0].grad, None, aside[2]]
+    out = poisoned(layout.size, torch.float32)
+    assert packer.pack(out, 0.5, aside) == [1]
+    assert same(out, expected_pack(layout, sums, 0.5, torch.float32))
+
+
+def test_gradients_may_differ_in_dtype_from_each_other_and_from_their_parameters():
+    params = [Parameter(torch.zeros(100, dtype=torch.bfloat16)) for _ in range(3)]
+    packer, layout = packer_of(params)
+    grads = [values(100, dtype=dtype, seed=i) for i, dtype in enumerate(DTYPES)]
+    for p, grad in zip(params, grads, strict=True):
+        p.grad_dtype = grad.dtype
+        p.grad = grad
+    out = poisoned(layout.size, torch.float32)
+    packer.pack(out, 1.0)
+    assert same(out, expected_pack(layout, grads, 1.0, torch.float32))
+
+
+def test_gradients_that_lie_in_the_bucket_are_scaled_there():
+    params = parameters()
+    packer, layout = packer_of(params)
+    out = torch.zeros(layout.size)
+    views = [out[offset:].as_strided(p.shape, p.stride()) for (_, offset), p in zip(layout.slots, params, strict=True)]
+    for seed, view in enumerate(views):
+        view.copy_(values(*view.shape, seed=seed))
+    packer.assign(views)
+    before = [view.clone() for view in views]
+    assert packer.pack(out, 1 / 3, release=False) == []
+    assert same(out, expected_pack(layout, before, 1 / 3, torch.float32))
+    assert all(p.grad is not None and p.grad.data_ptr() == v.data_ptr() for p, v in zip(params, views, strict=True))
+    fresh = [like(p, torch.float32, 50 + seed) for seed, p in enumerate(params)]  # what was reduced is set aside
+    sums = [view + grad for view, grad in zip(views, fresh, strict=True)]
+    for p, grad in zip(params, fresh, strict=True):
+        p.grad = grad
+    packer.pack(out, 1.0, views)
+    assert same(out, expected_pack(layout, sums, 1.0, torch.float32))
+
+
+def test_assign_gives_views_and_takes_gradients_away():
+    params = [Parameter(torch.zeros(4)) for _ in range(3)]
+    packer, layout = packer_of(params)
+    flat = torch.arange(layout.size, dtype=torch.float32)
+    views = [flat[offset : offset + 4] for _, offset in layout.slots]
+    packer.assign(views, [1])
+    assert params[1].grad is None
+    for i in (0, 2):
+        assert params[i].grad.data_ptr() == views[i].data_ptr()
+    with pytest.raises(KernelError, match="views"):
+        packer.assign(views[:2])
+
+
+def test_two_threads_and_one_write_the_same_bits(target):
+    params = [Parameter(torch.zeros(n)) for n in (3, 100_001, 70_000, 5, 1 << 17)]
+    packer, layout = packer_of(params, segments=2)
+    grads = [values(p.numel(), seed=seed) for seed, p in enumerate(params)]
+    outs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            outs.append(poisoned(layout.size, torch.bfloat16))
+            packer.pack(outs[-1], 1 / 3)
+    finally:
+        torch.set_num_threads(before)
+    assert same(*outs) and same(outs[0], expected_pack(layout, grads, 1 / 3, torch.bfloat16))
+
+
+def test_a_hook_of_the_last_parameter_packs_in_backward():
+    first, second = Parameter(torch.ones(40)), Parameter(torch.ones(40))
+    packer, layout = packer_of([second, first])
+    out, seen = poisoned(layout.size, torch.float32), []
+
+    def hook(_: Tensor) -> None:
+        seen.append(packer.ready())
+        if seen[-1]:
+            packer.pack(out, 0.5)
+
+    for p in (first, second):
+        p.register_post_accumulate_grad_hook(hook)
+    ((first * 2.0).sum() + (second * 4.0).sum()).backward()
+    assert seen == [False, True] and first.grad is None and second.grad is None
+    assert out[:40].tolist() == [2.0] * 40 and out[48:88].tolist() == [1.0] * 40
+
+
+def test_out_counts_as_written():
+    param = Parameter(torch.ones(3))
+    packer, layout = packer_of([param])
+    out = torch.zeros(layout.size)
+    version = out._version
+    packer.pack(out, 1.0)
+    assert out._version > version
+
+
+def test_a_packer_that_its_parameters_refer_to_is_freed():
+    param = Parameter(torch.ones(3))
+    packer, _ = packer_of([param])
+    param.packer = packer
+    gone = weakref.ref(packer)
+    del param, packer
+    gc.collect()
+    assert gone() is None
+
+
+# ---- what is refused ----
+
+
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("grad", "said"),
+    [
+        (lambda: torch.eye(6, 4).to_sparse(), r"layout is torch.sparse_coo.*sparse=False"),
+        (lambda: torch.zeros(4, 6).t(), r"strides \(1, 6\).*parameter does \(shape \(6, 4\), strides \(4, 1\)"),
+        (lambda: torch.zeros(6, 8)[:, ::2], r"strides \(8, 2\)"),
+        (lambda: torch.zeros(6, 4).as_subclass(Subclass), r"is a .*Subclass, not a plain tensor"),
+        (lambda: torch.zeros(6, 4, dtype=torch.complex64).conj().imag, r"negated lazily|strides"),
+        (lambda: torch.zeros(6, 4, device="meta"), r"tensors on meta|is not on the CPU"),
+    ],
+)
+def test_gradients_that_no_bucket_takes_are_named(grad, said):
+    params = [Parameter(torch.ones(3)), Parameter(torch.ones(6, 4))]
+    [layout] = ops.lay_out_buckets([3, 24], first_capacity=64, capacity=64)
+    packer = ops.Packer(params, layout.pieces, [[], []], layout.size, ["bias", "layer.weight"])
+    params[0].grad = torch.ones(3)
+    out = torch.full((layout.size,), 7.0)
+    wrong = grad()
+    with pytest.raises(KernelError, match=r"Parameter 1 of the bucket \(layer.weight\): its .*set aside.*" + said):
+        packer.pack(out, 1.0, [None, wrong])
+    try:
+        params[1].grad = wrong
+    except RuntimeError:
+        return  # torch itself takes no such gradient
+    with pytest.raises(KernelError, match=r"Parameter 1 of the bucket \(layer.weight\): its gradient.*" + said):
+        packer.pack(out, 1.0)
+    assert (out == 7.0).all() and params[0].grad is not None
+
+
+def test_a_gradient_elsewhere_in_the_bucket_is_refused():
+    params = [Parameter(torch.ones(16)), Parameter(torch.ones(16))]
+    packer, layout = packer_of(params, flags=0)
+    out = torch.zeros(layout.size)
+    params[0].grad = out[8:24]
+    with pytest.raises(KernelError, match="not in its own place"):
+        packer.pack(out, 1.0)
+    params[0].grad = None
+    with pytest.raises(KernelError, match="not in its own place"):
+        packer.pack(out, 1.0, [out[:16].view(torch.bfloat16)[:16], None])
+
+
+def test_float64_and_what_is_not_dense_is_refused():
+    param = Parameter(torch.ones(3, dtype=torch.float64))
+    packer, layout = packer_of([param])
+    param.grad = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(KernelError, match="can be packed"):
+        packer.pack(torch.zeros(layout.size), 1.0)
+    with pytest.raises(KernelError, match="not dense in memory"):
+        packer_of([Parameter(torch.ones(3, 4)[:, ::2])])
+
+
+def test_memory_of_another_size_dtype_or_kind_is_refused():
+    packer, layout = packer_of([Parameter(torch.ones(3))])
+    for out in (
+        torch.zeros(layout.size + 1),
+        torch.zeros(layout.size, dtype=torch.float64),
+        torch.zeros(2 * layout.size)[::2],
+        torch.zeros(layout.size, device="meta"),
+    ):
+        with pytest.raises(KernelError, match=r"^out "):
+            packer.pack(out, 1.0)
+
+
+def test_pieces_that_do_not_hold_a_parameter_once_are_refused():
+    param = Parameter(torch.ones(4))
+    for pieces, flags, size in [
+        ([(0, 0, 0, 3)], [[]], 16),
+        ([(0, 0, 0, 2), (0, 2, 1, 2)], [[]], 16),
+        ([(0, 0, 0, 4)], [[3]], 16),
+        ([(0, 0, 0, 4)], [[]], 3),
+        ([(0, 2, 0, 2), (0, 0, 2, 2)], [[]], 16),
+        ([(1, 0, 0, 4)], [[]], 16),
+        ([(0, 0, -4, 4)], [[]], 16),
+        ([(0, 0, 0, 4)], [], 16),
+    ]:
+        with pytest.raises(KernelError):
+            ops.Packer([param], pieces, flags, size)
