@@ -19,7 +19,7 @@ log = logging.getLogger("lit_fast")
 
 def rank() -> int:
     """The rank of this process in the whole job, as its launcher says; 0 where none was set."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK"):
         if name in os.environ:
             return int(os.environ[name])
     return 0
