@@ -1,4 +1,4 @@
-"""Which device a Trainer runs on: what `accelerator`, `devices` and `strategy` mean together."""
+"""Which devices a Trainer runs on: what `accelerator` and `devices` mean."""
 
 from __future__ import annotations
 
@@ -133,16 +133,13 @@ def find_usable_cuda_devices(num_devices: int = -1) -> list[int]:
 
 
 ACCELERATORS: dict[str, type[Accelerator]] = {"cpu": CPUAccelerator, "cuda": CUDAAccelerator, "gpu": CUDAAccelerator}
-# Strategies that are the plain step where there is one device; the others change the step itself.
-ONE_DEVICE_STRATEGIES = ("auto", "single_device")
-LATER_STRATEGIES = ("fsdp", "deepspeed", "xla", "single_xla", "single_tpu", "model_parallel")
 
 
-def resolve_accelerator(accelerator: Any, devices: Any, strategy: Any) -> tuple[Accelerator, torch.device]:
-    """The kind of device, and the device.
+def resolve_accelerator(accelerator: Any, devices: Any, strategy: Any) -> tuple[Accelerator, list[torch.device]]:
+    """The kind of device, and this machine's devices, one for each process.
 
     Raises:
-        MisconfigurationException: a name that is unknown, a device that is not there, or several of them.
+        MisconfigurationException: a name that is unknown, or a device that is not there.
     """
     from lit_fast.strategies import SingleDeviceStrategy
 
@@ -150,20 +147,8 @@ def resolve_accelerator(accelerator: Any, devices: Any, strategy: Any) -> tuple[
     if own_device is not None and accelerator == "auto":
         accelerator = own_device.type
     chosen = _accelerator(accelerator)
-    device = own_device if own_device is not None else _device(chosen, accelerator, devices)
-    if own_device is None and not (isinstance(strategy, str) and _is_one_device(strategy.lower())):
-        known = isinstance(strategy, str) and strategy.lower().startswith(LATER_STRATEGIES)
-        raise MisconfigurationException(
-            f"Trainer(strategy={strategy!r}) {'is not built yet' if known else 'is unknown'}; allowed so far: "
-            f"{', '.join(map(repr, ONE_DEVICE_STRATEGIES))}, and with one device 'ddp' and its variants, which are the "
-            f"same there."
-        )
-    return chosen, device
-
-
-def _is_one_device(strategy: str) -> bool:
-    """DDP of one process averages the gradients of that one: the plain step."""
-    return strategy in ONE_DEVICE_STRATEGIES or strategy == "ddp" or strategy.startswith("ddp_")
+    own_devices = getattr(strategy, "parallel_devices", None) or ([own_device] if own_device is not None else None)
+    return chosen, own_devices or _devices(chosen, accelerator, devices)
 
 
 def _accelerator(given: Any) -> Accelerator:
@@ -193,29 +178,23 @@ def _accelerator(given: Any) -> Accelerator:
     return chosen
 
 
-def _device(accelerator: Accelerator, name: Any, devices: Any) -> torch.device:
-    """The one device that `devices` means: a number of them, -1 for all, or a list of indices (in a text: "0,")."""
+def _devices(accelerator: Accelerator, name: Any, devices: Any) -> list[torch.device]:
+    """The devices that `devices` means: a number of them, -1 for all, or a list of indices (in a text: "0,")."""
     indices = _indices(devices)
     there = accelerator.auto_device_count()
     if indices is None:
         indices = list(range(there))
-        if len(indices) > 1 and devices == "auto":  # one process so far
-            indices = [0]
-    if accelerator.device_type == "cpu" and len(indices) == 1:
-        return torch.device("cpu")
     if not indices:
         raise MisconfigurationException(
             f"Trainer(devices={devices!r}, accelerator={name!r}) asks for no device; allowed are 1, [index], 'auto'."
         )
-    if len(indices) > 1:
+    if accelerator.device_type == "cpu":
+        return [torch.device("cpu")] * len(indices)  # processes
+    if not all(0 <= index < there for index in indices) or len(set(indices)) < len(indices):
         raise MisconfigurationException(
-            f"Trainer(devices={devices!r}): several devices are not built yet; one device so far: 1, [index], 'auto'."
+            f"Trainer(devices={devices!r}): there are {there} CUDA devices, counted from 0, each for one process."
         )
-    if not 0 <= indices[0] < there:
-        raise MisconfigurationException(
-            f"Trainer(devices={devices!r}): there are {there} CUDA devices, counted from 0."
-        )
-    return torch.device(accelerator.device_type, indices[0])
+    return [torch.device(accelerator.device_type, index) for index in indices]
 
 
 def _indices(devices: Any) -> list[int] | None:

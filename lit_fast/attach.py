@@ -27,6 +27,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
     trainer.strategy.connect(module)
     module.trainer = trainer
     at_run_end = trainer._at_run_end = ExitStack()
+    trainer.strategy.setup_environment()
     trainer._begin(fn)
     try:
         with trainer._signals():

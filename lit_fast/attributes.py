@@ -20,6 +20,7 @@ from lit_fast.module import LightningModule
 from lit_fast.progress import NOW
 from lit_fast.runtime import Runtime
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
+from lit_fast.strategies.control import Wish
 
 if TYPE_CHECKING:
     from lit_fast.accelerators import Accelerator
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from lit_fast.prediction import PredictionLoop
     from lit_fast.progress import Progress
     from lit_fast.states import TrainerState
-    from lit_fast.strategies import SingleDeviceStrategy
+    from lit_fast.strategies.strategy import Strategy
 
 
 class Stage:
@@ -58,7 +59,7 @@ class Attributes(Runtime):
         config: TrainerConfig
         fit_loop: FitLoop
         state: TrainerState
-        strategy: SingleDeviceStrategy
+        strategy: Strategy
         validate_loop: EvaluationLoop
         test_loop: EvaluationLoop
         predict_loop: PredictionLoop
@@ -127,11 +128,17 @@ class Attributes(Runtime):
 
     @property
     def should_stop(self) -> bool:
-        """Set to True to stop after the running step (minimum epochs and steps permitting)."""
-        return self._should_stop
+        """Set to True to stop after the running step (minimum epochs and steps permitting).
+
+        With several processes all of them stop, after the next step that they take together.
+        """
+        return self._should_stop or self._asks_for(Wish.STOP)
 
     @should_stop.setter
     def should_stop(self, stop: bool) -> None:
+        if stop and self._shared is not None:
+            self._shared.wish(Wish.STOP)
+            return
         self._should_stop = stop
         self._progress.boundary = NOW
 
@@ -338,8 +345,9 @@ class Attributes(Runtime):
 
     @property
     def device_ids(self) -> list[int]:
-        """The indices of the devices of this process."""
-        return [self.config.device.index or 0]
+        """The indices of this machine's devices, one a process."""
+        devices = self.config.devices
+        return [index if device.index is None else device.index for index, device in enumerate(devices)]
 
     @property
     def num_devices(self) -> int:
@@ -348,11 +356,37 @@ class Attributes(Runtime):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any] | None:
         """How a DistributedSampler shares the data out; None in one process."""
-        return None
+        return self.strategy.distributed_sampler_kwargs
 
-    global_rank = local_rank = node_rank = 0
-    world_size = num_nodes = 1
-    is_global_zero = True
+    @property
+    def global_rank(self) -> int:
+        """The number of this process among all."""
+        return self.strategy.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        """The number of this process on its machine."""
+        return self.strategy.local_rank
+
+    @property
+    def node_rank(self) -> int:
+        """The number of this machine."""
+        return self.strategy.node_rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        return self.strategy.world_size
+
+    @property
+    def num_nodes(self) -> int:
+        """How many machines there are."""
+        return self.config.num_nodes
+
+    @property
+    def is_global_zero(self) -> bool:
+        """Whether this is the first of all processes, the one that writes files."""
+        return self.strategy.is_global_zero
 
     @property
     def precision(self) -> str:

@@ -39,7 +39,7 @@ from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.optim.nonfinite import unless_nonfinite
 from lit_fast.profiler.actions import recorded
 from lit_fast.stepping import Stepping
-from lit_fast.window import Place, WindowWeights, bind_backward, bind_mean
+from lit_fast.window import Place, WindowWeights, before_the_step, bind_backward, bind_mean
 
 if TYPE_CHECKING:
     from lit_fast.progress import Progress
@@ -138,6 +138,7 @@ class Binding:
             returned_loss=detached(no_losses),
         )
         self._bind_batch_end(no_losses, note=True)
+        self.rows.extend(trainer.strategy.note_rows())
 
     def place(self, place: Place) -> StepPlan:
         """The plan of a micro-batch at that place of its window."""
@@ -147,10 +148,11 @@ class Binding:
 
     def _bind_place(self, place: Place) -> StepPlan:
         losses, backward, shown = bind_backward(self, place)
+        by_strategy = self.trainer.strategy.bind_backward(backward, place.last) if self.automatic else backward
         plan = replace(
             self.whole,
             losses=losses,
-            backward=self.wrap("backward", self._by_strategy("backward", backward)),
+            backward=self.wrap("backward", self._by_strategy("backward", by_strategy)),
             returned_loss=detached(shown),
             on_train_batch_end=self._bind_batch_end(shown),
         )
@@ -158,6 +160,8 @@ class Binding:
             plan.zero_grad = ()
         if place.last and self._steps_inline:
             bind_mean(self, plan, place)
+            for take_part in self.trainer.strategy.before_step():
+                before_the_step(plan, plan.run is step.inline, take_part)
         if not place.last and self.automatic:
             plan.run = step.inline
             plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
@@ -273,7 +277,8 @@ class Binding:
                 return one_argument(batch)
 
         self._note("training_step", who, f"forward in {self.precision.precision}")
-        return self.wrap("forward", self._by_strategy("training_step", self.precision.bind(function)))
+        forward = self.trainer.strategy.bind_step(self.precision.bind(function))
+        return self.wrap("forward", self._by_strategy("training_step", forward))
 
     def _bind_zero_grad(self) -> Bound:
         if not self._steps_inline:

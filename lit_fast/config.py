@@ -29,7 +29,9 @@ class TrainerConfig:
     """What one Trainer was asked for, with every default filled in. Written through the Trainer's attributes."""
 
     accelerator: Accelerator
-    device: torch.device
+    devices: list[torch.device]  # of this machine, one a process
+    num_nodes: int
+    device: torch.device  # of this process
     precision: Precision
     max_epochs: int | None  # None: not given; a fit then settles it
     max_steps: int
@@ -164,13 +166,9 @@ def resolve_config(**given: Any) -> TrainerConfig:
     """Fill in defaults, check every option and every pair of options.
 
     Raises:
-        MisconfigurationException: an option is unknown, out of range, contradicts another, or is not built yet.
+        MisconfigurationException: an option is unknown, out of range, or contradicts another.
     """
-    if given["num_nodes"] != 1:
-        _check_count("num_nodes", given["num_nodes"], minimum=1)
-        raise MisconfigurationException(
-            f"Trainer(num_nodes={given['num_nodes']!r}): several nodes are not built yet; allowed so far: 1."
-        )
+    _check_count("num_nodes", given["num_nodes"], minimum=1)
     if given["model_registry"] is not None:
         raise MisconfigurationException(
             f"Trainer(model_registry={given['model_registry']!r}): uploading to a model registry needs the litmodels "
@@ -198,11 +196,13 @@ def resolve_config(**given: Any) -> TrainerConfig:
     sanity = 2 if given["num_sanity_val_steps"] is None else given["num_sanity_val_steps"]
     if sanity != float("inf"):
         _check_count("num_sanity_val_steps", sanity, minimum=-1)
-    accelerator, device = resolve_accelerator(given["accelerator"], given["devices"], given["strategy"])
+    accelerator, devices = resolve_accelerator(given["accelerator"], given["devices"], given["strategy"])
     config = TrainerConfig(
         accelerator=accelerator,
-        device=device,
-        precision=resolve_precision(given["precision"], precision_plugin(given["plugins"]), device.type),
+        devices=devices,
+        num_nodes=given["num_nodes"],
+        device=devices[0],
+        precision=resolve_precision(given["precision"], precision_plugin(given["plugins"]), devices[0].type),
         max_epochs=epochs,
         max_steps=steps,
         min_epochs=given["min_epochs"],

@@ -53,8 +53,13 @@ class LoggerConnector(View):
 class AcceleratorConnector(View):
     """`trainer._accelerator_connector`."""
 
-    is_distributed = False
-    cluster_environment = None
+    @property
+    def is_distributed(self) -> bool:
+        return self.trainer.strategy.is_distributed
+
+    @property
+    def cluster_environment(self) -> Any:
+        return getattr(self.trainer.strategy, "cluster_environment", None)
 
     @property
     def use_distributed_sampler(self) -> bool:

@@ -22,10 +22,6 @@ class MissingMetricError(MisconfigurationException, RuntimeError):
     """A metric is watched that nobody logs. A RuntimeError too, which programs for Lightning catch."""
 
 
-class ClusterError(MisconfigurationException, RuntimeError):
-    """What started the processes and what the Trainer was told do not fit. A RuntimeError too, as in Lightning."""
-
-
 class RemovedHookError(MisconfigurationException, NotImplementedError):
     """A hook of Lightning 1.x that nothing calls any more; the message names its successor."""
 
@@ -52,17 +48,6 @@ class KernelError(LitFastError, RuntimeError):
 
 class NonFiniteGradientError(LitFastError, FloatingPointError):
     """A gradient is NaN or infinite, and `nonfinite="raise"` asks for this error. Nothing was changed."""
-
-
-class RankFailedError(LitFastError, RuntimeError):
-    """Another process of the run failed; the message says which, how, and what it said.
-
-    `rank` is its number among all, `host` its machine and `pid` its number there.
-    """
-
-    def __init__(self, message: str, rank: int, host: str, pid: int | None) -> None:
-        super().__init__(message)
-        self.rank, self.host, self.pid = rank, host, pid
 
 
 class TrainingSpikeException(LitFastError, RuntimeError):

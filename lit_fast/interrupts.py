@@ -13,6 +13,7 @@ from lit_fast.checkpoint import finding
 from lit_fast.errors import SIGTERMException
 from lit_fast.progress import NOW
 from lit_fast.states import TrainerFn
+from lit_fast.strategies.control import SIGNALS, Control, Wish
 
 
 class Interrupts:
@@ -43,10 +44,13 @@ class Interrupts:
                 if number == signal.SIGTERM:
                     os._exit(128 + number)
                 return
-            if self._interrupt is not None and number == signal.SIGINT:
+            if number == signal.SIGINT and (self._interrupt is not None or self._asks_for(Wish.SIGINT)):
                 raise KeyboardInterrupt
-            self._interrupt = number
-            self._progress.boundary = NOW
+            if self._shared is not None:  # all processes end after the same step
+                self._shared.wish(Wish.of_signal(number))
+            else:
+                self._interrupt = number
+                self._progress.boundary = NOW
             earlier = before.get(signal.SIGTERM) if number == signal.SIGTERM else None
             if callable(earlier):
                 earlier(number, frame)
@@ -63,6 +67,30 @@ class Interrupts:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         if self._interrupt is not None:  # it came when there was no step left to wait for
             signal.raise_signal(self._interrupt)
+
+    # -- several processes
+
+    @property
+    def _shared(self) -> Control | None:
+        """What the processes of a fit agree on; None where this one decides alone."""
+        return self.strategy.control if self.state.fn == TrainerFn.FITTING else None
+
+    def _asks_for(self, wish: Wish) -> bool:
+        return self._shared is not None and self._shared.wished(wish)
+
+    def _agreed(self, wishes: list[Wish]) -> None:
+        """All processes hear this at the same step."""
+        for wish in wishes:
+            if wish is Wish.STOP:
+                self._should_stop = True
+            elif wish in SIGNALS:
+                self._interrupt = SIGNALS[wish]
+        self._progress.boundary = NOW
+
+    def _agree(self) -> None:
+        """At a step that all processes know: what one wishes all do from here on."""
+        if self._shared is not None:
+            self._shared.agree()
 
     def _raise_interrupt(self) -> None:
         """End the run between two steps; a fit saves first and says how to go on."""

@@ -352,14 +352,14 @@ class FitLoop(Schedule, Restarted):
         progress.stage = "stepped"
         progress.is_last_batch = progress.is_last_batch or progress.batch_idx + 1 == progress.total
         window_open = self._window_is_open()
-        stopping = trainer.should_stop and self._may_stop()
+        stopping = trainer._should_stop and self._may_stop()
         if not window_open:
             every = trainer.config.log_every_n_steps
-            if every and (self.windows_completed() % every == 0 or trainer.should_stop):
+            if every and (self.windows_completed() % every == 0 or trainer._should_stop):
                 trainer._log_metrics(trainer._metric_log.collect())
         if trainer._interrupt is not None and not (window_open and self.plans is not None and self.plans.trains):
             trainer._raise_interrupt()
-        if trainer.should_stop and not stopping:
+        if trainer._should_stop and not stopping:
             self._say_once(
                 f"A stop was asked for before min_epochs={self.min_epochs} or min_steps={self.min_steps} was reached; "
                 f"training goes on until it is."
@@ -367,7 +367,8 @@ class FitLoop(Schedule, Restarted):
         if self._validation_is_due(stopping):
             self.epoch_loop.val_loop.run_in_fit(release_gradients=not window_open)
             self.last_validation = time.monotonic()
-            stopping = trainer.should_stop and self._may_stop()
+            trainer._agree()
+            stopping = trainer._should_stop and self._may_stop()
         if not window_open:
             self.step_plateau_schedulers("step", trainer)
         if self._steps_reached() or stopping or progress.is_last_batch:
@@ -380,7 +381,7 @@ class FitLoop(Schedule, Restarted):
         progress, trainer = self.progress, self.trainer
         progress.stage = "batch"
         progress.boundary = self._next_boundary()
-        if trainer._interrupt is not None or trainer.should_stop:  # between the two lines above
+        if trainer._interrupt is not None or trainer._should_stop:  # between the two lines above
             progress.boundary = NOW
 
     # -- the end of an epoch
@@ -401,6 +402,7 @@ class FitLoop(Schedule, Restarted):
         if progress.is_last_batch and self.position is not None:
             self.position.end_epoch()
         trainer._call_epoch_end("on_train_epoch_end")
+        trainer._agree()
         self._leave_epoch(progress.is_last_batch)
         progress.resumed = None
         if trainer._interrupt is not None:

@@ -39,6 +39,7 @@ class Plans:
         That is: options of accumulation and clipping, optimizers, schedulers, callbacks, the precision, steps and
         hooks put on the module itself. The loop asks where nothing is under way: before training and each epoch.
         """
+        self.trainer.strategy.refresh()
         asked = self._what_was_asked()
         if len(asked) != len(self._bound_for) or any(a is not b for a, b in zip(asked, self._bound_for, strict=True)):
             self._bind(self.binding)

@@ -18,8 +18,10 @@ log = logging.getLogger("lit_fast")
 
 
 def rank() -> int:
-    """The rank of this process in the whole job, as its launcher says; 0 where none was set."""
-    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK"):
+    """The rank of this process in the whole job: as a strategy has found it, else as its launcher says; else 0."""
+    if hasattr(rank_zero_only, "assigned"):
+        return int(rank_zero_only.assigned)
+    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "LOCAL_RANK"):
         if name in os.environ:
             return int(os.environ[name])
     return 0
@@ -46,6 +48,11 @@ def rank_zero_only(function: Callable[P, R]) -> Callable[P, R | None]:
         return function(*args, **kwargs) if rank() == 0 else None
 
     return wrapped
+
+
+def set_rank(rank: int) -> None:
+    """From here on this process has that rank."""
+    rank_zero_only.assigned = rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 rank_zero_only.rank = rank()  # type: ignore[attr-defined]  # programs read it: of this process as it began

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from lit_fast.callbacks.callback import Callback
@@ -30,6 +31,9 @@ from lit_fast.seed import seed_workers
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
 
 if TYPE_CHECKING:
+    import torch
+
+    from lit_fast.config import TrainerConfig
     from lit_fast.trainer import Trainer
 
 
@@ -38,6 +42,7 @@ class Runtime(Interrupts):
 
     if TYPE_CHECKING:
         callbacks: list[Any]
+        config: TrainerConfig
         datamodule: Any
         _data_owner: Any
         _at_run_end: ExitStack
@@ -57,6 +62,9 @@ class Runtime(Interrupts):
 
     def _begin(self, fn: TrainerFn) -> None:
         self.state.fn, self.state.status = fn, TrainerStatus.RUNNING
+        self._use_device(self.strategy.root_device)
+        if self._shared is not None:
+            self._shared.begin(self._agreed)
         stage = RunningStage.TRAINING if fn == TrainerFn.FITTING else RunningStage(fn.value)
         self.state.stage = stage
         self._evaluation = self._loop_of(fn)
@@ -69,6 +77,10 @@ class Runtime(Interrupts):
             self._actions._lightning_module = self._module
             self._actions.setup(stage=fn.value, log_dir=self.log_dir)
         self._metric_log.begin_run(stage.value)
+
+    def _use_device(self, device: torch.device) -> None:
+        if device != self.config.device:
+            self.config = replace(self.config, device=device)
 
     def _settle_limits(self) -> None:
         """Limits that were left open: 1,000 epochs, unless something else ends the fit."""
@@ -122,6 +134,9 @@ class Runtime(Interrupts):
         self._hook(module, "setup")(self.state.fn)
         module.configure_sharded_model()
         module.configure_model()
+        if self._layer_sync is not None and self.strategy.world_size > 1:
+            self._layer_sync.apply(module)
+            self._at_run_end.callback(self._layer_sync.revert, module)
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
         path = self._ckpt_path = finding.find(self._trainer, ckpt_path)
         if path is None:
@@ -158,9 +173,10 @@ class Runtime(Interrupts):
         """From the model on its device to a bound plan, right before the first epoch."""
         if self._progress.stage != "start":  # the last fit was interrupted: its epoch begins anew
             self._progress.stage = "start"
-        module.to(self.config.device)
+        self.strategy.setup(self._trainer)
         self._configure_optimizers(module)
         self._connect_precision(module)
+        self.strategy.setup_optimizers(self._trainer)
         plans = self.fit_loop.plans = Plans(self._trainer, module)
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")

@@ -59,7 +59,7 @@ class Schedule:
         """The next batch after which something but a step may be due."""
         assert self.plans is not None
         trainer, progress = self.trainer, self.progress
-        if trainer.should_stop or trainer._interrupt is not None or not self.plans.automatic:
+        if trainer._should_stop or trainer._interrupt is not None or not self.plans.automatic:
             return NOW
         if any(config.reduce_on_plateau and config.interval == "step" for config in trainer.lr_scheduler_configs):
             return NOW
@@ -144,4 +144,4 @@ class Schedule:
         return enough_epochs and (not self.min_steps or self.progress.global_step >= self.min_steps)
 
     def _finished(self) -> bool:
-        return self._steps_reached() or self._epochs_reached() or (self.trainer.should_stop and self._may_stop())
+        return self._steps_reached() or self._epochs_reached() or (self.trainer._should_stop and self._may_stop())

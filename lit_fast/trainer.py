@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,9 @@ from lit_fast.prediction import PredictionLoop
 from lit_fast.profiler.actions import recorded
 from lit_fast.progress import Progress
 from lit_fast.states import TrainerFn, TrainerState
-from lit_fast.strategies import SingleDeviceStrategy
+from lit_fast.strategies.choosing import choose_strategy
+from lit_fast.strategies.environments import ClusterEnvironment
+from lit_fast.strategies.layer_sync import LayerSync, TorchSyncBatchNorm
 from lit_fast.trial import Trial, trying
 
 
@@ -39,10 +42,14 @@ class Trainer(Attributes):
 
     Args:
         accelerator: "auto" (a GPU where torch sees one), "cpu", "gpu" or "cuda".
-        devices: "auto", 1, or [index].
+        devices: how many, a list of indices, -1 or "auto" for all; one process each (on a CPU: processes).
+        num_nodes: machines, each with as many devices.
+        strategy: "auto" (one device, or "ddp"), "ddp", "zero1", "fsdp2" and others (docs/distributed.md), or an object.
         precision: "64-true", "32-true", "16-true", "bf16-true", "16-mixed" or "bf16-mixed" (64, 32, 16 and "bf16" for
             short, the last two mixed).
-        plugins: a precision of your own, an object of a class that derives from `lit_fast.precision.Precision`.
+        plugins: objects of yours that derive from `Precision`, `CheckpointIO`, `ClusterEnvironment` or `LayerSync`.
+        sync_batchnorm: batch norms take the statistics of all processes.
+        use_distributed_sampler: share the data of each DataLoader out over the processes.
         logger: a logger, a list of them, True (TensorBoard where installed, else CSV), or False.
         callbacks: one callback or a list.
         max_epochs, max_steps: when to stop; 1,000 epochs when neither is given, -1 for no limit.
@@ -135,8 +142,15 @@ class Trainer(Attributes):
             apply_barebones(given)
         loggers, given_callbacks = given.pop("logger"), given.pop("callbacks")
         checkpoint_io, given["plugins"] = split_plugins(given["plugins"])
-        self.config = resolve_config(**given)
-        self.strategy = SingleDeviceStrategy(self.config.device) if isinstance(strategy, str) else strategy
+        environment, self._layer_sync = (
+            _of_kind(given["plugins"], ClusterEnvironment),
+            _of_kind(given["plugins"], LayerSync),
+        )
+        if sync_batchnorm and self._layer_sync is None:
+            self._layer_sync = TorchSyncBatchNorm()
+        config = resolve_config(**given)
+        self.strategy = choose_strategy(strategy, config.devices, config.num_nodes, environment)
+        self.config = replace(config, device=self.strategy.root_device)
         self.strategy.accelerator, self.strategy.precision_plugin = self.config.accelerator, self.config.precision
         if checkpoint_io is not None:
             self.strategy.checkpoint_io = checkpoint_io
@@ -185,6 +199,10 @@ class Trainer(Attributes):
 
     # -- running
 
+    def _launch(self, method: str, *given: Any) -> Any:
+        """That method of this Trainer in as many processes as the strategy wants on this machine."""
+        return self.strategy.launcher.launch(_run_launched, self, method, given, trainer=self)
+
     def fit(
         self,
         model: LightningModule,
@@ -207,6 +225,10 @@ class Trainer(Attributes):
             MisconfigurationException: no training_step, no data, contradictory options.
             CheckpointError: the checkpoint is missing, damaged, of another model, or holds code.
         """
+        if self.strategy.launcher is not None:
+            given = (model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            self._launch("fit", *given)
+            return
         if hasattr(train_dataloaders, "prepare_data"):
             train_dataloaders, datamodule = None, train_dataloaders
         with attach_model(self, model, TrainerFn.FITTING) as module:
@@ -245,6 +267,8 @@ class Trainer(Attributes):
         Raises:
             MisconfigurationException: no model so far, no validation_step, no data, or no best checkpoint.
         """
+        if self.strategy.launcher is not None:
+            return self._launch("validate", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)  # type: ignore[no-any-return]
         self.validate_loop.verbose = verbose
         return self._evaluate(self.validate_loop, model, dataloaders, datamodule, ckpt_path, weights_only)
 
@@ -258,6 +282,8 @@ class Trainer(Attributes):
         weights_only: bool | None = None,
     ) -> list[dict[str, float]]:
         """Run `test_step` over the test data once; arguments, results and errors are those of `validate`."""
+        if self.strategy.launcher is not None:
+            return self._launch("test", model, dataloaders, ckpt_path, verbose, datamodule, weights_only)  # type: ignore[no-any-return]
         self.test_loop.verbose = verbose
         return self._evaluate(self.test_loop, model, dataloaders, datamodule, ckpt_path, weights_only)
 
@@ -283,8 +309,11 @@ class Trainer(Attributes):
         Raises:
             MisconfigurationException: no model so far, neither predict_step nor forward, no data.
         """
+        if self.strategy.launcher is not None:
+            given = (model, dataloaders, datamodule, return_predictions, ckpt_path, weights_only)
+            return self._launch("predict", *given)  # type: ignore[no-any-return]
         self.predict_loop.return_predictions = return_predictions is None or bool(return_predictions)
-        given = model
+        passed = model
         model, dataloaders, datamodule = self._arguments("predict", model, dataloaders, datamodule)
         predictions: list[Any] | None = None  # what a run returns that a search ends
         with attach_model(self, model, TrainerFn.PREDICTING) as module:
@@ -294,7 +323,7 @@ class Trainer(Attributes):
                     f"predict() needs one of them."
                 )
             self._use_data(datamodule, predict_dataloader=dataloaders)
-            self._prepare_evaluation(module, "predict", self._best_if_no_model(given, ckpt_path), weights_only)
+            self._prepare_evaluation(module, "predict", self._best_if_no_model(passed, ckpt_path), weights_only)
             predictions = self.predict_loop.run()
             self._tear_down(module)
         return predictions
@@ -354,7 +383,7 @@ class Trainer(Attributes):
     ) -> None:
         """From `configure_callbacks` to a module on its device."""
         self._prepare(module, stage, ckpt_path, weights_only)
-        module.to(self.config.device)
+        self.strategy.setup(self)
         self._log_hyperparameters(module)
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
@@ -413,3 +442,14 @@ class Trainer(Attributes):
             bar.print(*args, **kwargs)
         else:
             print(*args, **kwargs)
+
+
+def _run_launched(trainer: Trainer, method: str, given: tuple[Any, ...]) -> Any:
+    """What runs in each process that a launcher has started, and in this one beside them."""
+    with trainer.strategy.launched():
+        return getattr(trainer, method)(*given)
+
+
+def _of_kind(plugins: list[Any], kind: type) -> Any:
+    """The plugin of that kind, or None."""
+    return next((plugin for plugin in plugins if isinstance(plugin, kind)), None)

@@ -231,10 +231,10 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
     inline = plan.run is step.inline
     if weights is None:
         if place.short:
-            _before_the_step(plan, inline, lambda: _stretch(binding), lambda: False)
+            before_the_step(plan, inline, lambda: _stretch(binding))
         return
     if not inline or plan.on_before_optimizer_step or plan.clip or binding.stepping.gradients_are_watched():
-        _before_the_step(plan, inline, lambda: weights.average(binding.parameters()), lambda: weights.reference is None)
+        before_the_step(plan, inline, lambda: weights.average(binding.parameters()), lambda: weights.reference is None)
         row = (
             "on_before_optimizer_step",
             "weights",
@@ -247,7 +247,9 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
     binding.rows.append(("update", "weights", "gradients made their weighted mean, in registers"))
 
 
-def _before_the_step(plan: StepPlan, inline: bool, make_mean: Callable[[], None], is_empty: Callable[[], bool]) -> None:
+def before_the_step(
+    plan: StepPlan, inline: bool, make_mean: Callable[[], None], is_empty: Callable[[], bool] = lambda: False
+) -> None:
     """Bind `make_mean` after the last backward; a closure returns None where its window `is_empty`."""
     if inline:
         plan.on_before_optimizer_step = (make_mean, *plan.on_before_optimizer_step)

@@ -11,22 +11,23 @@ from heart_models import Plain, batches, trainer
 import lit_fast
 from lit_fast.accelerators import Accelerator, CPUAccelerator, CUDAAccelerator, resolve_accelerator
 from lit_fast.errors import MisconfigurationException
-from lit_fast.strategies import SingleDeviceStrategy
+from lit_fast.strategies import DDPStrategy, SingleDeviceStrategy
 
 ONE = ["auto", 1, "1", " 1 ", [0], "0,", (0,), -1, "-1"]
 
 
 @pytest.mark.parametrize("devices", ONE, ids=repr)
 def test_every_form_of_one_device(devices: Any) -> None:
-    accelerator, device = resolve_accelerator("cpu", devices, "auto")
-    assert isinstance(accelerator, CPUAccelerator) and device == torch.device("cpu")
+    accelerator, found = resolve_accelerator("cpu", devices, "auto")
+    assert isinstance(accelerator, CPUAccelerator) and found == [torch.device("cpu")]
 
 
 @pytest.mark.parametrize("strategy", ["auto", "single_device", "ddp", "DDP", "ddp_find_unused_parameters_true"])
 def test_strategies_that_are_the_plain_step_on_one_device(strategy: str) -> None:
     made = trainer(strategy=strategy, max_epochs=1)
     made.fit(Plain(), batches(2))
-    assert isinstance(made.strategy, SingleDeviceStrategy) and made.global_step == 2
+    assert isinstance(made.strategy, DDPStrategy if "ddp" in strategy.lower() else SingleDeviceStrategy)
+    assert made.global_step == 2 and made.world_size == 1
 
 
 def test_a_strategy_object() -> None:
@@ -49,18 +50,19 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "accelerator,devices,index",
-    [("auto", "auto", 0), ("gpu", 1, 0), ("cuda", "1", 0), ("gpu", [1], 1), ("gpu", "1,", 1), ("gpu", "auto", 0)],
+    [("auto", 1, 0), ("gpu", 1, 0), ("cuda", "1", 0), ("gpu", [1], 1), ("gpu", "1,", 1)],
 )
 def test_one_of_two_gpus(two_gpus: None, accelerator: str, devices: Any, index: int) -> None:
-    made, device = resolve_accelerator(accelerator, devices, "auto")
-    assert isinstance(made, CUDAAccelerator) and device == torch.device("cuda", index)
+    made, found = resolve_accelerator(accelerator, devices, "auto")
+    assert isinstance(made, CUDAAccelerator) and found == [torch.device("cuda", index)]
 
 
 @pytest.mark.parametrize(
     "devices,message",
     [
-        (2, "several devices"), (-1, "several devices"), ("0,1", "several devices"), ([5], "there are 2 CUDA devices"),
-        (0, "no device"), ([], "no device"), ("0", "no device"), ("two", "number of devices"), (1.5, "list of indices"),
+        (3, "there are 2 CUDA devices"), ([0, 0], "each for one process"), ([5], "there are 2 CUDA devices"),
+        (0, "no device"), ([], "no device"), ("0", "no device"),
+        ("two", "number of devices"), (1.5, "list of indices"),
         (True, "list of indices"), (None, "list of indices"), ([0, "1"], "list of indices"), (-2, "list of indices"),
     ],
 )  # fmt: skip
@@ -69,9 +71,8 @@ def test_devices_that_are_refused(two_gpus: None, devices: Any, message: str) ->
         resolve_accelerator("gpu", devices, "auto")
 
 
-def test_several_processes_on_the_cpu_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"devices=2\).*several devices are not built yet"):
-        trainer(devices=2)
+def test_processes_on_the_cpu() -> None:
+    assert resolve_accelerator("cpu", 3, "auto")[1] == [torch.device("cpu")] * 3
 
 
 @pytest.mark.parametrize(
@@ -80,7 +81,10 @@ def test_several_processes_on_the_cpu_are_refused() -> None:
         ({"accelerator": "tpu"}, "accelerator='tpu'.*'cpu', 'gpu', 'cuda'"),
         ({"accelerator": "mps"}, "accelerator='mps'.*Apple.*accelerator='cpu'"),
         ({"accelerator": 3}, "accelerator=3"),
-        ({"strategy": "fsdp"}, "strategy='fsdp'.*not built yet.*'single_device'"),
+        ({"strategy": "dpp"}, "strategy='dpp'.*did you mean 'ddp'"),
+        ({"strategy": "sharded"}, "strategy='sharded'.*allowed are 'auto', 'single_device', 'ddp'"),
+        ({"strategy": "single_device", "devices": 2}, "strategy='single_device'.*devices=2.*'ddp'"),
+        ({"strategy": SingleDeviceStrategy("cpu"), "num_nodes": 2}, "SingleDeviceStrategy.*num_nodes=2.*'ddp'"),
         ({"strategy": object()}, "strategy=<object"),
     ],
 )

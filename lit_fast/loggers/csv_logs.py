@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, TextIO
 
-from lit_fast.loggers.logger import FolderLogger, global_rank, rank_zero_experiment
+from lit_fast.loggers.logger import FolderLogger, rank_zero_experiment
 from lit_fast.loggers.utilities import add_prefix, number, params_dict, write_yaml
+from lit_fast.rank_zero import rank
 
 
 class ExperimentWriter:
@@ -130,7 +131,7 @@ class CSVLogger(FolderLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         writer = self._experiment
         if writer is None:
-            if global_rank() != 0:
+            if rank() != 0:
                 return
             writer = self.experiment
         step = len(writer.metrics) if step is None else step

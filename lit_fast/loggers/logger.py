@@ -10,8 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lit_fast.loggers.utilities import next_version
-
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+from lit_fast.rank_zero import rank
 
 
 class Logger(ABC):
@@ -169,11 +168,6 @@ def rank_zero_experiment(function: Callable[[Any], Any]) -> Callable[[Any], Any]
 
     @functools.wraps(function)
     def experiment(self: Any) -> Any:
-        return function(self) if global_rank() == 0 else DummyExperiment()
+        return function(self) if rank() == 0 else DummyExperiment()
 
     return experiment
-
-
-def global_rank() -> int:
-    """This process's rank, as its launcher says in the environment; 0 without one."""
-    return next((int(os.environ[name]) for name in _RANK_VARIABLES if name in os.environ), 0)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lit_fast.errors import MisconfigurationException
-from lit_fast.loggers.logger import FolderLogger, global_rank, rank_zero_experiment
+from lit_fast.loggers.logger import FolderLogger, rank_zero_experiment
 from lit_fast.loggers.utilities import (
     add_prefix,
     flatten,
@@ -21,6 +21,7 @@ from lit_fast.loggers.utilities import (
     primitives,
     write_yaml,
 )
+from lit_fast.rank_zero import rank
 
 # Events that may wait for the writer thread before `log_metrics` would have to wait too (torch's default is
 # 10).
@@ -124,7 +125,7 @@ class TensorBoardLogger(FolderLogger):
 
     def _bind_writer(self) -> Any:
         """A function that puts one event with all its scalars on the writer thread's queue."""
-        if global_rank() != 0:
+        if rank() != 0:
             self._write = lambda scalars, step: None
             return self._write
         add_event = self.experiment._get_file_writer().event_writer.add_event
@@ -156,7 +157,7 @@ class TensorBoardLogger(FolderLogger):
         **kwargs: Any,
     ) -> None:
         """Record hyperparameters; `metrics` (a dict, or one number called `hp_metric`) shows beside them."""
-        if global_rank() != 0:
+        if rank() != 0:
             return
         given = params_dict(params)
         self.hparams.update(given)
@@ -174,7 +175,7 @@ class TensorBoardLogger(FolderLogger):
             writer.add_summary(summary, step)
 
     def log_graph(self, model: Any, input_array: Any = None) -> None:
-        if not self._log_graph or global_rank() != 0:
+        if not self._log_graph or rank() != 0:
             return
         example = getattr(model, "example_input_array", None) if input_array is None else input_array
         if not isinstance(example, Tensor | tuple):
@@ -193,7 +194,7 @@ class TensorBoardLogger(FolderLogger):
         self.experiment.add_graph(model, inputs)
 
     def save(self) -> None:
-        if global_rank() != 0:
+        if rank() != 0:
             return
         self.experiment.flush()
         path = os.path.join(self.log_dir, self.NAME_HPARAMS_FILE)

@@ -77,19 +77,22 @@ _PRECISION_MODULES: dict[str, Entry] = {
     **{f".{name}": f"lit_fast.precision.{name}" for name in ("amp", "double", "half", "precision")},
     **{f".{module}": _not_built(name) for module, name in _LATER_PRECISIONS.items()},
 }
-_ENVIRONMENTS = {
-    "cluster_environment": "ClusterEnvironment",
+_LATER_ENVIRONMENTS = {
     "kubeflow": "KubeflowEnvironment",
-    "lightning": "LightningEnvironment",
     "lsf": "LSFEnvironment",
     "mpi": "MPIEnvironment",
     "slurm": "SLURMEnvironment",
     "torchelastic": "TorchElasticEnvironment",
+    "xla": "XLAEnvironment",
 }
 _ENVIRONMENT_MODULES: dict[str, Entry] = {
-    "": {**_from("strategies.environments", *_ENVIRONMENTS.values()), **_not_built("XLAEnvironment")},
-    **{f".{module}": f"lit_fast.strategies.environments.{module}" for module in _ENVIRONMENTS},
-    ".xla": _not_built("XLAEnvironment"),
+    "": {
+        **_from("strategies.environments", "ClusterEnvironment", "LightningEnvironment"),
+        **_not_built(*_LATER_ENVIRONMENTS.values()),
+    },
+    ".cluster_environment": _from("strategies.environments", "ClusterEnvironment"),
+    ".lightning": _from("strategies.environments", "LightningEnvironment", "find_free_network_port"),
+    **{f".{module}": _not_built(name) for module, name in _LATER_ENVIRONMENTS.items()},
 }
 _LAYER_SYNC = _from("strategies.layer_sync", "LayerSync", "TorchSyncBatchNorm")
 _PLUGINS = {
@@ -100,13 +103,17 @@ _PLUGINS = {
     **_from("strategies.environments", "ClusterEnvironment"),
 }
 _LATER_STRATEGIES = {
-    "ddp": "DDPStrategy",
     "deepspeed": "DeepSpeedStrategy",
     "fsdp": "FSDPStrategy",
     "model_parallel": "ModelParallelStrategy",
-    "parallel": "ParallelStrategy",
     "single_xla": "SingleDeviceXLAStrategy",
     "xla": "XLAStrategy",
+}
+_STRATEGIES = {  # ours, by Lightning's modules
+    "ddp": "DDPStrategy",
+    "parallel": "ParallelStrategy",
+    "single_device": "SingleDeviceStrategy",
+    "strategy": "Strategy",
 }
 _FABRIC_STRATEGIES = {**_LATER_STRATEGIES, "dp": "DataParallelStrategy", "xla_fsdp": "XLAFSDPStrategy"}
 _MEMORY = {
@@ -255,11 +262,10 @@ TABLE: dict[str, Entry] = {
     "fabric.plugins.io.torch_io": _CHECKPOINT_IO,
     "fabric.plugins.io.xla": _not_built("XLACheckpointIO"),
     "fabric.strategies": {
-        **_from("strategies", "SingleDeviceStrategy", "Strategy"),
+        **_from("strategies", *_STRATEGIES.values()),
         **_not_built(*_FABRIC_STRATEGIES.values()),
     },
-    "fabric.strategies.single_device": _from("strategies", "SingleDeviceStrategy"),
-    "fabric.strategies.strategy": _from("strategies", "Strategy"),
+    **{f"fabric.strategies.{module}": _from("strategies", name) for module, name in _STRATEGIES.items()},
     **{f"fabric.strategies.{module}": _not_built(name) for module, name in _FABRIC_STRATEGIES.items()},
     "fabric.utilities": {**_UTILITIES, **_from("profiler.throughput", "Throughput"), **_not_built("ThroughputMonitor")},
     "fabric.utilities.apply_func": _APPLY,

@@ -1,16 +1,20 @@
-"""How one model spreads over devices and processes. So far: one device."""
+"""How one model spreads over devices and processes. Each strategy is imported when it is first used."""
 
-from lit_fast.not_built import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    SingleDeviceXLAStrategy,
-    XLAStrategy,
-)
-from lit_fast.strategies.single_device import SingleDeviceStrategy
-from lit_fast.strategies.strategy import Strategy
+from __future__ import annotations
+
+from typing import Any
+
+from lit_fast import lazy, not_built
+
+_HOME = {
+    "DDPStrategy": "ddp",
+    "ParallelStrategy": "parallel",
+    "SingleDeviceStrategy": "single_device",
+    "Strategy": "strategy",
+}
+_LATER = (
+    "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy", "XLAStrategy",
+)  # fmt: skip
 
 __all__ = [
     "DDPStrategy",
@@ -23,3 +27,7 @@ __all__ = [
     "Strategy",
     "XLAStrategy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(not_built, name) if name in _LATER else lazy.find(__name__, _HOME, name)

@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
-from lit_fast.checkpoint.plugins import CheckpointIO, TorchCheckpointIO
+from lit_fast.checkpoint.plugins import CheckpointIO
 from lit_fast.strategies.strategy import Strategy
-
-if TYPE_CHECKING:
-    from lit_fast.module import LightningModule
-    from lit_fast.optim.configure import LRSchedulerConfig
-    from lit_fast.optim.lightning_optimizer import LightningOptimizer
-
-
-class SkipInit(TorchFunctionMode):
-    """Inside, the functions of `torch.nn.init` that can be intercepted leave tensors as they were allocated.
-
-    The time for values that a checkpoint overwrites is saved, and no random number is drawn for them.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init":
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
-        return func(*args, **kwargs)
 
 
 class SingleDeviceStrategy(Strategy):
-    """The strategy of a Trainer on one device: who holds the model and its optimizers, and what callbacks ask for.
+    """The strategy of a Trainer on one device.
 
     Args:
         device: where the model and its batches live.
-        accelerator: the kind of device; the Trainer sets it.
-        checkpoint_io: who writes, reads and removes checkpoint files; local files in torch's format when left out.
-        precision_plugin: how a step computes; the Trainer sets it.
+        accelerator, checkpoint_io, precision_plugin: as of `Strategy`.
 
     Example:
         >>> strategy = SingleDeviceStrategy("cpu")
@@ -52,14 +24,6 @@ class SingleDeviceStrategy(Strategy):
     """
 
     strategy_name = "single_device"
-    world_size = num_processes = num_nodes = 1
-    global_rank = local_rank = node_rank = 0
-    is_global_zero = True
-    is_distributed = False
-    distributed_sampler_kwargs: dict[str, Any] | None = None
-    restore_checkpoint_after_setup = False
-    lightning_restore_optimizer = True
-    handles_gradient_accumulation = False
 
     def __init__(
         self,
@@ -68,104 +32,5 @@ class SingleDeviceStrategy(Strategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Any = None,
     ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
         self.root_device = torch.device(device)
-        self.accelerator = accelerator
-        self.precision_plugin = precision_plugin
-        self.checkpoint_io: CheckpointIO = checkpoint_io or TorchCheckpointIO()
-        self.lightning_module: LightningModule | None = None
-        self.optimizers: list[Optimizer] = []
-        self.lr_scheduler_configs: list[LRSchedulerConfig] = []
-        self._lightning_optimizers: list[LightningOptimizer] = []
-
-    @property
-    def model(self) -> LightningModule | None:
-        """What runs the forward pass: the module itself, since nothing wraps it here."""
-        return self.lightning_module
-
-    def connect(self, model: LightningModule) -> None:
-        self.lightning_module = model
-
-    @contextmanager
-    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Tensors made inside are on this device, in the dtype of the precision; see `Trainer.init_module`."""
-        with ExitStack() as stack:
-            stack.enter_context(self.root_device)
-            stack.enter_context(self.precision_plugin.tensor_init_context())
-            if empty_init:
-                stack.enter_context(SkipInit())
-            yield
-
-    def model_to_device(self) -> None:
-        assert self.lightning_module is not None, "no model is connected"
-        self.lightning_module.to(self.root_device)
-
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """The batch on `device` (the strategy's own where None), through the module's transfer hooks where it has a
-        module."""
-        target = self.root_device if device is None else device
-        if self.lightning_module is not None:
-            return self.lightning_module._apply_batch_transfer_handler(batch, target, dataloader_idx)
-        from lit_fast.data.transfer import move
-
-        return move(batch, target)
-
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Backward as a plugin sees it: its three methods in order, with the hooks that they run."""
-        module, precision = self.lightning_module, self.precision_plugin
-        closure_loss = precision.pre_backward(closure_loss, module)
-        precision.backward(closure_loss, module, optimizer, *args, **kwargs)
-        return cast(Tensor, precision.post_backward(closure_loss, module))
-
-    def optimizer_step(self, optimizer: Optimizer, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        """One step of `optimizer` with its closure, by the precision."""
-        return self.precision_plugin.optimizer_step(optimizer, model or self.lightning_module, closure, **kwargs)
-
-    # -- state
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None, "no model is connected"
-        return self.lightning_module.state_dict()
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None, "no model is connected"
-        self.lightning_module.load_state_dict(checkpoint["state_dict"], strict=strict)
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-
-    def load_checkpoint(
-        self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-
-    def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
-        self.checkpoint_io.remove_checkpoint(filepath)
-
-    def teardown(self) -> None:
-        """The end of a run, whole or broken off."""
-        self.checkpoint_io.teardown()
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer.state_dict()
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
-
-    # -- collectives of one process
-
-    def barrier(self, name: str | None = None) -> None: ...
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        return obj
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: str = "mean") -> Any:
-        return tensor
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        return decision

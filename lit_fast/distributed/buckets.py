@@ -1,0 +1,243 @@
+"""Gradients in flat buckets, each sent while backward still computes the next ones.
+
+Backward writes every gradient into memory of its own. When the last gradient of a bucket has come, one kernel copies
+all of them into the bucket, scaled and cast to the wire's dtype, and lets go of them; the bucket's all-reduce starts
+there and then. When all have come back, each `p.grad` is a view of its bucket: nothing is copied out.
+
+Which gradient of a bucket comes last is learned in the first backward, so that there is one hook for a bucket, not one
+for a parameter: a hook that finds a gradient missing leaves its bucket to the end of the backward, where every bucket
+that has not been sent is. A gradient can only be missing or new: those of earlier micro-batches are set aside before
+the backward that reduces, and added while they are packed.
+
+Behind its gradients a bucket carries a flag for each parameter (has it a gradient in this process?), and the last one
+also what the processes agree on (`riders`): no collective is spent on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from lit_fast import ops
+from lit_fast.errors import MisconfigurationException
+
+RIDERS = 8  # numbers that the last bucket carries for `Riders`
+MEBIBYTE = 1 << 20
+
+
+class Riders(Protocol):
+    """What travels with the last bucket."""
+
+    def board(self, seats: Tensor) -> None:
+        """Write this process's numbers, all of `seats`; the sums over all processes come back."""
+
+    def alight(self, seats: Tensor) -> None:
+        """Take the sums."""
+
+
+class BucketSizes(NamedTuple):
+    """How much a bucket holds, in bytes on the wire: the first one, which backward fills first, and every other."""
+
+    first: int = MEBIBYTE
+    rest: int = 25 * MEBIBYTE
+
+
+DEFAULT_SIZES = BucketSizes()
+
+
+class Bucket:
+    """Some parameters whose gradients travel together."""
+
+    def __init__(
+        self, layout: ops.BucketLayout, members: list[int], params: list[Parameter], names: list[str], wire: torch.dtype
+    ) -> None:
+        self.members = members  # indices of its parameters, in the order of arrival
+        self.params = params
+        device = self.params[0].device
+        size = layout.size
+        self.wire = torch.zeros(size, dtype=wire, device=device)
+        grad_dtype = dtype_of_gradient(self.params[0])
+        self.flat = self.wire if wire == grad_dtype else torch.zeros(size, dtype=grad_dtype, device=device)
+        offsets = [offset for _, offset in layout.slots]
+        self.views = [
+            torch.as_strided(self.flat, p.size(), p.stride(), offset)
+            for p, offset in zip(self.params, offsets, strict=True)
+        ]
+        self.used = self.wire[layout.flag_offset : layout.last_flag_offset]
+        self.riders = self.wire[layout.last_flag_offset : layout.last_flag_offset + RIDERS]
+        self.packer = ops.Packer(self.params, layout.pieces, layout.used_flags, size, names)
+        self.missing: list[int] = []
+        self.work: Any = None
+
+    @property
+    def last(self) -> Parameter:
+        """The one whose gradient arrives last."""
+        return self.params[-1]
+
+
+class GradientBuckets:
+    """The gradients of `params`, made their mean over all processes of `group` by every backward between `begin` and
+    `finish`.
+
+    Args:
+        params: those that are trained, in the order of registration, the same in every process.
+        group: of torch.distributed.
+        sizes: of the buckets.
+        wire_dtype: in which gradients travel; their own where None. In 16 bits they are summed in float32.
+        riders: what travels with them.
+        names: of the parameters, for messages.
+
+    Example::
+
+        buckets = GradientBuckets(list(model.parameters()), dist.group.WORLD)
+        buckets.begin()
+        loss.backward()
+        buckets.finish()  # p.grad is the mean over all processes
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Parameter],
+        group: Any,
+        *,
+        sizes: BucketSizes = DEFAULT_SIZES,
+        wire_dtype: torch.dtype | None = None,
+        riders: Riders | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.params, self.group, self.riders = list(params), group, riders
+        self.names = list(names or (f"parameter {index}" for index in range(len(self.params))))
+        self.sizes, self.wire_dtype = sizes, wire_dtype
+        self.world_size = dist.get_world_size(group)
+        self.scale = 1.0 / self.world_size
+        self._hooks: list[Any] = []
+        self._aside: list[Tensor | None] | None = None
+        self._sent = 0  # buckets of the running backward whose collective has been started
+        self.running = False
+        self._order: list[int] | None = []  # arrivals of the first backward; None once they are learned
+        self.lay_out(list(reversed(range(len(self.params)))))
+        self._hooks += [_after_accumulation(p, self._recorder(index)) for index, p in enumerate(self.params)]
+
+    # -- layout
+
+    def lay_out(self, order: list[int]) -> None:
+        """Fill buckets in this order of arrival; each dtype has buckets of its own."""
+        kinds: dict[torch.dtype, list[int]] = {}
+        for index in order:
+            kinds.setdefault(dtype_of_gradient(self.params[index]), []).append(index)
+        place = {index: number for number, index in enumerate(order)}
+        buckets: list[Bucket] = []
+        for dtype, members in kinds.items():
+            wire = self.wire_dtype or dtype
+            layouts = ops.lay_out_buckets(
+                [self.params[index].numel() for index in members],
+                first_capacity=max(1, self.sizes.first // wire.itemsize),
+                capacity=max(1, self.sizes.rest // wire.itemsize),
+                flags=1,
+                last_flags=RIDERS,
+            )
+            for layout in layouts:
+                inside = [members[slot] for slot, _ in layout.slots]
+                params, names = [self.params[index] for index in inside], [self.names[index] for index in inside]
+                buckets.append(Bucket(layout, inside, params, names, wire))
+        self.buckets = sorted(buckets, key=lambda bucket: place[bucket.members[-1]])
+
+    def _learn(self, arrived: list[int]) -> None:
+        """The order of arrival in the first process becomes that of all; from here on a bucket has one hook."""
+        left = [index for index in reversed(range(len(self.params))) if index not in set(arrived)]
+        order = torch.tensor([*arrived, *left], dtype=torch.int64, device=self.params[0].device)
+        dist.broadcast(order, dist.get_global_rank(self.group, 0) if self.group is not None else 0, group=self.group)
+        self.lay_out(order.tolist())
+        self.remove_hooks()
+        for number, bucket in enumerate(self.buckets):
+            self._hooks.append(_after_accumulation(bucket.last, self._full(number)))
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    # -- one backward
+
+    def begin(self) -> None:
+        """Before a backward whose gradients are to be reduced, with those that are there already."""
+        aside = [p.grad for p in self.params]
+        if any(grad is not None for grad in aside):
+            self._aside = aside
+            for p in self.params:
+                p.grad = None
+        self._sent, self.running = 0, True
+        if self._order is not None:
+            self._order = []
+
+    def finish(self) -> None:
+        """After it: send what has not been sent, wait for everything, and hand out the means."""
+        for bucket in self.buckets[self._sent :]:
+            self._send(bucket)
+        self._sent, self.running = len(self.buckets), False
+        again = [name for name, p in zip(self.names, self.params, strict=True) if p.grad is not None]
+        if again:
+            raise MisconfigurationException(
+                f"{', '.join(again[:3])}{' and others' if len(again) > 3 else ''} got a second gradient in one "
+                f"backward, after the first had been sent: activation checkpointing with use_reentrant=True runs "
+                f"shared layers so. Set use_reentrant=False, or DDPStrategy(static_graph=True)."
+            )
+        for bucket in self.buckets:
+            bucket.work.wait()
+            bucket.work = None
+            self._hand_out(bucket)
+        if self.riders is not None:
+            self.riders.alight(self.buckets[-1].riders)
+        self._aside = None
+        if self._order is not None:
+            arrived, self._order = self._order, None
+            self._learn(arrived)
+
+    def _hand_out(self, bucket: Bucket) -> None:
+        without: Sequence[int] = ()
+        if bucket.missing:
+            used = bucket.used.tolist()  # waits for a GPU, only where a gradient is missing here
+            without = [place for place in bucket.missing if used[place] == 0.0]
+        bucket.packer.assign(bucket.views, without)
+
+    def _send(self, bucket: Bucket) -> None:
+        aside = None if self._aside is None else [self._aside[index] for index in bucket.members]
+        bucket.missing = bucket.packer.pack(bucket.wire, self.scale, aside)
+        if self.riders is not None and bucket is self.buckets[-1]:
+            self.riders.board(bucket.riders)
+        bucket.work = dist.all_reduce(bucket.wire, group=self.group, async_op=True)
+
+    # -- hooks
+
+    def _recorder(self, index: int) -> Callable[[Tensor], None]:
+        def arrived(_: Tensor) -> None:
+            if self.running and self._order is not None:
+                self._order.append(index)
+
+        return arrived
+
+    def _full(self, number: int) -> Callable[[Tensor], None]:
+        bucket = self.buckets[number]
+        ready = bucket.packer.ready
+
+        def last_arrived(_: Tensor) -> None:
+            if self.running and self._sent == number and ready():
+                self._send(bucket)
+                self._sent = number + 1
+
+        return last_arrived
+
+
+def dtype_of_gradient(param: Tensor) -> torch.dtype:
+    """In which autograd leaves its gradient."""
+    return getattr(param, "grad_dtype", None) or param.dtype
+
+
+def _after_accumulation(param: Parameter, hook: Callable[[Tensor], None]) -> Any:
+    """Call `hook` whenever backward has written `param.grad`; the handle that it is removed by."""
+    return param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]

@@ -1,0 +1,105 @@
+"""What processes agree on while they train: to stop, to end because of a signal, to validate because time has come.
+
+A process only wishes; what one wishes all do, after the same step. Wishes travel with the gradients (`Riders` of
+`distributed/buckets.py`), so no step costs a collective for them. At steps that all processes know (the end of an epoch
+or of a validation) they are asked for directly.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lit_fast.distributed.buckets import RIDERS
+
+
+class Wish(IntEnum):
+    """The seat of each."""
+
+    STOP = 0
+    SIGINT = 1
+    SIGTERM = 2
+    REQUEUE = 3  # the signal by which a cluster says that the job is to be queued again
+    VALIDATE = 4
+
+    @classmethod
+    def of_signal(cls, number: int) -> Wish:
+        return {signal.SIGINT: cls.SIGINT, signal.SIGTERM: cls.SIGTERM}.get(signal.Signals(number), cls.REQUEUE)
+
+
+SIGNALS = {Wish.SIGINT: signal.SIGINT, Wish.SIGTERM: signal.SIGTERM, Wish.REQUEUE: signal.SIGUSR1}
+
+
+class Control:
+    """One process's wishes, and what all have agreed on.
+
+    Args:
+        agreed: is called in every process with the wishes of all, once for each; set when a run begins.
+    """
+
+    def __init__(self) -> None:
+        self.agreed: Callable[[list[Wish]], None] = lambda wishes: None
+        self._wishes = [0.0] * RIDERS
+        self._asked: set[Wish] = set()
+        self._on_device: tuple[Tensor, Any] | None = None  # sums of the step before, on their way to the host
+
+    def begin(self, agreed: Callable[[list[Wish]], None]) -> None:
+        """A new run."""
+        self.agreed = agreed
+        self._wishes, self._on_device = [0.0] * RIDERS, None
+        self._asked.clear()
+
+    def wish(self, wish: Wish) -> None:
+        """Ask all processes for it. Safe to call from a signal's handler."""
+        self._wishes[wish] = 1.0
+
+    def wished(self, wish: Wish) -> bool:
+        return self._wishes[wish] != 0.0
+
+    # -- with the gradients
+
+    def board(self, seats: Tensor) -> None:
+        if any(self._wishes):
+            seats.copy_(torch.tensor(self._wishes))
+        else:
+            seats.zero_()
+
+    def alight(self, seats: Tensor) -> None:
+        """On a GPU the sums are read one step later, when they have long come: nobody waits for the last bucket."""
+        if seats.is_cpu:
+            self._take(seats)
+            return
+        before = self._on_device
+        host = torch.empty(RIDERS, dtype=seats.dtype, pin_memory=True)
+        host.copy_(seats, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._on_device = (host, event)
+        if before is not None:
+            before[1].synchronize()
+            self._take(before[0])
+
+    # -- at steps that all know
+
+    def agree(self) -> None:
+        """Ask now. Every process must call this at the same step."""
+        votes = torch.tensor(self._wishes)
+        dist.all_reduce(votes)
+        self._take(votes)
+
+    def _take(self, sums: Tensor) -> None:
+        new = [wish for wish, votes in zip(Wish, sums.tolist(), strict=False) if votes and wish not in self._asked]
+        if new:
+            self._asked.update(new)
+            self.agreed(new)
+
+    def fulfilled(self, wish: Wish) -> None:
+        """It was done and may be wished again."""
+        self._wishes[wish] = 0.0
+        self._asked.discard(wish)

@@ -1,0 +1,239 @@
+"""Several processes, one device each: who they are, and what they say to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_fast.checkpoint.plugins import CheckpointIO
+from lit_fast.errors import MisconfigurationException
+from lit_fast.rank_zero import set_rank
+from lit_fast.strategies.control import Control
+from lit_fast.strategies.environments import ClusterEnvironment, LightningEnvironment
+from lit_fast.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    pass
+
+TIMEOUT = timedelta(minutes=30)  # of a collective, torch's own default
+BROADCAST_BYTES = 250 << 20  # of one message that makes models or buffers equal
+broadcast_coalesced = dist._broadcast_coalesced  # type: ignore[attr-defined]  # as torch's own DDP calls it
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+
+
+class ParallelStrategy(Strategy):
+    """What all strategies of several processes share: the process group, ranks, collectives.
+
+    Args:
+        accelerator, checkpoint_io, precision_plugin: as of `Strategy`.
+        parallel_devices: this machine's devices, one a process; the Trainer sets them.
+        cluster_environment: how a process learns its rank; found in the environment where None.
+        process_group_backend: of torch.distributed; "nccl" on GPUs and "gloo" on CPUs where None.
+        timeout: how long a collective, or a process that joins, is waited for.
+        start_method: how the other processes of this machine are started, where nothing else starts them.
+    """
+
+    is_distributed = True
+
+    def __init__(
+        self,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = None,
+        start_method: str = "popen",
+    ) -> None:
+        super().__init__(accelerator, checkpoint_io, precision_plugin)
+        self.parallel_devices = list(parallel_devices or [])
+        self.cluster_environment = cluster_environment
+        self.process_group_backend = process_group_backend
+        self.timeout = TIMEOUT if timeout is None else timeout
+        self.num_nodes = 1
+        self.start_method = start_method
+        self._launcher: Any = None
+        self._launched = False  # whether this is one of the processes that the launcher has started
+
+    # -- places
+
+    def place(self, devices: list[torch.device], num_nodes: int) -> None:
+        """Take these devices of this machine, of `num_nodes` machines that have as many; numbers the processes."""
+        self.parallel_devices, self.num_nodes = list(devices), num_nodes
+        if self.cluster_environment is None:
+            self.cluster_environment = LightningEnvironment()
+        self.cluster_environment.validate_settings(self.num_processes, num_nodes)
+        self.set_world_ranks(None)
+
+    def set_world_ranks(self, local_rank: int | None) -> None:
+        """This process's numbers: as the cluster says, or as the launcher that made this process."""
+        cluster = self.cluster_environment
+        assert cluster is not None, "the strategy has no devices yet"
+        self.local_rank = cluster.local_rank() if local_rank is None else local_rank
+        self.node_rank = cluster.node_rank()
+        cluster.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        cluster.set_world_size(self.num_nodes * self.num_processes)
+        self.global_rank, self.world_size = cluster.global_rank(), cluster.world_size()
+        set_rank(self.global_rank)
+
+    @property
+    def num_processes(self) -> int:  # type: ignore[override]
+        """On this machine."""
+        return len(self.parallel_devices)
+
+    @property
+    def root_device(self) -> torch.device:  # type: ignore[override]
+        """This process's."""
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def is_global_zero(self) -> bool:  # type: ignore[override]
+        return self.global_rank == 0
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any] | None:  # type: ignore[override]
+        return {"num_replicas": self.world_size, "rank": self.global_rank} if self.world_size > 1 else None
+
+    # -- the group
+
+    @property
+    def launcher(self) -> Any:
+        """What starts this machine's other processes; None inside them, and where something else started them."""
+        return None if self._launched else self._launcher
+
+    @contextmanager
+    def launched(self) -> Iterator[None]:
+        before, self._launched = self._launched, True
+        try:
+            yield
+        finally:
+            self._launched = before
+
+    @property
+    def backend(self) -> str:
+        return self.process_group_backend or ("nccl" if self.root_device.type == "cuda" else "gloo")
+
+    def setup_environment(self) -> None:
+        if self.root_device.type == "cuda":
+            torch.cuda.set_device(self.root_device)
+        self.control = Control() if self.world_size > 1 else None
+        if self.world_size > 1 and not dist.is_initialized():
+            cluster = self.cluster_environment
+            assert cluster is not None
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend,
+                init_method=f"tcp://{cluster.main_address}:{cluster.main_port}",
+                rank=self.global_rank,
+                world_size=self.world_size,
+                timeout=self.timeout,
+            )
+
+    @property
+    def group(self) -> Any:
+        """All processes."""
+        return dist.group.WORLD
+
+    def same_model_everywhere(self) -> None:
+        """Parameters and buffers become those of the first process."""
+        assert self.lightning_module is not None, "no model is connected"
+        state = [t.detach() for t in chain(self.lightning_module.parameters(), self.lightning_module.buffers())]
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for tensor in state:
+            by_device.setdefault(tensor.device, []).append(tensor)
+        for tensors in by_device.values():
+            broadcast_coalesced(self.group, tensors, BROADCAST_BYTES, 0)
+
+    # -- backward
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As a plugin, or manual optimization, sees it: a plugin's in `bind_backward`, the other one reduces itself."""
+        if optimizer is not None:
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+        def through_plugin(loss: Tensor) -> None:
+            super(ParallelStrategy, self).backward(loss, None, *args, **kwargs)
+
+        self.bind_backward(through_plugin, reduces=True)(closure_loss)
+        return closure_loss
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Inside, backward gathers gradients in this process only."""
+        yield
+
+    # -- collectives
+
+    def barrier(self, name: str | None = None) -> None:
+        if self.world_size > 1:
+            dist.all_reduce(torch.zeros(1))  # over the CPU's group: a GPU need not be waited for
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        if self.world_size == 1:
+            return obj
+        objects = [obj]
+        dist.broadcast_object_list(objects, src, device=torch.device("cpu"))
+        return objects[0]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if self.world_size == 1 or not isinstance(tensor, Tensor):
+            return tensor
+        operation = reduce_op
+        if isinstance(reduce_op, str):
+            operation = _OPERATIONS.get({"mean": "sum", "avg": "sum"}.get(reduce_op.lower(), reduce_op.lower()))
+            if operation is None:
+                raise MisconfigurationException(
+                    f"reduce_op={reduce_op!r}: allowed are 'mean', 'sum', 'min' and 'max', or a torch.distributed."
+                    f"ReduceOp."
+                )
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        reduced = tensor.detach().clone()
+        if mean and not reduced.is_floating_point():
+            reduced = reduced.to(torch.get_default_dtype())
+        dist.all_reduce(reduced, operation, group=group)
+        return reduced.div_(dist.get_world_size(group)) if mean else reduced
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self.world_size == 1:
+            return tensor
+        if sync_grads and tensor.requires_grad:
+            from torch.distributed.nn.functional import all_gather
+
+            given = (tensor,) if group is None else (tensor, group)
+            return torch.stack(all_gather(*given))  # type: ignore[no-untyped-call]
+        own = tensor.detach().contiguous()
+        shards = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shards, own, group=group)
+        return torch.stack(shards)
+
+    def gather_objects(self, obj: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self.world_size if self.is_global_zero else None
+        dist.gather_object(obj, gathered, dst=0)
+        return gathered or []
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if self.world_size == 1:
+            return decision
+        votes = torch.tensor(int(decision), dtype=torch.int32)
+        dist.all_reduce(votes)
+        return int(votes) == self.world_size if all else int(votes) > 0
+
+    # -- checkpoints: one process writes
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self.is_global_zero:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if self.is_global_zero:
+            super().remove_checkpoint(filepath)
