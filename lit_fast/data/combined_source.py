@@ -5,12 +5,13 @@ Only data that is trained on needs one, and that is never read sequentially.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lit_fast.data.combined import CombinedLoader, Walk
-from lit_fast.data.randomness import State, check_shape
+from lit_fast.data.combined import MODES, CombinedLoader, Walk
+from lit_fast.data.randomness import State, check_shape, length_of
 
 if TYPE_CHECKING:
     from lit_fast.data.position import DataPosition
@@ -95,6 +96,20 @@ class CombinedSource:
 
     def check(self, state: State) -> None:
         check_shape(state["shape"], self._shape())
+
+    def length(self, state: State) -> int | None:
+        sources = [
+            position.length_of(saved) for position, saved in zip(self._positions, state["positions"], strict=True)
+        ]
+        if state["finished"] or all(length is None for length in sources):
+            return None
+        lengths: list[int | float] = []
+        for source, loader, ended in zip(sources, self._data.flattened, state["exhausted"], strict=True):
+            if not ended:  # else it gives None from here on, or begins anew: others decide when the pass ends
+                known = length_of(loader) if source is None else source
+                lengths.append(math.inf if known is None else known)
+        length = MODES[self._data.mode].length(lengths)
+        return None if length == math.inf else int(length)
 
     def explain(self) -> str:
         """What is said of each loader, once."""

@@ -1,16 +1,13 @@
 """A `DataLoader` over a map-style dataset: its position, without reading what was read before; see
 `position.py`.
 
-The loader's index sampler is stood in for by `_IndexStream` while `iter(loader)` runs, and only then: the
+The loader's index sampler is stood in for by `IndexStream` while `iter(loader)` runs, and only then: the
 iterator that comes out is torch's own, and draws from the sampler's own iterator behind a C-level chain.
 """
 
 from __future__ import annotations
 
-import collections
-import itertools
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -28,6 +25,8 @@ from torch.utils.data import (
 )
 
 from lit_fast.checkpoint import rng
+from lit_fast.data.index_stream import END, IndexStream
+from lit_fast.data.order import Rest, Share, check, draw, needs_generators, recipe_of, source_of, unwrapped
 from lit_fast.data.randomness import Randomness, State, apply, changes, check_shape, length_of, warn_of_replay
 from lit_fast.data.samplers import (
     DistributedSamplerWrapper,
@@ -37,8 +36,8 @@ from lit_fast.data.samplers import (
 from lit_fast.data.sources import stop_workers
 from lit_fast.data.worker_rng import WorkerWatch
 from lit_fast.errors import DataError
+from lit_fast.rank_zero import rank_zero_info
 
-_END = object()
 # These draw from the process-wide generator when an epoch begins, and never again in it.
 _KNOWN_SAMPLERS = (
     BatchSampler,
@@ -52,115 +51,6 @@ _KNOWN_SAMPLERS = (
     DistributedSamplerWrapper,
     UnrepeatedDistributedSamplerWrapper,
 )
-
-
-class _IndexStream:
-    """Stands in for the loader's index sampler (it yields what one batch, or without batching one sample,
-    is).
-
-    Args:
-        source: The sampler.
-        random: All generators that it may draw from.
-        skip: Items to leave out, when going on.
-        draw: State of the generators when the saved run drew its first item; None begins an epoch.
-        first: Fingerprint of the saved run's first item.
-        seed: State of the generator that the loader draws its workers' seed from, if that was in another
-            epoch.
-    """
-
-    def __init__(
-        self,
-        source: Any,
-        random: Randomness,
-        seed_generator: torch.Generator,
-        skip: int = 0,
-        draw: State | None = None,
-        first: int | None = None,
-        seed: torch.Tensor | None = None,
-    ) -> None:
-        self.source, self.random, self.skip = source, random, skip
-        self.draw, self.first, self.seed = draw, first, seed
-        self._seed_given = seed is not None
-        self.watch: WorkerWatch | None = None
-        self.fetched_before: torch.Tensor | None = None  # batches per worker, when the epoch's first item was drawn
-        self._seed_generator = seed_generator
-        inner = source.sampler if type(source) is BatchSampler else source
-        self._name = type(inner).__name__
-        self._resuming = draw is not None
-        self._items: Iterator[Any] = iter(())
-        self._head: list[Any] = []
-        self._begun = False
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._items = iter(self.source)
-        if self._seed_given:
-            assert self.seed is not None
-            self._seed_generator.set_state(self.seed)
-            self._seed_given = False  # iterators with workers call this once more, after they have drawn their seed
-        elif self.seed is None:
-            self.seed = self._seed_generator.get_state()
-        return itertools.chain.from_iterable(self._parts())
-
-    def _parts(self) -> Iterator[Iterator[Any] | list[Any]]:
-        self.begin()
-        yield self._head
-        yield self._items
-
-    def begin(self) -> None:
-        """Draw the first item, and leave out `skip`. Runs when the first item is asked for, or before."""
-        if self._begun:
-            return
-        self._begun = True
-        if self.watch is not None:
-            # no worker is at work now: new ones have no task yet, and old ones have answered that theirs are
-            # done
-            self.fetched_before = self.watch.fetched()
-        if self._resuming:
-            assert self.draw is not None
-            self.random.restore(self.draw)
-        else:
-            self.draw = self.random.capture()
-        item = next(self._items, _END)
-        self._head = [] if item is _END else [item]
-        fingerprint = _fingerprint(self._head)
-        if self._resuming:
-            self._check_first(fingerprint)
-        self.first = fingerprint
-        if self.skip:
-            self._leave_out()
-
-    def _leave_out(self) -> None:
-        before = rng.capture(cuda=False)
-        left = len(self._head)
-        self._head = []
-        rest = collections.deque(enumerate(itertools.islice(self._items, self.skip - 1), 2), maxlen=1)  # C speed
-        left = rest[0][0] if rest else left
-        if left < self.skip:
-            raise DataError(
-                f"the checkpoint is {self.skip} batches into an epoch, and the sampler now gives only "
-                f"{left}; resume with the data of the saved run, or from a checkpoint written at the end of "
-                "an epoch"
-            )
-        if not rng.equal(before, rng.capture(cuda=False)):
-            warnings.warn(
-                f"{self._name} draws from the process-wide generators all through an epoch, between "
-                "the draws of the training itself: what is left of this epoch repeats only without workers, "
-                "and if the sampler keeps nothing of what it drew; seed a generator of its own in __iter__ "
-                "to resume exactly",
-                stacklevel=6,
-            )
-
-    def _check_first(self, fingerprint: int | None) -> None:
-        if self.first is not None and fingerprint is not None and self.first != fingerprint:
-            raise DataError(
-                f"{self._name} gives this epoch another order than it gave the saved run, from the "
-                "same random state: its data changed, or it keeps a state of its own from epoch to epoch; "
-                "give it a set_epoch method that fixes the order, or resume from a checkpoint written at the "
-                "end of an epoch"
-            )
 
 
 class LoaderSource:
@@ -188,7 +78,10 @@ class LoaderSource:
         self._seed: torch.Tensor | None = None
         self._skip = 0  # items left out at the beginning of this epoch
         self._random = self._randomness()
-        self._stream = _IndexStream(self._index_sampler(), self._random, self._seed_generator())
+        self._share = Share.of(loader)
+        self._recipe: State = {}
+        self._dealt: State | None = None  # where in the epoch its rest was dealt out anew, in which random state
+        self._stream = IndexStream(self._index_sampler(), self._random, self._seed_generator())
         self._start: State = {}
         dataset = loader.dataset
         has_state = all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
@@ -202,15 +95,16 @@ class LoaderSource:
 
     def begin(self, skip: int = 0) -> Iterator[Any]:
         self._random = self._randomness()
+        self._recipe, self._dealt = recipe_of(self._loader, self._random), None
         self._start, self._skip = self._random.capture(), skip
-        self._stream = _IndexStream(self._index_sampler(), self._random, self._seed_generator(), skip)
+        self._stream = IndexStream(self._index_sampler(), self._random, self._seed_generator(), skip)
         return self._iterate(None)
 
     def _randomness(self) -> Randomness:
         loader = self._loader
         return Randomness(
             generator=loader.generator,
-            sampler=loader.sampler,
+            sampler=unwrapped(source_of(loader)),  # found on the same path, shared out or not
             batch_sampler=loader.batch_sampler,
             dataset=loader.dataset,
             collate_fn=loader.collate_fn,
@@ -254,35 +148,90 @@ class LoaderSource:
         self._random = self._randomness()
         if self._dataset is not None and state["dataset"] is not None:
             self._dataset.load_state_dict(state["dataset"])
-        if state["finished"] and not self._persistent:
-            self._random.restore_own(state["own"])
+        differs = self._differs(state)
+        if state["finished"] and (differs or not self._persistent):
+            self._random.restore_own(self._random.known(state["own"]) if differs else state["own"])
             return iter(())
         try:
-            return self._go_on(state)
+            return self._deal_anew(state) if differs else self._go_on(state)
         finally:
             rng.restore(before)
 
+    def _differs(self, state: State) -> bool:
+        """Whether the epoch is shared out, or batched, otherwise than in the saved run: its rest is dealt out anew."""
+        order = state.get("order")
+        if order is None:
+            return False
+        now, then = recipe_of(self._loader, self._random), order["recipe"]
+        seeds = any(now[name] != then[name] for name in ("seed", "shuffle") if name in now and name in then)
+        return seeds or order["share"] != self._share.state()
+
+    def _deal_anew(self, state: State) -> Iterator[Any]:
+        order, consumed = state["order"], int(state["consumed"])
+        if self._persistent:
+            self._loader._iterator = None
+        if not order["seen"]:
+            self._random.restore_own(self._random.known(state["own"]))
+            return self.begin()
+        recipe = order["recipe"]
+        generators = None if order["dealt"] is None else order["dealt"]["generators"]
+        if generators is None and needs_generators(recipe):
+            generators = apply(state["start"], state["draw"])
+        batches = self._draw_rest(recipe, order["seen"], generators)
+        drawn = {} if generators is None else changes(generators, {"own": self._random.capture_own()})["own"]
+        self._random.restore_own({**self._random.known(state["own"]), **drawn})
+        self._recipe, self._dealt = recipe, {"seen": order["seen"], "consumed": consumed, "generators": generators}
+        self._start, self._skip = self._random.capture(), consumed
+        self._stream = IndexStream(batches, self._random, self._seed_generator())
+        self._say_dealt(order)
+        return self._iterate(None)
+
+    def _draw_rest(self, recipe: State, seen: int, generators: State | None) -> Rest:
+        before = rng.capture(cuda=False)
+        units = draw(recipe, self._loader, self._random, generators)
+        rng.restore(before)
+        return Rest(self._share.deal(units[seen:]), recipe["sampler"])
+
+    def _say_dealt(self, order: State) -> None:
+        units, seen, share = order["recipe"]["units"], order["seen"], self._share
+        repeated = share.repeated(max(0, units - seen))
+        rank_zero_info(
+            "Going on inside an epoch of which %d processes saw %d of %d %s: what is left is dealt out among %d%s.",
+            order["share"]["replicas"],
+            min(seen, units),
+            units,
+            order["recipe"]["unit"],
+            share.replicas,
+            f", and {repeated} of it twice, so that every process has a last batch" if repeated else "",
+        )
+
     def _go_on(self, state: State) -> Iterator[Any]:
+        order = state.get("order") or {"recipe": recipe_of(self._loader, self._random), "dealt": None}
+        self._recipe, self._dealt = order["recipe"], order["dealt"]
+        source, begun = self._index_sampler(), 0
+        if self._dealt is not None:
+            source = self._draw_rest(self._recipe, self._dealt["seen"], self._dealt["generators"])
+            begun = self._dealt["consumed"]
         skip, initial = self._plan(state)
         self._start, self._skip = state["start"], skip
-        draw = None if state["draw"] is None else apply(self._start, state["draw"])
+        drawn = None if state["draw"] is None else apply(self._start, state["draw"])
         self._random.restore(self._start)
-        self._stream = _IndexStream(
-            self._index_sampler(),
+        self._stream = IndexStream(
+            source,
             self._random,
             self._seed_generator(),
-            skip,
-            draw,
+            skip - begun,
+            drawn,
             state["first"],
             state["seed"],
         )
         if self._persistent:
             self._loader._iterator = None  # workers of an earlier run in this process have drawn already
         iterator = self._iterate(initial)
-        if draw is not None:
+        if drawn is not None:
             self._stream.begin()
         for _ in range(state["consumed"] - skip):
-            if next(iterator, _END) is _END:
+            if next(iterator, END) is END:
                 raise DataError(
                     f"the checkpoint is {state['consumed']} batches into an epoch, which ended before; "
                     "resume with the data of the saved run"
@@ -342,7 +291,18 @@ class LoaderSource:
             "all_consumed": consumed == self.handed_out(),
             "dataset": None if self._dataset is None else self._dataset.state_dict(),
             "workers": self._worker_state(consumed) if self._workers else None,
+            "order": self._order(consumed),
             "shape": self._shape(),
+        }
+
+    def _order(self, consumed: int) -> State:
+        """The place in the order that all processes share: how much of it they have seen together."""
+        dealt = self._dealt or {"seen": 0, "consumed": 0}
+        return {
+            "recipe": self._recipe,
+            "share": self._share.state(),
+            "seen": dealt["seen"] + (consumed - dealt["consumed"]) * self._share.step,
+            "dealt": self._dealt,
         }
 
     def _worker_state(self, consumed: int) -> State:
@@ -382,7 +342,20 @@ class LoaderSource:
         }
 
     def check(self, state: State) -> None:
-        check_shape(state["shape"], self._shape())
+        if self._differs(state):
+            length = "the dataset's length"
+            check_shape({length: state["shape"][length]}, self._shape())
+            check(state["order"]["recipe"], self._loader)
+        else:
+            check_shape(state["shape"], self._shape())
+
+    def length(self, state: State) -> int | None:
+        order = state.get("order")
+        if order is None or not order["seen"] or state["finished"]:
+            return None
+        if not self._differs(state) and order["dealt"] is None:
+            return None
+        return int(state["consumed"]) + self._share.batches(max(0, order["recipe"]["units"] - order["seen"]))
 
     def explain(self) -> str:
         if not self._workers:
@@ -401,9 +374,3 @@ class LoaderSource:
         stop_workers(self._iterator)
         if self._persistent:
             self._loader._iterator = None
-
-
-def _fingerprint(items: list[Any]) -> int | None:
-    """A checksum of the epoch's first item; None for objects that print differently in every process."""
-    text = repr(items)
-    return None if " at 0x" in text else zlib.crc32(text.encode())

@@ -11,7 +11,8 @@ How each kind of data goes on:
 - A list or tuple of batches: at its index.
 - Several loaders (`CombinedLoader`): each as below; those that began anew inside the epoch, in their own pass.
 - A loader, or a dataset read in this process, with `state_dict` and `load_state_dict`: by its own state.
-- A DataLoader over a map-style dataset: the indices are skipped, and no sample is read.
+- A DataLoader over a map-style dataset: the indices are skipped, and no sample is read. Where other processes began
+  the epoch, or batches of another size, the indices that are left are dealt out anew (`order.py`).
 - The same with workers: also each worker's random state is restored; fewer than `num_workers` batches are
   read again, so that every worker goes on with the tasks that it would have had.
 - A dataset that draws, in workers, from a generator of its own; an IterableDataset; any other iterable: by
@@ -36,7 +37,8 @@ from lit_fast.data.loader_source import LoaderSource
 from lit_fast.data.sources import ReplaySource, SequenceSource, Source, StatefulSource
 from lit_fast.errors import DataError
 
-_VERSION = 1
+_VERSION = 2
+_KNOWN = (1, 2)  # 1: without the place in the order that all processes share
 
 
 class DataPosition:
@@ -142,6 +144,19 @@ class DataPosition:
         return self._source.handed_out()
 
     @property
+    def epoch_length(self) -> int | None:
+        """After `load_state_dict` and before `iter`: how many batches the epoch has in all, those before it included.
+
+        None where as many as the data's own length says. Other than that are an epoch's that other processes, or other
+        batches, began: each process had so many of its batches, and what is left of the epoch is dealt out anew.
+        """
+        return None if self._resume is None else self.length_of(self._resume)
+
+    def length_of(self, state: dict[str, Any]) -> int | None:
+        """`epoch_length` for a state that is not loaded."""
+        return self._source.length(state) if state["begun"] and not state["finished"] else None
+
+    @property
     def prefetch_safe(self) -> bool:
         """Whether a consumer may fetch one batch early without changing any random number that anyone draws.
 
@@ -196,9 +211,9 @@ class DataPosition:
             DataError: The data differs from that of the saved run (its kind, its length, batch size or
             sampler).
         """
-        if state.get("version") != _VERSION:
+        if state.get("version") not in _KNOWN:
             raise DataError(
-                f"a position in the data of version {state.get('version')!r}, while {_VERSION} is known "
+                f"a position in the data of version {state.get('version')!r}, while {_VERSION} is the newest known "
                 "here; resume with the version of lit_fast that wrote the checkpoint"
             )
         self._begun = self._finished = False

@@ -80,6 +80,10 @@ class Randomness:
     def capture_own(self) -> State:
         return {path: rng.capture_generator(generator) for path, generator in self.own.items()}
 
+    def known(self, states: State) -> State:
+        """Those of the states whose generators the data has now."""
+        return {path: state for path, state in states.items() if path in self.own}
+
     def restore(self, state: State) -> None:
         rng.restore(state["process"])
         self.restore_own(state["own"])

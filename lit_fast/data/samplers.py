@@ -30,8 +30,6 @@ from lit_fast.data.loaders import is_shuffled, with_batch_sampler, with_sampler
 from lit_fast.data.randomness import length_of
 from lit_fast.errors import DataTypeError, PossibleUserWarning
 
-_OWN_ORDER = (RandomSampler, SequentialSampler)
-
 
 class UnrepeatedDistributedSampler(DistributedSampler[Any]):
     """A `DistributedSampler` that repeats no sample, so that processes may get one more or one less than others.
@@ -173,7 +171,7 @@ def _shared(loader: Any, stage: str, name: str, share: dict[str, Any], overfit: 
     elif stage == "predict":
         sampler = UnrepeatedDistributedSamplerWrapper(source, **share)
         shared = with_sampler(loader, sampler)
-    elif isinstance(source, _OWN_ORDER):
+    elif _takes_all(source, loader.dataset):
         shuffle = (stage == "train" or is_shuffled(loader)) and not overfit
         if shuffle and isinstance(source, SequentialSampler):
             _say_shuffled(name, share["num_replicas"])
@@ -185,6 +183,13 @@ def _shared(loader: Any, stage: str, name: str, share: dict[str, Any], overfit: 
     if once and stage != "predict":
         _say_repeated(name, sampler)
     return shared
+
+
+def _takes_all(sampler: Any, dataset: Any) -> bool:
+    """Whether it gives each sample of the data set once, in order or in any order, so that another one can do so."""
+    if not isinstance(sampler, (RandomSampler, SequentialSampler)) or len(sampler) != len(dataset):
+        return False
+    return not (isinstance(sampler, RandomSampler) and sampler.replacement)
 
 
 def _say_shuffled(name: str, processes: int) -> None:

@@ -22,6 +22,9 @@ class Source(Protocol):
 
     `begin` returns a raw iterator over an epoch; `resume` one over what was left of it, and nothing at all
     where the state was taken at an epoch's end. `resume` leaves the process-wide generators as it finds them.
+    `length`: the batches of the epoch that `state` is in, where they are not as many as `len` of the data says.
+
+    A state may have the entry "processes": it is of another process, one of so many, and they are so many now.
     """
 
     @property
@@ -33,6 +36,7 @@ class Source(Protocol):
     def handed_out(self) -> int: ...
     def state(self, consumed: int, finished: bool) -> State: ...
     def check(self, state: State) -> None: ...
+    def length(self, state: State) -> int | None: ...
     def explain(self) -> str: ...
     def close(self) -> None: ...
 
@@ -64,6 +68,9 @@ class SequenceSource:
 
     def check(self, state: State) -> None:
         check_shape(state["shape"], {"batches": len(self._data)})
+
+    def length(self, state: State) -> int | None:
+        return None
 
     def explain(self) -> str:
         return "the data is a list: a resumed run goes on at the index of its next batch"
@@ -139,7 +146,12 @@ class StatefulSource:
         return {"loader": self._data.state_dict(), "exhausted": self._counted.exhausted}
 
     def check(self, state: State) -> None:
-        """What there is to check, the loader's `load_state_dict` checks."""
+        """The rest, the loader's `load_state_dict` checks."""
+        if "processes" in state:
+            raise _not_for_others(type(self._data).__name__, *state["processes"])
+
+    def length(self, state: State) -> int | None:
+        return None
 
     def explain(self) -> str:
         return f"the {type(self._data).__name__} saves and restores its own position (state_dict)"
@@ -214,7 +226,9 @@ class ReplaySource:
             rng.restore(before)
 
     def _replay(self, state: State, random: Randomness) -> Iterator[Any]:
-        batches = 0 if self._dataset is not None else int(state["consumed"])
+        batches = 0 if self._dataset is not None else int(state["consumed"]) - int(state.get("offset", 0))
+        if "processes" in state:
+            batches = self._among_others(state, batches)
         warn_of_replay(batches, f"{self.kind} can only be read from its beginning")
         start = state["start"]
         first = None if state["first"] is None else apply(start, state["first"])
@@ -255,6 +269,7 @@ class ReplaySource:
             "first": changes(self._start, self._drawn[0]) if self._drawn else None,
             "own": self._random.capture_own(),
             "all_consumed": consumed == self.handed_out(),
+            "offset": self._offset,
             "dataset": None if self._dataset is None else self._dataset.state_dict(),
             "drawn": self._watch is not None and (self._watch.drawn or self._watch.hidden),
             "shape": self._shape(),
@@ -267,7 +282,39 @@ class ReplaySource:
         return {"batch_size": loader.batch_size, "drop_last": loader.drop_last, "num_workers": self._workers}
 
     def check(self, state: State) -> None:
-        check_shape(state["shape"], self._shape())
+        if "processes" not in state:
+            check_shape(state["shape"], self._shape())
+        elif self._dataset is not None:
+            raise _not_for_others(type(self._dataset).__name__, *state["processes"])
+
+    def length(self, state: State) -> int | None:
+        known = length_of(self._data)
+        if known is None or state["finished"]:
+            return None
+        offset = int(state.get("offset", 0))
+        if "processes" in state:
+            consumed = int(state["consumed"])
+            offset = consumed - self._batches_among_others(state, consumed - offset)[0]
+        return known + offset if offset else None
+
+    def _batches_among_others(self, state: State, batches: int) -> tuple[int, int]:
+        """What each process fetches again to have seen as much as others saw in `batches`; samples left over."""
+        then, now = state["processes"]
+        size = int(state["shape"].get("batch_size") or 1)
+        own = 1 if self._loader is None else int(self._loader.batch_size or 1)
+        return divmod(batches * size * then, own * now)[0], batches * size * then % (own * now)
+
+    def _among_others(self, state: State, batches: int) -> int:
+        then, now = state["processes"]
+        batches, over = self._batches_among_others(state, batches)
+        warnings.warn(
+            f"{then} processes read from {self.kind}, and {now} go on: each leaves out {batches} batches of its own, "
+            f"as many samples together{f' but for {over}, which come twice' if over else ''}. That they are the same "
+            f"samples is so only where the data deals them out in turn among the processes; where it does not, resume "
+            f"with {then} processes, or from a checkpoint written at the end of an epoch",
+            stacklevel=7,
+        )
+        return batches
 
     def explain(self) -> str:
         if self._dataset is not None:
@@ -279,6 +326,14 @@ class ReplaySource:
             stop_workers(self._raw)
             if self._loader is not None:
                 self._loader._iterator = None
+
+
+def _not_for_others(name: str, then: int, now: int) -> DataError:
+    return DataError(
+        f"the checkpoint is in the middle of an epoch that {then} processes read, and there are {now} now: a {name} "
+        f"saves its own position, and it cannot be told what the others have seen. Resume with {then} processes, or "
+        f"from a checkpoint that was written at the end of an epoch"
+    )
 
 
 def stop_workers(iterator: Any) -> None:

@@ -23,6 +23,7 @@ from position_cases import (
     Stream,
     assert_resumed_is_the_tail,
     loader_of,
+    own_generator,
     plain_of,
     seed_all,
     train,
@@ -296,7 +297,6 @@ def test_nothing_begun_and_nothing_consumed(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        (loader_of, lambda: loader_of(batch_size=3), "batch_size was 4 and is 3"),
         (
             loader_of,
             lambda: loader_of(shuffle=True),
@@ -310,6 +310,22 @@ def test_nothing_begun_and_nothing_consumed(tmp_path: pathlib.Path) -> None:
 def test_data_that_changed_is_refused(then: Any, now: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         _resumed(now(), _state_after(then(), 2))
+
+
+def test_batches_of_another_size_go_on_with_the_samples_that_are_left() -> None:
+    for options in ({}, {"shuffle": True}, {"shuffle": True, "generator": own_generator()}):
+        seed_all(0)
+        position = DataPosition(loader_of(**options))
+        batches = iter(position)
+        next(batches), next(batches)
+        state = position.state_dict()
+        left = [row[0].item() for batch in batches for row in batch]
+        resumed = DataPosition(loader_of(**{**options, "batch_size": 7}))
+        resumed.load_state_dict(state)
+        assert resumed.epoch_length == 2 + 3
+        taken = [batch[:, 0].tolist() for batch in resumed]
+        assert [i for batch in taken for i in batch] == left and [len(batch) for batch in taken] == [7, 7, 1]
+        assert resumed.handed_out == 5
 
 
 def test_data_that_changed_between_epochs_is_allowed() -> None:

@@ -17,6 +17,7 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    RandomSampler,
     Sampler,
     SequentialSampler,
     SubsetRandomSampler,
@@ -142,6 +143,13 @@ def test_torchs_batch_sampler_keeps_its_batch_size_and_its_sampler() -> None:
     loader = share(DataLoader(range(16), batch_sampler=BatchSampler(inner, 2, True)), 0, 2)
     assert isinstance(loader.sampler, DistributedSamplerWrapper) and loader.sampler.sampler is inner
     assert loader.batch_sampler.batch_size == 2 and loader.batch_sampler.drop_last
+
+
+def test_torchs_random_sampler_keeps_what_was_asked_of_it() -> None:
+    """Draws with replacement, and so many of them."""
+    sampler = RandomSampler(range(4), replacement=True, num_samples=20)
+    shares = [list(share(DataLoader(range(8), sampler=sampler), rank, 2).sampler) for rank in range(2)]
+    assert [len(each) for each in shares] == [10, 10] and set(itertools.chain(*shares)) == set(range(4))
 
 
 def test_set_epoch_reaches_what_is_wrapped() -> None:
