@@ -50,6 +50,25 @@ class NonFiniteGradientError(LitFastError, FloatingPointError):
     """A gradient is NaN or infinite, and `nonfinite="raise"` asks for this error. Nothing was changed."""
 
 
+class ProcessGroupError(LitFastError, RuntimeError):
+    """The processes of a job did not come together, or their models differ. All that can be reached raise the same."""
+
+
+class RankFailedError(LitFastError, RuntimeError):
+    """Another process of the job died, raised or hung; the message names its rank, host, pid and what is known of why.
+
+    Args:
+        rank: which one.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+    def __reduce__(self) -> tuple[type[RankFailedError], tuple[str, int]]:
+        return type(self), (str(self), self.rank)
+
+
 class TrainingSpikeException(LitFastError, RuntimeError):
     """The loss leapt away from its running mean (see SpikeDetection). Named as in Lightning."""
 
