@@ -22,6 +22,10 @@ class MissingMetricError(MisconfigurationException, RuntimeError):
     """A metric is watched that nobody logs. A RuntimeError too, which programs for Lightning catch."""
 
 
+class ClusterError(MisconfigurationException, RuntimeError):
+    """What started the processes and what the Trainer was told do not fit. A RuntimeError too, as in Lightning."""
+
+
 class RemovedHookError(MisconfigurationException, NotImplementedError):
     """A hook of Lightning 1.x that nothing calls any more; the message names its successor."""
 
@@ -55,18 +59,19 @@ class ProcessGroupError(LitFastError, RuntimeError):
 
 
 class RankFailedError(LitFastError, RuntimeError):
-    """Another process of the job died, raised or hung; the message names its rank, host, pid and what is known of why.
+    """Another process of the job died, raised or hung; the message says which, how, and what it said.
 
     Args:
-        rank: which one.
+        rank: its number among all.
+        host, pid: its machine and its number there, where they are known.
     """
 
-    def __init__(self, message: str, rank: int) -> None:
+    def __init__(self, message: str, rank: int, host: str = "", pid: int | None = None) -> None:
         super().__init__(message)
-        self.rank = rank
+        self.rank, self.host, self.pid = rank, host, pid
 
-    def __reduce__(self) -> tuple[type[RankFailedError], tuple[str, int]]:
-        return type(self), (str(self), self.rank)
+    def __reduce__(self) -> tuple[type[RankFailedError], tuple[str, int, str, int | None]]:
+        return type(self), (str(self), self.rank, self.host, self.pid)
 
 
 class TrainingSpikeException(LitFastError, RuntimeError):

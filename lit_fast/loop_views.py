@@ -8,7 +8,6 @@ write (the epoch or the step to go on from) moves what `Progress` keeps by as mu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lit_fast.progress import NOW
@@ -106,6 +105,9 @@ class Counters:
         open_step = name == "ready" and FORWARD <= self.place < STEPPED and not self.loop._window_is_open()
         return self.progress.global_step + open_step
 
+    def steps_in_epoch(self, name: str) -> int:
+        return max(0, self.steps(name) - self.progress.stepped_before)
+
     def manual_steps(self, name: str) -> int:
         """Of all optimizers, in manual optimization."""
         if self.automatic:
@@ -127,17 +129,26 @@ class Counters:
         last = {"ready": FORWARD, "started": BEFORE_ZERO}.get(name, ZERO)
         return max(0, begun - (progress.batch_idx % window == 0 and self.place <= last))
 
+    def zeroings_in_epoch(self, name: str) -> int:
+        return max(0, self.zeroings(name) - self.progress.stepped_before)
+
     def schedulings(self, name: str) -> int:
         """Steps of learning rate schedulers."""
         table = self.loop.trainer._metric_log.current
         begins = name == "ready" and table is not None and table.hook == "lr_scheduler_step"
         return self.progress.scheduled + begins
 
+    def schedulings_in_epoch(self, name: str) -> int:
+        return self.schedulings(name) - self.progress.scheduled_before
+
     def move_schedulings(self, by: int) -> None:
         self.progress.scheduled += by
 
     def move_schedulings_in_epoch(self, by: int) -> None:
         self.progress.scheduled_before -= by
+
+    def is_last_batch(self) -> bool:
+        return self.loop.trainer.is_last_batch
 
     # -- the same, as views
 
@@ -146,24 +157,16 @@ class Counters:
 
     def batch_progress(self) -> BatchProgressView:
         total, current = Tracker(self.all_batches, self.move_all_batches), Tracker(self.batches, self.move_batches)
-        return BatchProgressView(total, current, lambda: self.loop.trainer.is_last_batch)
+        return BatchProgressView(total, current, self.is_last_batch)
 
     def scheduler_progress(self) -> ProgressView:
-        progress = self.progress
-        current = Tracker(
-            lambda name: self.schedulings(name) - progress.scheduled_before, self.move_schedulings_in_epoch
-        )
+        current = Tracker(self.schedulings_in_epoch, self.move_schedulings_in_epoch)
         return ProgressView(Tracker(self.schedulings, self.move_schedulings), current, DONE)
 
     def automatic_optimization(self) -> Namespace:
-        progress = self.progress
-
-        def in_epoch(count: Callable[[str], int]) -> Tracker:
-            return Tracker(lambda name: max(0, count(name) - progress.stepped_before))
-
         optimizer = Namespace(
-            step=ProgressView(Tracker(self.steps, self.move_steps), in_epoch(self.steps), DONE),
-            zero_grad=ProgressView(Tracker(self.zeroings), in_epoch(self.zeroings), BEGUN),
+            step=ProgressView(Tracker(self.steps, self.move_steps), Tracker(self.steps_in_epoch), DONE),
+            zero_grad=ProgressView(Tracker(self.zeroings), Tracker(self.zeroings_in_epoch), BEGUN),
         )
         return Namespace(optim_progress=OptimizationView(optimizer))
 

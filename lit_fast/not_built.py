@@ -104,31 +104,13 @@ class XLAProfiler(NotBuilt):
     instead = "allowed are SimpleProfiler, AdvancedProfiler, PyTorchProfiler, and classes that derive from Profiler."
 
 
-class _Environment(NotBuilt):
-    instead = "the Trainer runs in one process so far: leave it out of plugins, or pass LightningEnvironment()."
+class XLAEnvironment(NotBuilt):
+    instead = "allowed are the other environments, and classes of your own that derive from ClusterEnvironment."
 
     @staticmethod
     def detect() -> bool:
         """False: nothing that such a cluster starts would be joined."""
         return False
-
-
-class KubeflowEnvironment(_Environment): ...
-
-
-class LSFEnvironment(_Environment): ...
-
-
-class MPIEnvironment(_Environment): ...
-
-
-class SLURMEnvironment(_Environment): ...
-
-
-class TorchElasticEnvironment(_Environment): ...
-
-
-class XLAEnvironment(_Environment): ...
 
 
 class _Collective(NotBuilt):

@@ -21,7 +21,7 @@ def rank() -> int:
     """The rank of this process in the whole job: as a strategy has found it, else as its launcher says; else 0."""
     if hasattr(rank_zero_only, "assigned"):
         return int(rank_zero_only.assigned)
-    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "LOCAL_RANK"):
+    for name in ("RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "LOCAL_RANK"):
         if name in os.environ:
             return int(os.environ[name])
     return 0

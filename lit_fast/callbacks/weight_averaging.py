@@ -61,7 +61,7 @@ class WeightAveraging(Callback):
         self._kwargs = kwargs
         self._average_model: AveragedModel | None = None
         # The share of the weights in an update, by the number of updates before it; None: the user has a function.
-        self._share: Callable[[int], float] | None = None if kwargs else lambda n: 1 / (n + 1)
+        self._share: Callable[[int], float] | None = None if kwargs else _equal_share
         self._latest_update_step = 0  # optimizer steps taken when the average was last updated after a step
         self._latest_update_epoch = -1
         self._swapped = False  # the module holds the average, and `_average_model` the weights being trained
@@ -187,6 +187,10 @@ class WeightAveraging(Callback):
         _copy(current, average)
         _copy(average, held | unrounded)
         self._swapped = not self._swapped
+
+
+def _equal_share(n: int) -> float:
+    return 1 / (n + 1)
 
 
 def _between(ours: Tensor, theirs: Tensor, share: float) -> Tensor:

@@ -77,22 +77,19 @@ _PRECISION_MODULES: dict[str, Entry] = {
     **{f".{name}": f"lit_fast.precision.{name}" for name in ("amp", "double", "half", "precision")},
     **{f".{module}": _not_built(name) for module, name in _LATER_PRECISIONS.items()},
 }
-_LATER_ENVIRONMENTS = {
+_ENVIRONMENTS = {
+    "cluster_environment": "ClusterEnvironment",
     "kubeflow": "KubeflowEnvironment",
+    "lightning": "LightningEnvironment",
     "lsf": "LSFEnvironment",
     "mpi": "MPIEnvironment",
     "slurm": "SLURMEnvironment",
     "torchelastic": "TorchElasticEnvironment",
-    "xla": "XLAEnvironment",
 }
 _ENVIRONMENT_MODULES: dict[str, Entry] = {
-    "": {
-        **_from("strategies.environments", "ClusterEnvironment", "LightningEnvironment"),
-        **_not_built(*_LATER_ENVIRONMENTS.values()),
-    },
-    ".cluster_environment": _from("strategies.environments", "ClusterEnvironment"),
-    ".lightning": _from("strategies.environments", "LightningEnvironment", "find_free_network_port"),
-    **{f".{module}": _not_built(name) for module, name in _LATER_ENVIRONMENTS.items()},
+    "": {**_from("strategies.environments", *_ENVIRONMENTS.values()), **_not_built("XLAEnvironment")},
+    **{f".{module}": f"lit_fast.strategies.environments.{module}" for module in _ENVIRONMENTS},
+    ".xla": _not_built("XLAEnvironment"),
 }
 _LAYER_SYNC = _from("strategies.layer_sync", "LayerSync", "TorchSyncBatchNorm")
 _PLUGINS = {

@@ -112,6 +112,14 @@ class RichProgressBar(ProgressBar):
         self._line_written_at = 0.0
         self._complained = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what draws: a copy in another process draws for itself."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_thread", "_stopped", "_area")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._reset()
+        self.__dict__.update(state)
+
     # -- switches, as in Lightning
 
     @property
