@@ -99,5 +99,12 @@ class SIGTERMException(SystemExit):
         super().__init__(143)
 
 
+class JobRequeued(SystemExit):
+    """A fit was saved and its job put back into the cluster's queue; the exit code is 128 plus the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+
+
 class TunerExit(LitFastError):
     """Not an error: a search is done, and the run that was begun for it ends. The Trainer catches it."""

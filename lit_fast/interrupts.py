@@ -1,19 +1,21 @@
-"""Ctrl-C and SIGTERM: what they wait for, and what they leave behind."""
+"""Ctrl-C, SIGTERM and the signal before a job ends: what they wait for, and what they leave behind."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_fast.checkpoint import finding
-from lit_fast.errors import SIGTERMException
+from lit_fast.errors import ClusterError, JobRequeued, SIGTERMException
 from lit_fast.progress import NOW
 from lit_fast.states import TrainerFn
 from lit_fast.strategies.control import SIGNALS, Control, Wish
+from lit_fast.strategies.environments.slurm import SLURMEnvironment, srun_used
 
 
 class Interrupts:
@@ -29,6 +31,8 @@ class Interrupts:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM wait for the running step, then a checkpoint is written; a second Ctrl-C does not wait.
+
+        So does the signal that a job of SLURM's is about to end, unless the program handles that itself.
 
         Outside a fit there is nothing to save: Ctrl-C ends the run at once, SIGTERM after the running batch. Whoever
         handled SIGTERM before still hears of it.
@@ -55,7 +59,11 @@ class Interrupts:
             if callable(earlier):
                 earlier(number, frame)
 
-        waiting = (signal.SIGINT, signal.SIGTERM) if self.state.fn == TrainerFn.FITTING else (signal.SIGTERM,)
+        waiting = [signal.SIGTERM]
+        if self.state.fn == TrainerFn.FITTING:
+            slurm = self._requeuing_cluster()
+            asked = () if slurm is None or slurm.requeue_signal is None else (slurm.requeue_signal,)
+            waiting += [signal.SIGINT, *(number for number in asked if signal.getsignal(number) is signal.SIG_DFL)]
         before = {number: signal.getsignal(number) for number in waiting}
         for number in before:
             if before[number] is not signal.SIG_IGN:
@@ -95,6 +103,8 @@ class Interrupts:
     def _raise_interrupt(self) -> None:
         """End the run between two steps; a fit saves first and says how to go on."""
         number, self._interrupt = self._interrupt, None
+        if number not in (signal.SIGINT, signal.SIGTERM, None):
+            self._requeue(number)
         self._terminated = number == signal.SIGTERM
         saves = self.state.fn == TrainerFn.FITTING and not self.sanity_checking
         path = finding.interrupt_path(self._trainer) if saves else None
@@ -108,3 +118,26 @@ class Interrupts:
         if number == signal.SIGTERM:
             raise SIGTERMException
         raise KeyboardInterrupt
+
+    def _requeuing_cluster(self) -> SLURMEnvironment | None:
+        """The SLURM job that this is, where it is to be requeued before its time is over."""
+        cluster = getattr(self.strategy, "cluster_environment", None)
+        if cluster is None and srun_used():
+            cluster = SLURMEnvironment()
+        return cluster if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue else None
+
+    def _requeue(self, number: int) -> NoReturn:
+        """Save the fit where its job finds it when it begins again, put the job back into the queue, and end."""
+        slurm = self._requeuing_cluster()
+        assert slurm is not None, "a signal waits that nothing waits for"
+        done = f"{signal.Signals(number).name} after step {self.global_step}:"
+        if not self.sanity_checking:
+            path = self.strategy.broadcast(os.fspath(finding.requeue_path(self._trainer)))
+            self.save_checkpoint(path)
+            done += f" saved {path};"
+        if self.is_global_zero:
+            try:
+                self.print(f"{done} job {slurm.requeue()} is back in the queue and goes on from there.")
+            except ClusterError as error:
+                warnings.warn(f"{done} the job was not requeued. {error} Submit it again to go on.", stacklevel=2)
+        raise JobRequeued(number)

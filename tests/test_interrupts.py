@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 from typing import Any
 
 import new_process
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 import lit_fast
 from lit_fast.data import worker_signals
 from lit_fast.demos.boring_classes import BoringModel, RandomDataset
+from lit_fast.errors import JobRequeued, PossibleUserWarning
 from lit_fast.states import TrainerStatus
+from lit_fast.strategies.environments import SLURMEnvironment
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
 QUIET |= {"enable_checkpointing": False, "enable_model_summary": False}
@@ -124,3 +128,110 @@ def test_an_earlier_handler_of_sigterm_still_hears_of_it(stage: str) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
+
+
+# -- a job of SLURM's that is about to end
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/calls"
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a job: of its checkpoints, of a `scontrol` that writes what it is called with."""
+    (tmp_path / "scontrol").write_text(SCONTROL)
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    variables = {"NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "JOB_ID": 4711, "JOB_NAME": "train"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    return tmp_path
+
+
+class Steps(BoringModel):
+    """Notes its batches; is sent a signal in the third, twice, as where SLURM signals a process and its parent."""
+
+    def __init__(self, number: int | None = None) -> None:
+        torch.manual_seed(1)
+        super().__init__()
+        self.number, self.seen = number, list[int]()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(batch_idx)
+        if batch_idx == 2 and self.number is not None:
+            signal.raise_signal(self.number)
+            signal.raise_signal(self.number)
+        return super().training_step(batch, batch_idx)
+
+
+def fit(model: Steps, job: Path, **options: Any) -> lit_fast.Trainer:
+    options = {**QUIET, "limit_train_batches": 6, "limit_val_batches": 0, "default_root_dir": job, **options}
+    trainer = lit_fast.Trainer(**options)
+    torch.manual_seed(2)  # of the data
+    trainer.fit(model)
+    return trainer
+
+
+def test_a_job_is_requeued_and_goes_on(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, first, second = Steps(), Steps(signal.SIGUSR1), Steps()
+    fit(whole, job)
+    heard: list[str] = []
+    listener = lit_fast.callbacks.LambdaCallback(on_exception=lambda t, m, error: heard.append(type(error).__name__))
+    with pytest.raises(JobRequeued) as end:
+        fit(first, job, callbacks=[listener])
+    assert end.value.code == 128 + signal.SIGUSR1 and first.seen == [0, 1, 2] and heard == ["JobRequeued"]
+    assert (job / "calls").read_text() == "requeue 4711\n"
+    said = f"SIGUSR1 after step 3: saved {job}/hpc_ckpt_1.ckpt; job 4711 is back in the queue and goes on from there."
+    assert said in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PossibleUserWarning)
+        trainer = fit(second, job)
+    assert second.seen == [3, 4, 5] and trainer.global_step == 6
+    assert all(map(torch.equal, whole.state_dict().values(), second.state_dict().values()))
+
+
+def test_an_array_job_and_another_signal(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4700")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
+    fit(Steps(), job, max_steps=1).save_checkpoint(job / "hpc_ckpt_8.ckpt")
+    trainer = lit_fast.Trainer(**QUIET, default_root_dir=job)
+    trainer.strategy.cluster_environment = SLURMEnvironment(requeue_signal=signal.SIGHUP)  # type: ignore[attr-defined]
+    with pytest.raises(JobRequeued) as end:
+        trainer.fit(Steps(signal.SIGHUP))
+    assert end.value.code == 128 + signal.SIGHUP and (job / "hpc_ckpt_9.ckpt").exists()
+    assert (job / "calls").read_text() == "requeue 4700_3\n"
+
+
+@pytest.mark.parametrize(("broken", "why"), [(True, r"failed \(1\): no"), (False, "No such file")])
+def test_a_job_that_cannot_be_requeued(job: Path, broken: bool, why: str) -> None:
+    """Its checkpoint is there: submitted again, it goes on from it, with a warning, since nobody requeued it."""
+    if broken:
+        (job / "scontrol").write_text("#!/bin/sh\necho no >&2; exit 1\n")
+    else:
+        (job / "scontrol").unlink()
+    told = pytest.warns(UserWarning, match=f"hpc_ckpt_1.ckpt; the job was not requeued. .*{why}.* Submit it again")
+    with told, pytest.raises(JobRequeued):
+        fit(Steps(signal.SIGUSR1), job)
+    again = Steps()
+    with pytest.warns(PossibleUserWarning, match=r"goes on from .*hpc_ckpt_1\.ckpt, which a requeued job left"):
+        fit(again, job)
+    assert again.seen == [3, 4, 5]
+
+
+def test_who_handles_that_signal_keeps_it(job: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    try:
+        model = Steps(signal.SIGUSR1)
+        fit(model, job)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == [signal.SIGUSR1] * 2 and len(model.seen) == 6
+    assert not list(job.glob("hpc*")) and not (job / "calls").exists()

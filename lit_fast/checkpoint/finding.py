@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lit_fast.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException
+from lit_fast.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException, PossibleUserWarning
 from lit_fast.states import TrainerFn
+from lit_fast.strategies.environments.slurm import srun_used
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -30,14 +31,17 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> str | None:
     """The file that `ckpt_path` names: a path, "last", "best", "hpc", or None.
 
     "last" is, for a fit, the newest file that a fit can go on from, of this run or of earlier runs of this program
-    under the same logger; for the other stages the newest `last.ckpt`, as in Lightning. None means "last" for a fit
-    with an `OnExceptionCheckpoint` whose file is there.
+    under the same logger; for the other stages the newest `last.ckpt`, as in Lightning. For a fit, None means "hpc" in
+    a job of SLURM's where a requeued fit left its file, "last" with an `OnExceptionCheckpoint` whose file is there.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
         MisconfigurationException: "best" or "hpc" where nothing of the kind was saved, or a model registry.
     """
     fitting = trainer.state.fn == TrainerFn.FITTING
+    if ckpt_path is None and fitting and srun_used() and _requeued(trainer):
+        _warn_of_another_job(trainer)
+        ckpt_path = "hpc"
     if ckpt_path is None:
         if not fitting or not any(os.path.exists(path) for path in _rescued(trainer)):
             return None
@@ -52,7 +56,7 @@ def find(trainer: Trainer, ckpt_path: str | Path | None) -> str | None:
     if ckpt_path == "best":
         return _best(trainer)
     if ckpt_path == "hpc":
-        return _requeued(trainer)
+        return _newest_requeued(trainer)
     if not isinstance(ckpt_path, str | os.PathLike):
         raise CheckpointError(
             f"ckpt_path={ckpt_path!r} is a {type(ckpt_path).__name__}; a run begins from a path (str or pathlib.Path). "
@@ -104,12 +108,36 @@ def _best(trainer: Trainer) -> str:
     return str(best)
 
 
-def _requeued(trainer: Trainer) -> str:
-    root = Path(trainer.default_root_dir)
-    found = {int(path.stem[9:]): path for path in root.glob("hpc_ckpt_*.ckpt") if path.stem[9:].isdigit()}
+def _requeued(trainer: Trainer) -> dict[int, Path]:
+    """What fits left whose jobs were requeued, by number."""
+    found = Path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")
+    return {int(path.stem[9:]): path for path in found if path.stem[9:].isdecimal()}
+
+
+def _newest_requeued(trainer: Trainer) -> str:
+    found = _requeued(trainer)
     if not found:
-        raise MisconfigurationException(f"ckpt_path='hpc': there is no hpc_ckpt_<number>.ckpt in {str(root)!r}.")
+        raise MisconfigurationException(
+            f"ckpt_path='hpc': there is no hpc_ckpt_<number>.ckpt in {os.fspath(trainer.default_root_dir)!r}."
+        )
     return str(found[max(found)])
+
+
+def _warn_of_another_job(trainer: Trainer) -> None:
+    """SLURM counts how often a job began anew: one that did not never wrote the file itself."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        warnings.warn(
+            f"fit(ckpt_path=None) goes on from {_newest_requeued(trainer)}, which a requeued job left in "
+            f"default_root_dir; this job was not requeued. Remove the file, or set another default_root_dir, to start "
+            f"anew.",
+            category=PossibleUserWarning,
+            stacklevel=4,
+        )
+
+
+def requeue_path(trainer: Trainer) -> Path:
+    """Where a fit is saved whose job goes back into the queue: the next number, in Lightning's place."""
+    return Path(trainer.default_root_dir) / f"hpc_ckpt_{max(_requeued(trainer), default=0) + 1}.ckpt"
 
 
 def _rescued(trainer: Trainer) -> list[str]:

@@ -1,4 +1,4 @@
-"""Loader workers leave Ctrl-C and SIGTERM to the process that runs the trainer.
+"""Loader workers leave Ctrl-C, SIGTERM and SIGUSR1 to the process that runs the trainer.
 
 A terminal, and a job scheduler, send them to the whole process group. That process finishes its step and saves a
 checkpoint, for which it may still need a batch; torch's workers would die at once, the run with an error, and the
@@ -27,6 +27,8 @@ def leave_to_parent() -> None:
     signal.signal(signal.SIGINT, _wait)  # not SIG_IGN, which the programs that a dataset starts would inherit
     if hasattr(signal, "setitimer"):
         signal.signal(signal.SIGTERM, _last_orders)
+    if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, _wait)  # SLURM's, to all processes of a job that is about to end
 
 
 def _wait(number: int, frame: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 
 from lit_fast.errors import ClusterError, PossibleUserWarning
@@ -74,7 +75,7 @@ class SLURMEnvironment(ExternalEnvironment):
         Under those names SLURM gave the machine only, and processes are started otherwise.
         """
         _warn_without_srun()
-        return _srun_used()
+        return srun_used()
 
     @staticmethod
     def job_name() -> str | None:
@@ -107,6 +108,23 @@ class SLURMEnvironment(ExternalEnvironment):
             int_variable("SLURM_NTASKS", _READER, default=num_devices * num_nodes), num_devices, num_nodes, "srun"
         )
 
+    def requeue(self) -> str:
+        """Put this job, or this one of an array of jobs, back into the queue; returns its number.
+
+        Raises:
+            ClusterError: SLURM refused, or its command `scontrol` is not there.
+        """
+        job = os.environ.get("SLURM_JOB_ID", "")
+        if "SLURM_ARRAY_JOB_ID" in os.environ:
+            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '')}"
+        try:
+            done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ClusterError(f"`scontrol requeue {job}` could not be run: {error.strerror}.") from error
+        if done.returncode:
+            raise ClusterError(f"`scontrol requeue {job}` failed ({done.returncode}): {done.stderr.strip()}")
+        return job
+
     @staticmethod
     def resolve_root_node_address(nodes: str) -> str:
         """The first host of a list in one of SLURM's notations.
@@ -122,12 +140,13 @@ def _interactive() -> bool:
     return SLURMEnvironment.job_name() in ("bash", "interactive")
 
 
-def _srun_used() -> bool:
+def srun_used() -> bool:
+    """Whether srun started this process; `detect` without its warning."""
     return "SLURM_NTASKS" in os.environ and not _interactive()
 
 
 def _warn_without_srun() -> None:
-    if sys.platform != "win32" and not _srun_used() and shutil.which("srun") is not None:
+    if sys.platform != "win32" and not srun_used() and shutil.which("srun") is not None:
         command = " ".join(["srun", os.path.basename(sys.executable), *sys.argv])
         rank_zero_warn(
             f"SLURM is installed here, and srun did not start this process: it runs alone. In a SLURM job, start it "
