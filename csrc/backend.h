@@ -116,7 +116,25 @@ struct PackBatch {
     float scale = 1.0F;
 };
 
+// out <- scale * (the sum of `pieces` arrays, `stride` elements from one to the next)
+struct PieceSum {
+    const void* first = nullptr;
+    Dtype dtype = Dtype::float32;
+    std::int64_t pieces = 0;
+    std::int64_t stride = 0;
+    Span out;
+    float scale = 1.0F;
+};
+// partials[places[i] + k] <- the sum of squares of the k-th kSquareChunk elements of values[i]
+struct SquareBatch {
+    std::vector<Span> values;
+    std::vector<std::int64_t> places;
+    double* partials = nullptr;
+};
+
 void cpu_pack(const PackBatch& batch, int threads);
+void cpu_sum_pieces(const PieceSum& task, int threads);
+void cpu_squares(const SquareBatch& batch, int threads);
 
 // ---- whole batches on CUDA (cuda/step.cu): everything is queued on the given stream, nothing waits for the device.
 // The device must be torch's current one; the memory behind all pointers must live on it until the stream is done,
@@ -145,6 +163,14 @@ using CudaWorkspace = std::function<void*(std::int64_t words)>;
 void cuda_norm(const std::vector<Span>& grads, const CudaClip& clip, const CudaWorkspace& workspace,
                const CudaStream& on);
 void cuda_scale(const std::vector<Span>& grads, const CudaClip& clip, const CudaStream& on);
+
+// Of flat memory, one launch each.
+void cuda_pack(const PackBatch& batch, const CudaStream& on);
+void cuda_sum_pieces(const PieceSum& task, const CudaStream& on);
+void cuda_squares(const SquareBatch& batch, const CudaStream& on);
+// *clip.norm <- what cuda_norm finds for gradients with these partial sums.
+void cuda_norm_of(const double* partials, std::int64_t count, const CudaClip& clip, const CudaStream& on);
+
 // The norm of grads first, where clip asks for it; then every task, whose counters on the device are counted up.
 void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const CudaClip& clip,
                const CudaWorkspace& workspace, const CudaStream& on);

@@ -5,6 +5,8 @@
 #include "backend.h"
 #include "buckets.h"
 #include "check.h"
+#include "flat.h"
+#include "formulas/storage.h"
 #include "memory.h"
 #include "packer.h"
 #include "stepper.h"
@@ -268,13 +270,31 @@ PYBIND11_MODULE(_core, m) {
              })
         .def("assign", [](const lf::Packer& self, const py::tuple& params, const py::handle& views,
                           const std::vector<std::int64_t>& without) {
-            return python_errors([&] {
-                self.assign(params.ptr(), views.ptr(), without);
-                return py::none();
-            });
+            python_errors([&] { return self.assign(params.ptr(), views.ptr(), without), 0; });
         });
     m.def("lay_out_buckets", &lay_out_buckets);
+    m.def("unpack", [](const py::handle& from, const py::handle& out, double scale, const py::object& stream) {
+        const StreamArgument on(stream);
+        python_errors([&] { return lf::unpack(from.ptr(), out.ptr(), scale, on.get()), 0; });
+    });
+    m.def("sum_pieces", [](const py::handle& pieces, const py::handle& out, double scale, const py::object& stream) {
+        const StreamArgument on(stream);
+        python_errors([&] { return lf::sum_pieces(pieces.ptr(), out.ptr(), scale, on.get()), 0; });
+    });
+    m.def("squares", [](const py::handle& values, const std::vector<std::int64_t>& places, const py::handle& partials,
+                        const py::object& stream) {
+        const StreamArgument on(stream);
+        python_errors([&] { return lf::squares(values.ptr(), places, partials.ptr(), on.get()), 0; });
+    });
+    m.def("norm_of", [](const py::handle& partials, double scale, const py::object& stream, const py::handle& norm,
+                        const py::handle& factor) {
+        StreamArgument on(stream);
+        on.context.norm = norm.ptr();
+        on.context.factor = factor.ptr();
+        return python_errors([&] { return lf::norm_of(partials.ptr(), scale, on.get()); });
+    });
     m.attr("square_chunk") = lf::kSquareChunk;
+    m.attr("code_block") = lf::kCodeBlock;
     m.def("gradient_norm", [](const py::handle& param_groups, double grad_scale, double max_norm, double clip_value,
                               bool rewrite, const py::object& cuda) {
         const lf::Clipping clipping{grad_scale, max_norm, clip_value};

@@ -320,6 +320,18 @@ bool Stepper::collect_state(const Group& group, PyObject* param, const TensorVie
     return true;
 }
 
+namespace {
+
+// Blocks of 8-bit codes and of random bits begin at multiples of kCodeBlock.
+std::uint64_t read_first_index(PyObject* first_indices, Py_ssize_t index) {
+    const std::uint64_t first = PyLong_AsUnsignedLongLong(PyList_GET_ITEM(first_indices, index));
+    if (PyErr_Occurred() != nullptr) throw PythonError{};
+    check(first % kCodeBlock == 0, "an entry of param_group['first_indices'] is not a multiple of 256.");
+    return first;
+}
+
+}  // namespace
+
 bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* param, PyObject* state,
                                 std::string& refusal) {
     const TensorReader& reader = torch_side().reader;
@@ -336,6 +348,7 @@ bool Stepper::collect_parameter(const Group& group, Py_ssize_t index, PyObject* 
     }
     StepTask task;
     task.first_index = first_index_;
+    if (group.first_indices != nullptr) task.first_index = read_first_index(group.first_indices, index);
     first_index_ += static_cast<std::uint64_t>((p.numel + kCodeBlock - 1) / kCodeBlock * kCodeBlock);
     PyObject* grad = nullptr;
     if (group.grads == nullptr) {
@@ -436,6 +449,11 @@ bool Stepper::collect(PyObject* param_groups, PyObject* state, std::string& refu
         if (group.grads != nullptr &&
             (!PyList_Check(group.grads) || PyList_GET_SIZE(group.grads) != PyList_GET_SIZE(params))) {
             throw KernelError("param_group['grads'] is not a list beside param_group['params'].");
+        }
+        group.first_indices = get_item(object, first_indices_name());
+        if (group.first_indices != nullptr &&
+            (!PyList_Check(group.first_indices) || PyList_GET_SIZE(group.first_indices) != PyList_GET_SIZE(params))) {
+            throw KernelError("param_group['first_indices'] is not a list beside param_group['params'].");
         }
         last_step_ = -1.0;  // coefficients are shared within a group only
         for (Py_ssize_t i = 0; ok && i < PyList_GET_SIZE(params); ++i) {

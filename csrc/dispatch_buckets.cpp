@@ -50,4 +50,27 @@ void cpu_pack(const PackBatch& batch, int threads) {
     });
 }
 
+void cpu_sum_pieces(const PieceSum& task, int threads) {
+    const auto& table = chosen_cpu_target().target.bucket_kernels().sum;
+    const SumKernel sum = table[static_cast<int>(task.dtype)][static_cast<int>(task.out.dtype)];
+    const auto run = [&](std::int64_t begin, std::int64_t end) {
+        sum(moved(task.first, begin, task.dtype), task.stride, task.pieces,
+            const_cast<char*>(moved(task.out.data, begin, task.out.dtype)), task.scale, end - begin);
+    };
+    if (threads <= 1) return run(0, task.out.numel);
+    const auto chunks = cut(1, kStepChunk, [&](std::size_t) { return task.out.numel; });
+    for_each_chunk(chunks.size(), threads, [&](std::size_t i) { run(chunks[i].begin, chunks[i].end); });
+}
+
+void cpu_squares(const SquareBatch& batch, int threads) {
+    const auto& table = chosen_cpu_target().target.kernels().sum_of_squares;
+    const auto chunks = cut(batch.values.size(), kSquareChunk, [&](std::size_t i) { return batch.values[i].numel; });
+    for_each_chunk(chunks.size(), threads, [&](std::size_t i) {
+        const auto of = static_cast<std::size_t>(chunks[i].tensor);
+        const Span& span = batch.values[of];
+        batch.partials[batch.places[of] + chunks[i].begin / kSquareChunk] = table[static_cast<int>(span.dtype)](
+            moved(span.data, chunks[i].begin, span.dtype), chunks[i].end - chunks[i].begin);
+    });
+}
+
 }  // namespace lit_fast

@@ -5,7 +5,15 @@
 
 namespace lit_fast {
 
-enum class Dtype : std::int32_t { float32 = 0, bfloat16 = 1, float16 = 2, uint8 = 3, int16 = 4, other = 5 };
+enum class Dtype : std::int32_t {
+    float32 = 0,
+    bfloat16 = 1,
+    float16 = 2,
+    uint8 = 3,
+    int16 = 4,
+    float64 = 5,
+    other = 6
+};
 constexpr int kDtypeCount = 3;  // those of parameters and gradients
 
 struct bf16 {
@@ -15,7 +23,9 @@ struct f16 {
     std::uint16_t bits;
 };
 
-constexpr std::int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : dtype == Dtype::uint8 ? 1 : 2; }
+constexpr std::int64_t bytes_of(Dtype dtype) {
+    return dtype == Dtype::float32 ? 4 : dtype == Dtype::float64 ? 8 : dtype == Dtype::uint8 ? 1 : 2;
+}
 
 // What a 16-bit parameter has beside it so that its value is known in float32.
 enum class Master : std::int32_t { none = 0, float32 = 1, remainder = 2 };

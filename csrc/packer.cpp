@@ -3,72 +3,10 @@
 #include <algorithm>
 
 #include "check.h"
+#include "flat.h"
 #include "python.h"
 
 namespace lit_fast {
-namespace {
-
-const char* name_of(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::float32:
-            return "float32";
-        case Dtype::bfloat16:
-            return "bfloat16";
-        case Dtype::float16:
-            return "float16";
-        case Dtype::uint8:
-            return "uint8";
-        case Dtype::int16:
-            return "int16";
-        case Dtype::other:
-            break;
-    }
-    return "of another dtype";
-}
-
-bool is_gradient_dtype(Dtype dtype) { return static_cast<int>(dtype) < kDtypeCount; }
-
-std::string text_of(const std::int64_t* numbers, std::int32_t count) {
-    std::string text = "(";
-    for (std::int32_t d = 0; d < count; ++d) text += (d > 0 ? ", " : "") + std::to_string(numbers[d]);
-    return text + (count == 1 ? ",)" : ")");
-}
-
-std::string described(const TensorView& view) {
-    return "shape " + text_of(view.shape, view.ndim) + ", strides " + text_of(view.strides, view.ndim) + ", " +
-           name_of(view.dtype);
-}
-
-std::size_t length(PyObject* sequence, const char* what) {
-    if (!PyTuple_Check(sequence) && !PyList_Check(sequence)) {
-        throw KernelError(std::string(what) + " is a " + type_name(sequence) + ", not a list or tuple.");
-    }
-    return static_cast<std::size_t>(PySequence_Fast_GET_SIZE(sequence));
-}
-
-PyObject* item(PyObject* sequence, std::size_t i) {
-    return PySequence_Fast_GET_ITEM(sequence, static_cast<Py_ssize_t>(i));
-}
-
-}  // namespace
-
-Span flat(PyObject* tensor, const char* what, const CudaContext* cuda) {
-    const TensorReader& reader = torch_side().reader;
-    TensorView view;
-    std::string cause;
-    if (!reader.plain(tensor)) {
-        throw KernelError(std::string(what) + " is a " + type_name(tensor) + ", not a plain tensor.");
-    }
-    if (!reader.read(tensor, view, cause)) throw KernelError(std::string(what) + " cannot be read: " + cause + ".");
-    cause = misplaced(view, cuda);
-    if (!cause.empty()) throw KernelError(std::string(what) + " " + cause + ".");
-    if (!is_gradient_dtype(view.dtype) || !view.contiguous()) {
-        throw KernelError(std::string(what) + " (" + described(view) +
-                          ") is not contiguous float32, bfloat16 or float16.");
-    }
-    return {view.data, view.numel, view.dtype};
-}
-
 Packer::Packer(PyObject* params, const std::vector<Piece>& pieces,
                const std::vector<std::vector<std::int64_t>>& used_flags, std::int64_t size,
                std::vector<std::string> names)
@@ -239,7 +177,11 @@ std::vector<std::int64_t> Packer::pack(PyObject* params, PyObject* out, double s
     if (cuda == nullptr) {
         run(size_, [&](int threads) { cpu_pack(batch_, threads); });
     } else {
-        throw KernelError("this build has no CUDA kernels; build with LIT_FAST_CUDA=on.");
+#if LIT_FAST_HAS_CUDA
+        cuda_pack(batch_, cuda->on);
+#else
+        throw KernelError(kNoCuda);
+#endif
     }
     increment_versions({out});
     if (!release) return without;

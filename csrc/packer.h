@@ -44,7 +44,4 @@ class Packer {
     PackBatch batch_;  // of the call at hand; kept for its capacity
 };
 
-// Checked flat memory: contiguous, of one of the three dtypes, on the CPU or the context's device.
-Span flat(PyObject* tensor, const char* what, const CudaContext* cuda);
-
 }  // namespace lit_fast

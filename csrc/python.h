@@ -20,6 +20,11 @@ inline PyObject* grads_name() {
     return name;
 }
 
+inline PyObject* first_indices_name() {
+    static PyObject* name = PyUnicode_InternFromString("first_indices");
+    return name;
+}
+
 inline PyObject* params_name() {
     static PyObject* name = PyUnicode_InternFromString("params");
     return name;

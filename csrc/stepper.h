@@ -145,6 +145,7 @@ class Stepper {
     // What a param group asks for, read once a step.
     struct Group {
         PyObject* object = nullptr;
+        PyObject* first_indices = nullptr;  // a list beside `params`: StepTask::first_index of each
         PyObject* grads = nullptr;  // a list beside `params`, whose tensors (or None) stand for their own `grad`
         double options[kMaxOptions] = {};
         unsigned form = 0;

@@ -107,6 +107,7 @@ void TensorReader::configure(PyObject* torch, bool use_exchange_api) {
     dtypes_[static_cast<int>(Dtype::float16)] = attribute_or_throw(torch, "float16");
     dtypes_[static_cast<int>(Dtype::uint8)] = attribute_or_throw(torch, "uint8");
     dtypes_[static_cast<int>(Dtype::int16)] = attribute_or_throw(torch, "int16");
+    dtypes_[static_cast<int>(Dtype::float64)] = attribute_or_throw(torch, "float64");
     tensor_type_ = reinterpret_cast<PyTypeObject*>(tensor);
     tensor_from_object_ = nullptr;
     if (!use_exchange_api) return;
@@ -145,6 +146,7 @@ bool TensorReader::read(PyObject* tensor, TensorView& view, std::string& reason)
     }
     view.dtype = Dtype::other;
     if (t.dtype_lanes == 1) {
+        if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 64) view.dtype = Dtype::float64;
         if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 32) view.dtype = Dtype::float32;
         if (t.dtype_code == dlpack::kFloat && t.dtype_bits == 16) view.dtype = Dtype::float16;
         if (t.dtype_code == dlpack::kBfloat && t.dtype_bits == 16) view.dtype = Dtype::bfloat16;

@@ -189,6 +189,105 @@ class Packer:
         self._assign(views, without)
 
 
+def unpack(flat_in: Tensor, flat_out: Tensor, scale: float = 1.0) -> None:
+    """flat_out <- scale * flat_in, the product in float32, rounded once to nearest even.
+
+    Args:
+        flat_in: contiguous float32, bfloat16 or float16.
+        flat_out: the same number of elements, contiguous, any of these dtypes; may be `flat_in` itself.
+
+    Raises:
+        KernelError: another size, dtype, layout or device; memory that both share in part.
+
+    Example:
+        >>> out = torch.empty(2)
+        >>> unpack(torch.tensor([1.0, 3.0], dtype=torch.bfloat16), out, 0.5)
+        >>> out
+        tensor([0.5000, 1.5000])
+    """
+    _core.unpack(flat_in, flat_out, scale, _stream(flat_out))
+
+
+def sum_pieces(pieces: Tensor, out: Tensor, scale: float = 1.0) -> None:
+    """out <- scale * (pieces[0] + pieces[1] + ...), summed in float32 in this order, rounded once to nearest even.
+
+    Args:
+        pieces: (W, S) float32, bfloat16 or float16: what W ranks sent; each row contiguous.
+        out: (S,) contiguous, any of these dtypes.
+
+    Raises:
+        KernelError: another shape, dtype or device; shared memory.
+
+    Example:
+        >>> out = torch.empty(2)
+        >>> sum_pieces(torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float16), out, 0.5)
+        >>> out
+        tensor([2., 3.])
+    """
+    _core.sum_pieces(pieces, out, scale, _stream(out))
+
+
+def squares(values: Sequence[Tensor], places: Sequence[int], partials: Tensor) -> None:
+    """partials[places[i] + k] <- the sum of squares of the k-th `square_chunk()` elements of values[i].
+
+    Summed as `gradient_norm` sums: the bits depend on the chunk's elements alone. A part of a parameter that begins at
+    a multiple of `square_chunk()` elements therefore gives the partial sums of the whole from there on.
+
+    Args:
+        values: float32, bfloat16 or float16, dense in memory.
+        places: of the first partial sum of each.
+        partials: contiguous float64, beside `values`; everything else in it stays.
+
+    Raises:
+        KernelError: another dtype, layout or device; a place outside `partials`. Nothing was written.
+    """
+    _core.squares(values, places, partials, _stream(partials))
+
+
+def norm_of(partials: Tensor, grad_scale: float | Tensor = 1.0) -> Tensor:
+    """The L2 norm of all gradients times `grad_scale`, from the partial sums of all of them in their order.
+
+    Returns:
+        0-dim float32 tensor beside `partials`, with the bits that `gradient_norm` has for the same gradients. Nothing
+        waits for a GPU.
+
+    Raises:
+        KernelError: `partials` is not contiguous float64.
+
+    Example:
+        >>> partials = torch.empty(1, dtype=torch.float64)
+        >>> squares([torch.tensor([3.0, 4.0])], [0], partials)
+        >>> norm_of(partials)
+        tensor(5.)
+    """
+    stream = _stream(partials)
+    if stream is None:
+        norm = _core.norm_of(partials, float(grad_scale), None, None, None)
+        return torch.scalar_tensor(norm, dtype=torch.float32)
+    on_device = torch.empty((), dtype=torch.float32, device=partials.device)
+    factor = grad_scale.to(partials.device, torch.float32) if isinstance(grad_scale, Tensor) else None
+    _core.norm_of(partials, 1.0 if isinstance(grad_scale, Tensor) else grad_scale, stream, on_device, factor)
+    return on_device
+
+
+def first_indices(numels: Sequence[int]) -> list[int]:
+    """`param_group["first_indices"]` for the parameters of an optimizer, all groups in a row.
+
+    What stochastic rounding draws depends on an element's index among all of the optimizer's elements. A group whose
+    `params` are parts of parameters has this list beside them: the whole parameter's first index, and where in it the
+    part begins, a multiple of `square_chunk()`. Without it the indices of `params` as they are.
+
+    Example:
+        >>> first_indices([100, 300, 1])
+        [0, 256, 768]
+    """
+    firsts, index = [], 0
+    for numel in numels:
+        firsts.append(index)
+        index += -(-numel // _core.code_block) * _core.code_block
+    return firsts
+
+
 def square_chunk() -> int:
     """Elements that one partial sum of the gradients' norm is of (csrc/formulas/norm.h)."""
     return _core.square_chunk

@@ -21,8 +21,13 @@ from lit_fast import _core, triton
 from lit_fast.errors import KernelError
 from lit_fast.flat import BucketLayout as BucketLayout
 from lit_fast.flat import Packer as Packer
+from lit_fast.flat import first_indices as first_indices
 from lit_fast.flat import lay_out_buckets as lay_out_buckets
+from lit_fast.flat import norm_of as norm_of
 from lit_fast.flat import square_chunk as square_chunk
+from lit_fast.flat import squares as squares
+from lit_fast.flat import sum_pieces as sum_pieces
+from lit_fast.flat import unpack as unpack
 
 ParamGroups: TypeAlias = list[dict[str, Any]]
 State: TypeAlias = dict[Tensor, Any]
@@ -83,7 +88,8 @@ def core_stepper(mapping: Mapping) -> _core.Stepper:
 class Stepper:
     """One optimizer class's compiled step on one device. Keeps no tensor.
 
-    A param group may have `grads`, a list beside `params`: what stands in for each `p.grad`, tensor or None.
+    A param group may have `grads`, a list beside `params`: what stands in for each `p.grad`, tensor or None. And
+    `first_indices`, see there, where `params` are parts of parameters.
 
     Attributes:
         skips_on_device: whether `skipping` gives a step that nobody waits for.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import gc
 import weakref
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch.nn import Parameter
 
 from lit_fast import ops
 from lit_fast.errors import KernelError
+from lit_fast.optim import AdamW
 
 CHUNK = ops.square_chunk()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,12 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def test_only_ops_imports_the_flat_kernels():
     package = Path(ops.__file__).parent
-    importers = {
-        path.name
-        for path in package.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module == "lit_fast.flat"
-    }
+    importers = {path.name for path in package.rglob("*.py") if "from lit_fast.flat import" in path.read_text()}
     assert importers == {"ops.py"}
 
 
@@ -438,3 +433,193 @@ def test_pieces_that_do_not_hold_a_parameter_once_are_refused():
     ]:
         with pytest.raises(KernelError):
             ops.Packer([param], pieces, flags, size)
+
+
+# ---- whole flat ranges ----
+
+LENGTHS = [0, 1, 7, 33, 255, 257, 1000]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 1 / 3])
+def test_unpack_casts_and_scales_with_one_rounding(target, scale):
+    for from_dtype, to_dtype, numel in product(DTYPES, DTYPES, LENGTHS):
+        flat_in, flat_out = values(numel, dtype=from_dtype), poisoned(numel + 2, to_dtype)
+        ops.unpack(flat_in, flat_out[1:-1], scale)
+        assert same(flat_out[1:-1], (flat_in.float() * torch.tensor(scale)).to(to_dtype))
+        assert flat_out[0].isnan() and flat_out[-1].isnan()
+
+
+def test_unpack_scales_in_place_and_nowhere_near():
+    flat, before = values(100), values(100)
+    ops.unpack(flat, flat, 0.5)
+    assert same(flat, before * 0.5)
+    for wrong in (flat[1:], flat.view(torch.bfloat16)[:99]):
+        with pytest.raises(KernelError, match="share memory"):
+            ops.unpack(flat[:99], wrong)
+    with pytest.raises(KernelError, match="100 elements, and flat_out 3"):
+        ops.unpack(flat, torch.zeros(3))
+    with pytest.raises(KernelError, match=r"flat_in .*strides"):
+        ops.unpack(flat[::2], torch.zeros(50))
+
+
+def test_threads_share_flat_ranges_without_a_trace(target):
+    pieces, seen = values(3, 140_001), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            total, cast = poisoned(140_001, torch.float32), poisoned(140_001, torch.bfloat16)
+            ops.sum_pieces(pieces, total, 1 / 3)
+            ops.unpack(total, cast)
+            seen.append(cast)
+    finally:
+        torch.set_num_threads(before)
+    expected = ((pieces[0] + pieces[1] + pieces[2]) * torch.tensor(1 / 3)).bfloat16()
+    assert same(seen[0], expected) and same(seen[1], expected)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 9])
+def test_pieces_are_summed_in_the_order_of_ranks_and_rounded_once(target, world):
+    for from_dtype, to_dtype, numel in product(DTYPES, DTYPES, LENGTHS):
+        pieces = torch.stack([values(numel, dtype=from_dtype, seed=rank) for rank in range(world)])
+        total = pieces[0].float()
+        for piece in pieces[1:]:
+            total = total + piece.float()
+        out = poisoned(numel + 2, to_dtype)
+        ops.sum_pieces(pieces, out[1:-1], 0.5)
+        assert same(out[1:-1], (total * 0.5).to(to_dtype))
+        assert out[0].isnan() and out[-1].isnan()
+
+
+def test_pieces_may_lie_apart_and_not_in_what_they_are_summed_into():
+    memory = values(3, 50)
+    out = poisoned(20, torch.float32)
+    ops.sum_pieces(memory[:, 10:30], out)
+    assert same(out, memory[0, 10:30] + memory[1, 10:30] + memory[2, 10:30])
+    for pieces in (memory[:, 10:50:2], memory[:, :19], memory[0, :20], memory[:0, :20], memory[:, :20].double()):
+        with pytest.raises(KernelError, match="pieces"):
+            ops.sum_pieces(pieces, out)
+    with pytest.raises(KernelError, match="share memory"):
+        ops.sum_pieces(memory[:, :20], memory[1, :20])
+
+
+# ---- the norm, piece by piece ----
+
+
+def chunks(numel: int) -> int:
+    return -(-numel // CHUNK)
+
+
+def finite(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("segments", [1, 2, 3, 5])
+@pytest.mark.parametrize("capacity", [10, 3 * CHUNK, 1 << 30])
+def test_the_norm_has_the_same_bits_for_any_buckets_and_any_world(target, segments, capacity):
+    numels = [5, 3 * CHUNK + 7, 0, CHUNK, 100, 2 * CHUNK - 1]
+    params = [Parameter(torch.zeros(n)) for n in numels]
+    for seed, p in enumerate(params):
+        p.grad = finite(p.numel(), seed=seed)
+    first, total = [], 0
+    for numel in numels:
+        first.append(total)
+        total += chunks(numel)
+    partials = torch.full((total,), torch.nan, dtype=torch.float64)
+    buckets = ops.lay_out_buckets(numels, first_capacity=7, capacity=capacity, segments=segments, flags=1)
+    for bucket in buckets:
+        members = [params[index] for index, _ in bucket.slots]
+        wire = torch.empty(bucket.size)
+        ops.Packer(members, bucket.pieces, bucket.used_flags, bucket.size).pack(wire, 1.0, release=False)
+        for rank in reversed(range(segments)):  # each sums what it keeps
+            mine = [piece for piece in bucket.pieces if piece[2] // bucket.stride == rank]
+            places = [first[bucket.slots[slot][0]] + begin // CHUNK for slot, begin, _, _ in mine]
+            ops.squares([wire[at : at + count] for _, _, at, count in mine], places, partials)
+    norm = ops.norm_of(partials, 0.3)
+    assert torch.equal(norm, ops.gradient_norm([{"params": params}], 0.3)) and norm.isfinite()
+
+
+def test_squares_of_every_dtype_are_those_of_the_norm(target):
+    for dtype in DTYPES:
+        param = Parameter(torch.zeros(50, 2000, dtype=dtype).t())
+        param.grad = finite(2000, 50, seed=1).to(dtype).t().contiguous().t()
+        partials = torch.full((chunks(100_000) + 2,), -1.0, dtype=torch.float64)
+        ops.squares([param.grad], [1], partials)
+        assert partials[0] == -1.0 and partials[-1] == -1.0
+        assert torch.equal(ops.norm_of(partials[1:-1]), ops.gradient_norm([{"params": [param]}]))
+
+
+def test_a_norm_that_is_not_finite_shows():
+    for bad in (torch.nan, torch.inf):
+        partials = torch.zeros(1, dtype=torch.float64)
+        ops.squares([torch.tensor([1.0, bad])], [0], partials)
+        assert not ops.norm_of(partials).isfinite()
+    assert ops.norm_of(torch.empty(0, dtype=torch.float64)).item() == 0.0
+
+
+def test_partial_sums_without_a_place_are_refused():
+    partials = torch.zeros(2, dtype=torch.float64)
+    for values_, places, into in [
+        ([torch.ones(CHUNK + 1)], [1], partials),
+        ([torch.ones(3)], [-1], partials),
+        ([torch.ones(3)], [0, 1], partials),
+        ([torch.ones(3)], [0], partials.float()),
+        ([torch.ones(3)], [0], torch.zeros(4, dtype=torch.float64)[::2]),
+        ([torch.ones(3).double()], [0], partials),
+        ([torch.ones(6)[::2]], [0], partials),
+    ]:
+        with pytest.raises(KernelError):
+            ops.squares(values_, places, into)
+    assert not partials.any()
+    with pytest.raises(KernelError, match="float64"):
+        ops.norm_of(partials.float())
+
+
+# ---- parts of parameters under stochastic rounding ----
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        {"rounding": "stochastic"},
+        {"rounding": "stochastic", "state_dtype": "8bit"},
+        {"state_dtype": "8bit", "master": "remainder"},
+        {"master": "float32", "state_dtype": "bfloat16", "rounding": "stochastic"},
+    ],
+)
+def test_two_parts_with_their_first_indices_are_stepped_like_the_whole(storage):
+    """As two ranks do, each with an optimizer of its own: only the second one's indices are not those of its list."""
+    numels, cut = [300, 3 * CHUNK + 5], 2 * CHUNK
+    whole = [Parameter(finite(n, seed=n).bfloat16()) for n in numels]
+    parts = [whole[0].detach().clone(), *(part.clone() for part in whole[1].detach().split([cut, numels[1] - cut]))]
+    parts = [Parameter(part) for part in parts]
+    firsts = ops.first_indices(numels)
+    of_whole, of_first, of_second, without = (
+        AdamW(params, lr=0.1, seed=7, **storage)
+        for params in (whole, parts[:2], parts[2:], [Parameter(parts[2].detach().clone())])
+    )
+    of_first.param_groups[0]["first_indices"] = firsts
+    of_second.param_groups[0]["first_indices"] = [firsts[1] + cut]
+    for step in range(3):
+        grads = [finite(n, seed=50 * step + i).bfloat16() for i, n in enumerate(numels)]
+        of_parts = [grads[0], *grads[1].split([cut, numels[1] - cut])]
+        for p, grad in zip(
+            [*whole, *parts, *without.param_groups[0]["params"]], [*grads, *of_parts, of_parts[2]], strict=True
+        ):
+            p.grad = grad
+        for optimizer in (of_whole, of_first, of_second, without):
+            optimizer.step()
+    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], torch.cat(parts[1:]))
+    if storage.get("master") is None:  # otherwise what is drawn changes the moments alone
+        assert not torch.equal(without.param_groups[0]["params"][0], parts[2])
+
+
+@pytest.mark.parametrize("wrong", [[], (0,), [1], [-256], ["0"]])
+def test_first_indices_that_no_parameter_has_are_refused(wrong):
+    param = Parameter(torch.ones(3))
+    optimizer = AdamW([param], lr=0.1)
+    optimizer.param_groups[0]["first_indices"] = wrong
+    param.grad = torch.ones(3)
+    with pytest.raises((KernelError, OverflowError, TypeError)):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
