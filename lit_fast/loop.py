@@ -11,7 +11,7 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,7 @@ from lit_fast.calls import skip
 from lit_fast.config import batch_limit
 from lit_fast.connectors import DataSource
 from lit_fast.data.combined import CombinedLoader, is_collection
+from lit_fast.data.distributed import Verdict, agreement, settle_length, together
 from lit_fast.data.loader_iterator import EndOfData, LoaderIterator, takes_iterator
 from lit_fast.data.loaders import all_in_order, check_iterable, warn_of
 from lit_fast.data.position import DataPosition
@@ -52,9 +53,18 @@ class FitLoop(Schedule, Restarted):
         self._new_data = False  # whether the loader has been asked for and no iterator of it made
         self._skip_backward = False  # Lightning's name: set at an epoch's start, that epoch only runs forward
         self.pending_data: dict[str, Any] | None = None  # position in the data, from a checkpoint
+        # Length and total of the epochs to come, while one goes on that other processes, or other batches, began.
+        self._usual_length: tuple[int | None, int | None] | None = None
+        self._agree: Callable[[bool], Verdict] | None = None  # asks all processes whether they have another batch
+        self._fetching: LoaderIterator | None = None  # what a step that takes an iterator is given
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": None, "_batches_ahead": None}  # of this fit; a copy's next one binds its own
+        return {
+            **self.__dict__,
+            "plans": None,
+            "_batches_ahead": None,
+            "_agree": None,
+        }  # of this fit; a copy's next one binds its own
 
     # -- what callbacks read
 
@@ -139,6 +149,8 @@ class FitLoop(Schedule, Restarted):
                 self.loader, self.length = combined, combined.length
                 combined.limits = [math.inf if batches is None else batches for batches in limits]
                 self.progress.total = combined.length
+            self._usual_length = None
+            self._agree_on_length()
             self.loaded_in = self.progress.epoch
             self.val_check_batch = self._val_check_batch()
             self.last_validation = time.monotonic()
@@ -148,6 +160,28 @@ class FitLoop(Schedule, Restarted):
             assert self.position is not None
             self.position.load_state_dict(self.pending_data)
             self.pending_data = None
+            self._take_up_epoch()
+
+    def _take_up_epoch(self) -> None:
+        """The epoch that goes on has other batches than the data's length says, where others began it."""
+        assert self.position is not None
+        length, limit = self.position.epoch_length, self.trainer.config.limit_train_batches
+        if length is None or self.length is None or self.progress.total is None:
+            return
+        self._usual_length = self.length, self.progress.total
+        left_out = self.length - self.progress.total
+        total = min(limit, length) if isinstance(limit, int) else length - left_out  # a fraction is one of the samples
+        self.length, self.progress.total = length, max(total, self.progress.batch_idx + 1)
+        self._agree_on_length()
+        self.val_check_batch = self._val_check_batch()
+
+    def _agree_on_length(self) -> None:
+        """Epochs have as many batches in every process; of unknown length they are where one process does not know."""
+        strategy, progress = self.trainer.strategy, self.progress
+        if strategy.world_size > 1:
+            self.length, progress.total = settle_length(
+                self.length, progress.total, "training data", strategy.all_gather
+            )
 
     def _warn_of_rare_logging(self) -> None:
         config, total = self.trainer.config, self.progress.total
@@ -217,6 +251,9 @@ class FitLoop(Schedule, Restarted):
 
     def _start_epoch(self) -> None:
         progress = self.progress
+        if self._usual_length is not None:
+            (self.length, progress.total), self._usual_length = self._usual_length, None
+            self.val_check_batch = self._val_check_batch()
         self.setup_data()
         assert self.position is not None and self.plans is not None
         self._begin_data()
@@ -257,13 +294,13 @@ class FitLoop(Schedule, Restarted):
         assert self.position is not None
         ahead, self._batches_ahead = self._batches_ahead, None
         batches = iter(self.position) if ahead is None else ahead
-        if takes_iterator(self.trainer.lightning_module.training_step):
-            return self._iterator_for_steps(batches)
         total, length = self.progress.total, self.length
+        if takes_iterator(self.trainer.lightning_module.training_step):
+            return self._iterator_for_steps(self._together(batches) if length is None else batches)
         if total is not None and total != length:
             batches = islice(batches, max(0, total - start))
         if length is None:
-            batches = self._knowing_the_last(batches)
+            batches = self._knowing_the_last(self._together(batches))
         if self.trainer.config.device.type != "cpu":
             batches = self.trainer._to_device_ahead(batches)
         if self.trainer._profiler is not None:
@@ -282,21 +319,32 @@ class FitLoop(Schedule, Restarted):
         def on_done() -> None:
             progress.is_last_batch, progress.boundary = True, NOW
 
-        return LoaderIterator(
+        self._fetching = LoaderIterator(
             batches,
             progress.total,
             fetched=self.position.handed_out,
             on_fetch=on_fetch,
             on_done=on_done,
-        ).turns()
+        )
+        return self._fetching.turns()
 
     def data_state(self, consumed: int | None) -> dict[str, Any] | None:
         """The position in the data after `consumed` batches of this epoch (None: after all that were handed out)."""
         if self.position is None:
             return None
         if consumed is not None and takes_iterator(self.trainer.lightning_module.training_step):
-            consumed = None  # a step is not a batch; what a step has fetched it has used
+            # A step is not a batch; what a step has fetched it has used.
+            consumed = None if self._fetching is None else self._fetching.fetched
         return self.position.state_dict(consumed)
+
+    def _together(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Data of unknown length ends in all processes after the same batch."""
+        strategy = self.trainer.strategy
+        if strategy.world_size == 1:
+            return batches
+        if self._agree is None:
+            self._agree = agreement(getattr(strategy, "timeout", None))
+        return together(batches, self._agree, "training data")
 
     def _knowing_the_last(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Reads one batch ahead: a loader without a length ends without notice, and the last step must know."""
@@ -323,6 +371,10 @@ class FitLoop(Schedule, Restarted):
                 f"iterator, such as a generator, can be read only once: pass an object whose __iter__ begins anew, or "
                 f"max_epochs=1."
             )
+        if progress.batch_idx + 1 == progress.total:  # nothing was left for these processes of an epoch that goes on
+            self._skip_rest_of_epoch()
+            self._visit()
+            return
         warnings.warn(
             f"The training data ({type(self.loader).__name__}) ended after {progress.batch_idx + 1} of the "
             f"{progress.total} batches that its length promises; the epoch ends there"

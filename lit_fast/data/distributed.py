@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +100,26 @@ def agree_on_length(lengths: Sequence[int | None], name: str) -> int | None:
     return shortest
 
 
+def settle_length(
+    length: int | None, total: int | None, name: str, all_gather: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[int | None, int | None]:
+    """The length of a pass over data, and how many batches of it are used, as `agree_on_length` settles them.
+
+    Args:
+        length, total: as this process knows them; None where it does not. Limits are the same in every process.
+        name: what to call the data.
+        all_gather: gives the tensors of all processes, stacked.
+
+    Returns:
+        Both; the length is None in every process where it is in one.
+    """
+    known = torch.tensor([-1 if each is None else each for each in (length, total)])
+    lengths, totals = ([None if each < 0 else each for each in column] for column in all_gather(known).T.tolist())
+    if None in lengths:
+        return None, totals[lengths.index(None)]
+    return length, agree_on_length(totals, name)
+
+
 class Verdict(Protocol):
     """The answer of all processes to whether they have another batch; it may still be on its way."""
 
@@ -118,15 +139,17 @@ class _Flags:
         return [rank for rank, ended in enumerate(self._flags.tolist()) if ended]
 
 
-def agreement(group: Any) -> Callable[[bool], Verdict]:
+def agreement(timeout: timedelta | None = None) -> Callable[[bool], Verdict]:
     """What `together` asks: an all-reduce of one byte a process, which goes on by itself.
 
+    Makes a process group of its own, over the CPU, so that every process calls this at the same point.
+
     Args:
-        group: a `torch.distributed` process group on the CPU (Gloo). Nothing else may run on it: the order of its
-            collectives is that of the batches.
+        timeout: how long an answer is waited for.
     """
     import torch.distributed as dist
 
+    group: Any = dist.new_group(backend="gloo", timeout=timeout)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
 
     def agree(has_batch: bool) -> Verdict:

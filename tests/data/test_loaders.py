@@ -149,3 +149,44 @@ def test_a_step_that_fetches_its_batches_resumes_behind_what_it_fetched(tmp_path
     trainer(max_epochs=1).fit(whole, shuffled(24))
     trainer(max_epochs=1).fit(resumed, shuffled(24), ckpt_path=tmp_path / "a.ckpt")
     assert len(whole.seen) == 6 and resumed.seen == whole.seen[2:][-len(resumed.seen) :]
+
+
+class Sees(Plain):
+    """Notes which rows it trains on, each marked by its first number, and saves after some batches of an epoch."""
+
+    def __init__(self, save: Any = None) -> None:
+        super().__init__()
+        self.save, self.seen = save, []  # type: ignore[var-annotated]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append((self.current_epoch, [round(row[0].item(), 4) for row in batch[0]]))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.save is not None and (self.current_epoch, batch_idx) == (1, 2):
+            self.trainer.save_checkpoint(self.save)
+
+
+@pytest.mark.parametrize(
+    ("options", "left", "usual"),
+    [
+        ({}, [7, 5], [7] * 3 + [3]),
+        ({"limit_train_batches": 4}, [7], [7] * 3 + [3]),
+        ({"limit_train_batches": 0.5}, [], [7, 7]),
+    ],
+    ids=str,
+)
+def test_a_fit_goes_on_with_batches_of_another_size(
+    tmp_path: Any, options: dict[str, Any], left: list[int], usual: list[int]
+) -> None:
+    """Its epoch has other batches than its loader's length says; the next one has as many again."""
+    path = tmp_path / "a.ckpt"
+    first, second = Sees(path), Sees()
+    trainer(max_epochs=2, **options).fit(first, shuffled(24))
+    resumed = trainer(max_epochs=3, **options)
+    resumed.fit(second, shuffled(24, 7), ckpt_path=path)
+    assert [len(rows) for epoch, rows in second.seen if epoch == 1] == left
+    assert [len(rows) for epoch, rows in second.seen if epoch == 2] == usual and resumed.current_epoch == 3
+    before = [row for rows in [rows for epoch, rows in first.seen if epoch == 1][:3] for row in rows]
+    after = [row for epoch, rows in second.seen if epoch == 1 for row in rows]
+    assert len({*before, *after}) == len(before) + len(after) == (24 if not options else len(before) + sum(left))
