@@ -122,7 +122,7 @@ class Binding:
             table=self.log.table("training_step", "train"),
             receive=self._bind_receive(),
             on_train_batch_start=self._bind_batch_start(),
-            training_step=self._bind_training_step(),
+            training_step=self._bind_training_step(reduces=True),
             zero_grad=self._bind_zero_grad(),
             losses=no_losses,
             on_before_backward=() if self._hooks_in_backward else self.automatic_hooks("on_before_backward"),
@@ -151,6 +151,7 @@ class Binding:
         by_strategy = self.trainer.strategy.bind_backward(backward, place.last) if self.automatic else backward
         plan = replace(
             self.whole,
+            training_step=self.whole.training_step if place.last else self._bind_training_step(reduces=False),
             losses=losses,
             backward=self.wrap("backward", self._by_strategy("backward", by_strategy)),
             returned_loss=detached(shown),
@@ -261,7 +262,7 @@ class Binding:
 
         return (*hooks[:-1], checked)
 
-    def _bind_training_step(self) -> Callable[[Any, int], Any]:
+    def _bind_training_step(self, reduces: bool) -> Callable[[Any, int], Any]:
         function = self.module.training_step
         who = f"{type(self.module).__name__}.training_step"
         if takes_iterator(function):
@@ -277,7 +278,7 @@ class Binding:
                 return one_argument(batch)
 
         self._note("training_step", who, f"forward in {self.precision.precision}")
-        forward = self.trainer.strategy.bind_step(self.precision.bind(function))
+        forward = self.trainer.strategy.bind_step(self.precision.bind(function), reduces)
         return self.wrap("forward", self._by_strategy("training_step", forward))
 
     def _bind_zero_grad(self) -> Bound:

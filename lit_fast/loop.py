@@ -30,7 +30,7 @@ from lit_fast.loop_views import EpochLoop, Restarted
 from lit_fast.profiler.actions import recorded, recorded_batches
 from lit_fast.progress import NOW
 from lit_fast.rank_zero import WarningCache, rank_zero_info
-from lit_fast.schedule import Schedule
+from lit_fast.schedule import ASK_OTHERS, Schedule
 from lit_fast.step import closure, inline
 
 if TYPE_CHECKING:
@@ -407,6 +407,9 @@ class FitLoop(Schedule, Restarted):
         stopping = trainer._should_stop and self._may_stop()
         if not window_open:
             every = trainer.config.log_every_n_steps
+            if self._asks_others and self.windows_completed() % (every or ASK_OTHERS) == 0:
+                trainer._agree()
+                stopping = trainer._should_stop and self._may_stop()
             if every and (self.windows_completed() % every == 0 or trainer._should_stop):
                 trainer._log_metrics(trainer._metric_log.collect())
         if trainer._interrupt is not None and not (window_open and self.plans is not None and self.plans.trains):

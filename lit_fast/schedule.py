@@ -13,6 +13,10 @@ from lit_fast.progress import NOW
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
+# Optimizer steps between two times that processes ask each other whether to stop, where that neither travels with the
+# gradients nor `log_every_n_steps` says how often.
+ASK_OTHERS = 50
+
 
 class Schedule:
     """Limits and intervals of a fit, held against its counters. It decides nothing by itself: the loop asks."""
@@ -55,6 +59,12 @@ class Schedule:
 
     # -- the next visit
 
+    @property
+    def _asks_others(self) -> bool:
+        """Whether processes have to ask each other between steps, since nothing travels with their gradients."""
+        strategy = self.trainer.strategy
+        return strategy.control is not None and not strategy.rides
+
     def _next_boundary(self) -> int:
         """The next batch after which something but a step may be due."""
         assert self.plans is not None
@@ -70,7 +80,9 @@ class Schedule:
             return (done // window + steps) * window - 1
 
         every = trainer.config.log_every_n_steps
-        if every and trainer.loggers:
+        if self._asks_others:
+            every = every or ASK_OTHERS
+        if every and (trainer.loggers or self._asks_others):
             candidates.append(after_steps(every - self.windows_completed() % every))
         if self.max_steps != -1:
             candidates.append(after_steps(max(1, self.max_steps - progress.global_step)))

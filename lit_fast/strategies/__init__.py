@@ -11,6 +11,7 @@ _HOME = {
     "ParallelStrategy": "parallel",
     "SingleDeviceStrategy": "single_device",
     "Strategy": "strategy",
+    "TorchDDPStrategy": "ddp_torch",
 }
 _LATER = (
     "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy", "XLAStrategy",
@@ -25,6 +26,7 @@ __all__ = [
     "SingleDeviceStrategy",
     "SingleDeviceXLAStrategy",
     "Strategy",
+    "TorchDDPStrategy",
     "XLAStrategy",
 ]
 

@@ -20,6 +20,7 @@ STRATEGIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ddp_spawn": ("DDPStrategy", "ddp", {"start_method": "spawn"}),
     "ddp_fork": ("DDPStrategy", "ddp", {"start_method": "fork"}),
     "ddp_notebook": ("DDPStrategy", "ddp", {"start_method": "fork"}),
+    "ddp_torch": ("TorchDDPStrategy", "ddp_torch", {}),
 }
 for _name, (_kind, _file, _options) in list(STRATEGIES.items()):
     for _unused in (False, True):

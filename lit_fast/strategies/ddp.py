@@ -175,7 +175,7 @@ class DDPStrategy(ParallelStrategy):
             self.buckets = None
         super().teardown()
 
-    def bind_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def bind_step(self, step: Callable[..., Any], reduces: bool) -> Callable[..., Any]:
         """`training_step` behind the broadcast of buffers."""
         module = self.lightning_module
         assert module is not None, "no model is connected"

@@ -60,6 +60,7 @@ class Strategy:
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
     handles_gradient_accumulation = False
+    rides = True  # whether what processes agree on travels with the gradients; else it is asked for between steps
     root_device: torch.device
     control: Control | None = None  # what several processes agree on
 
@@ -107,8 +108,8 @@ class Strategy:
     def refresh(self) -> None:
         """Before training and each epoch: what is trained may have changed."""
 
-    def bind_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """`training_step` with what comes before each forward."""
+    def bind_step(self, step: Callable[..., Any], reduces: bool) -> Callable[..., Any]:
+        """`training_step` with what comes before each forward; `reduces` as in `bind_backward`."""
         return step
 
     def bind_backward(self, backward: Backward, reduces: bool) -> Backward:
