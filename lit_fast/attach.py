@@ -21,7 +21,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
 
     A `torch.compile`d module is unwrapped, and its steps are replaced by their compiled versions meanwhile.
     """
-    module = _unwrapped(model, fn.value)
+    module = unwrapped(model, fn.value)
     restore = _compile_steps(model, module) if model is not module else {}
     trainer._module = module
     trainer.strategy.connect(module)
@@ -61,7 +61,7 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
 @contextmanager
 def borrow_model(trainer: Trainer, model: Any) -> Iterator[LightningModule]:
     """The module, attached for a look at its plan; afterwards trainer and module are as before."""
-    module = _unwrapped(model, "explain")
+    module = unwrapped(model, "explain")
     strategy = trainer.strategy
     before, held, attached_to = trainer._module, dict(vars(strategy)), module._trainer
     trainer._module = module
@@ -75,7 +75,7 @@ def borrow_model(trainer: Trainer, model: Any) -> Iterator[LightningModule]:
         module.trainer = attached_to
 
 
-def _unwrapped(model: Any, method: str) -> LightningModule:
+def unwrapped(model: Any, method: str) -> LightningModule:
     module = getattr(model, "_orig_mod", model)
     if not isinstance(module, LightningModule):
         raise MisconfigurationTypeError(

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from lit_fast.attach import attach_model, borrow_model
+from lit_fast.attach import attach_model, borrow_model, unwrapped
 from lit_fast.attributes import Attributes
 from lit_fast.callbacks.callback import Callback
 from lit_fast.checkpoint import state as checkpoint_state
@@ -201,6 +201,9 @@ class Trainer(Attributes):
 
     def _launch(self, method: str, *given: Any) -> Any:
         """That method of this Trainer in as many processes as the strategy wants on this machine."""
+        self.state.fn = TrainerFn(method)
+        if given[0] is not None:
+            self._module = unwrapped(given[0], method)  # gets the weights that the other processes come to
         return self.strategy.launcher.launch(_run_launched, self, method, given, trainer=self)
 
     def fit(

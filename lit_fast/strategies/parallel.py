@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,12 @@ from lit_fast.checkpoint.plugins import CheckpointIO
 from lit_fast.errors import MisconfigurationException
 from lit_fast.rank_zero import set_rank
 from lit_fast.strategies.control import Control
-from lit_fast.strategies.environments import ClusterEnvironment, LightningEnvironment
+from lit_fast.strategies.environments import ClusterEnvironment, detect_environment
+from lit_fast.strategies.launchers import Launcher, MultiProcessingLauncher, SubprocessScriptLauncher
+from lit_fast.strategies.process_group import Joined, join
+from lit_fast.strategies.same_model import check_one_device, check_same_model
 from lit_fast.strategies.strategy import Strategy
 
-if TYPE_CHECKING:
-    pass
 
 TIMEOUT = timedelta(minutes=30)  # of a collective, torch's own default
 BROADCAST_BYTES = 250 << 20  # of one message that makes models or buffers equal
@@ -61,7 +62,8 @@ class ParallelStrategy(Strategy):
         self.timeout = TIMEOUT if timeout is None else timeout
         self.num_nodes = 1
         self.start_method = start_method
-        self._launcher: Any = None
+        self.joined: Joined | None = None  # this process among the others, once they have met
+        self._launcher: Launcher | None = None
         self._launched = False  # whether this is one of the processes that the launcher has started
 
     # -- places
@@ -70,16 +72,22 @@ class ParallelStrategy(Strategy):
         """Take these devices of this machine, of `num_nodes` machines that have as many; numbers the processes."""
         self.parallel_devices, self.num_nodes = list(devices), num_nodes
         if self.cluster_environment is None:
-            self.cluster_environment = LightningEnvironment()
+            self.cluster_environment = detect_environment()
         self.cluster_environment.validate_settings(self.num_processes, num_nodes)
-        self.set_world_ranks(None)
+        self._number()
+        if self.world_size > 1 and not self.cluster_environment.creates_processes_externally:
+            self._launcher = self._make_launcher(self.cluster_environment)
 
-    def set_world_ranks(self, local_rank: int | None) -> None:
-        """This process's numbers: as the cluster says, or as the launcher that made this process."""
+    def _make_launcher(self, cluster: ClusterEnvironment) -> Launcher:
+        if self.start_method == "popen":
+            return SubprocessScriptLauncher(cluster, self.num_processes, self.num_nodes)
+        return MultiProcessingLauncher(self, self.start_method)
+
+    def _number(self) -> None:
+        """This process's numbers, as the cluster, or the launcher that made this process, says."""
         cluster = self.cluster_environment
         assert cluster is not None, "the strategy has no devices yet"
-        self.local_rank = cluster.local_rank() if local_rank is None else local_rank
-        self.node_rank = cluster.node_rank()
+        self.local_rank, self.node_rank = cluster.local_rank(), cluster.node_rank()
         cluster.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         cluster.set_world_size(self.num_nodes * self.num_processes)
         self.global_rank, self.world_size = cluster.global_rank(), cluster.world_size()
@@ -113,6 +121,7 @@ class ParallelStrategy(Strategy):
     @contextmanager
     def launched(self) -> Iterator[None]:
         before, self._launched = self._launched, True
+        self._number()
         try:
             yield
         finally:
@@ -126,15 +135,17 @@ class ParallelStrategy(Strategy):
         if self.root_device.type == "cuda":
             torch.cuda.set_device(self.root_device)
         self.control = Control() if self.world_size > 1 else None
-        if self.world_size > 1 and not dist.is_initialized():
+        if self.world_size > 1 and self.joined is None:
             cluster = self.cluster_environment
             assert cluster is not None
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.backend == "nccl" else self.backend,
-                init_method=f"tcp://{cluster.main_address}:{cluster.main_port}",
+            self.joined = join(
                 rank=self.global_rank,
                 world_size=self.world_size,
+                main_address=cluster.main_address,
+                main_port=cluster.main_port,
+                backend=self.backend,
                 timeout=self.timeout,
+                device=self.root_device if self.root_device.type == "cuda" else None,
             )
 
     @property
@@ -143,8 +154,14 @@ class ParallelStrategy(Strategy):
         return dist.group.WORLD
 
     def same_model_everywhere(self) -> None:
-        """Parameters and buffers become those of the first process."""
+        """Parameters and buffers become those of the first process.
+
+        Raises:
+            ProcessGroupError: the models differ in more than values.
+        """
         assert self.lightning_module is not None, "no model is connected"
+        check_one_device(self.lightning_module)
+        check_same_model(self.lightning_module, self.group)
         state = [t.detach() for t in chain(self.lightning_module.parameters(), self.lightning_module.buffers())]
         by_device: dict[torch.device, list[Tensor]] = {}
         for tensor in state:
