@@ -23,7 +23,6 @@ from lit_fast.strategies.process_group import Joined, join
 from lit_fast.strategies.same_model import check_one_device, check_same_model
 from lit_fast.strategies.strategy import Strategy
 
-
 TIMEOUT = timedelta(minutes=30)  # of a collective, torch's own default
 BROADCAST_BYTES = 250 << 20  # of one message that makes models or buffers equal
 broadcast_coalesced = dist._broadcast_coalesced  # type: ignore[attr-defined]  # as torch's own DDP calls it
