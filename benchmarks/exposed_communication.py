@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import statistics
 import sys
 import time
@@ -187,14 +186,20 @@ def torch_step(timed: TimedBackward, *, first: float = 1, cap: float = 25, **opt
     return lambda: ddp(timed.x).backward()
 
 
-def our_step(timed: TimedBackward) -> Step:
-    buckets = importlib.import_module("lit_fast.distributed.buckets").GradientBuckets(list(timed.model.parameters()))
+def our_step(timed: TimedBackward, wire_dtype: Any = None) -> Step:
+    """A step of our buckets, whose sizes are chosen in the first four."""
+    from lit_fast.distributed import buckets, learning, timing
+
+    scaled = learning.BucketSizes(*(size // SCALE for size in learning.DEFAULT_SIZES))
+    with mock.patch.object(learning, "DEFAULT_SIZES", scaled):
+        ours = buckets.GradientBuckets(list(timed.model.parameters()), None, wire_dtype=wire_dtype)
 
     def step() -> None:
         loss = timed.model(timed.x)
-        buckets.begin()
-        loss.backward()
-        buckets.finish()
+        with mock.patch.object(timing, "LARGEST_PROBE", timing.LARGEST_PROBE // SCALE):
+            ours.begin()
+            loss.backward()
+            ours.finish()
 
     return step
 

@@ -16,7 +16,7 @@ also what the processes agree on (`riders`): no collective is spent on that.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lit_fast import ops
+from lit_fast.distributed.learning import BucketSizes, Learning, Members, dtype_of_gradient
 from lit_fast.errors import MisconfigurationException
 
 RIDERS = 8  # numbers that the last bucket carries for `Riders`
-MEBIBYTE = 1 << 20
+EVERYTHING = 1 << 62  # elements
 
 
 class Riders(Protocol):
@@ -38,16 +39,6 @@ class Riders(Protocol):
 
     def alight(self, seats: Tensor) -> None:
         """Take the sums."""
-
-
-class BucketSizes(NamedTuple):
-    """How much a bucket holds, in bytes on the wire: the first one, which backward fills first, and every other."""
-
-    first: int = MEBIBYTE
-    rest: int = 25 * MEBIBYTE
-
-
-DEFAULT_SIZES = BucketSizes()
 
 
 class Bucket:
@@ -87,7 +78,7 @@ class GradientBuckets:
     Args:
         params: those that are trained, in the order of registration, the same in every process.
         group: of torch.distributed.
-        sizes: of the buckets.
+        sizes: of the buckets; measured and chosen where None (`learning.py`).
         wire_dtype: in which gradients travel; their own where None. In 16 bits they are summed in float32.
         riders: what travels with them.
         names: of the parameters, for messages.
@@ -105,62 +96,56 @@ class GradientBuckets:
         params: Sequence[Parameter],
         group: Any,
         *,
-        sizes: BucketSizes = DEFAULT_SIZES,
+        sizes: BucketSizes | None = None,
         wire_dtype: torch.dtype | None = None,
         riders: Riders | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
         self.params, self.group, self.riders = list(params), group, riders
         self.names = list(names or (f"parameter {index}" for index in range(len(self.params))))
-        self.sizes, self.wire_dtype = sizes, wire_dtype
+        self.wires = [wire_dtype or dtype_of_gradient(p) for p in self.params]
         self.world_size = dist.get_world_size(group)
         self.scale = 1.0 / self.world_size
         self._hooks: list[Any] = []
         self._aside: list[Tensor | None] | None = None
         self._sent = 0  # buckets of the running backward whose collective has been started
         self.running = False
-        self._order: list[int] | None = []  # arrivals of the first backward; None once they are learned
-        self.lay_out(list(reversed(range(len(self.params)))))
-        self._hooks += [_after_accumulation(p, self._recorder(index)) for index, p in enumerate(self.params)]
+        self._learning: Learning | None = Learning(self.params, group, self.wires, sizes)
+        self._next: Members | None = None  # what the next backward's buckets shall hold, if something else
+        self.lay_out(self._learning.filled())
 
-    # -- layout
-
-    def lay_out(self, order: list[int]) -> None:
-        """Fill buckets in this order of arrival; each dtype has buckets of its own."""
-        kinds: dict[torch.dtype, list[int]] = {}
-        for index in order:
-            kinds.setdefault(dtype_of_gradient(self.params[index]), []).append(index)
-        place = {index: number for number, index in enumerate(order)}
-        buckets: list[Bucket] = []
-        for dtype, members in kinds.items():
-            wire = self.wire_dtype or dtype
-            layouts = ops.lay_out_buckets(
-                [self.params[index].numel() for index in members],
-                first_capacity=max(1, self.sizes.first // wire.itemsize),
-                capacity=max(1, self.sizes.rest // wire.itemsize),
+    def lay_out(self, buckets: Members) -> None:
+        """Have buckets of these members; the memory of those that were is let go of first."""
+        self.buckets: list[Bucket] = []
+        for members in buckets:
+            params, names = [self.params[index] for index in members], [self.names[index] for index in members]
+            [layout] = ops.lay_out_buckets(
+                [p.numel() for p in params],
+                first_capacity=EVERYTHING,
+                capacity=EVERYTHING,
                 flags=1,
-                last_flags=RIDERS,
+                last_flags=RIDERS if members is buckets[-1] else 0,
             )
-            for layout in layouts:
-                inside = [members[slot] for slot, _ in layout.slots]
-                params, names = [self.params[index] for index in inside], [self.names[index] for index in inside]
-                buckets.append(Bucket(layout, inside, params, names, wire))
-        self.buckets = sorted(buckets, key=lambda bucket: place[bucket.members[-1]])
+            self.buckets.append(Bucket(layout, members, params, names, self.wires[members[0]]))
 
-    def _learn(self, arrived: list[int]) -> None:
-        """The order of arrival in the first process becomes that of all; from here on a bucket has one hook."""
-        left = [index for index in reversed(range(len(self.params))) if index not in set(arrived)]
-        order = torch.tensor([*arrived, *left], dtype=torch.int64, device=self.params[0].device)
-        dist.broadcast(order, dist.get_global_rank(self.group, 0) if self.group is not None else 0, group=self.group)
-        self.lay_out(order.tolist())
-        self.remove_hooks()
-        for number, bucket in enumerate(self.buckets):
-            self._hooks.append(_after_accumulation(bucket.last, self._full(number)))
+    def _lay_out_anew(self) -> None:
+        """As has been learned, from here on with a hook for each bucket."""
+        assert self._next is not None and self._learning is not None
+        for hook in self._hooks:  # they hold buckets
+            hook.remove()
+        self.lay_out(self._next)
+        self._next = None
+        self._hooks = [_after_accumulation(bucket.last, self._full(n)) for n, bucket in enumerate(self.buckets)]
+        if self._learning.over:
+            self._learning.remove_hooks()
+            self._learning = None
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._learning is not None:
+            self._learning.remove_hooks()
 
     # -- one backward
 
@@ -171,9 +156,11 @@ class GradientBuckets:
             self._aside = aside
             for p in self.params:
                 p.grad = None
+        if self._next is not None:
+            self._lay_out_anew()
+        if self._learning is not None:
+            self._learning.start()
         self._sent, self.running = 0, True
-        if self._order is not None:
-            self._order = []
 
     def finish(self) -> None:
         """After it: send what has not been sent, wait for everything, and hand out the means."""
@@ -194,9 +181,8 @@ class GradientBuckets:
         if self.riders is not None:
             self.riders.alight(self.buckets[-1].riders)
         self._aside = None
-        if self._order is not None:
-            arrived, self._order = self._order, None
-            self._learn(arrived)
+        if self._learning is not None:
+            self._next = self._learning.stop()
 
     def _hand_out(self, bucket: Bucket) -> None:
         without: Sequence[int] = ()
@@ -214,13 +200,6 @@ class GradientBuckets:
 
     # -- hooks
 
-    def _recorder(self, index: int) -> Callable[[Tensor], None]:
-        def arrived(_: Tensor) -> None:
-            if self.running and self._order is not None:
-                self._order.append(index)
-
-        return arrived
-
     def _full(self, number: int) -> Callable[[Tensor], None]:
         bucket = self.buckets[number]
         ready = bucket.packer.ready
@@ -231,11 +210,6 @@ class GradientBuckets:
                 self._sent = number + 1
 
         return last_arrived
-
-
-def dtype_of_gradient(param: Tensor) -> torch.dtype:
-    """In which autograd leaves its gradient."""
-    return getattr(param, "grad_dtype", None) or param.dtype
 
 
 def _after_accumulation(param: Parameter, hook: Callable[[Tensor], None]) -> Any:

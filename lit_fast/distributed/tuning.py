@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-KIBIBYTE = 1 << 10
+SMALLEST_PROBES = (64, 512)  # bytes
 
 
 class Link(NamedTuple):
@@ -56,13 +56,11 @@ def probe_sizes(total: int) -> list[int]:
     """The sizes in bytes at which a link should be measured that is to carry buckets of up to `total` bytes.
 
     Example:
-        >>> probe_sizes(20_000_000)
-        [65536, 524288, 4194304, 20000000]
+        >>> probe_sizes(1 << 26)
+        [16384, 131072, 1048576, 8388608, 67108864]
     """
-    sizes = [64 * KIBIBYTE]
-    while sizes[-1] * 16 < total:
-        sizes.append(sizes[-1] * 8)
-    return [*sizes, max(total, 2 * sizes[-1])]
+    total = max(total, SMALLEST_PROBES[-1])
+    return sorted({max(total // 8**power, SMALLEST_PROBES[0]) for power in range(5)})
 
 
 def fit_link(samples: Iterable[tuple[float, float]]) -> Link:
@@ -88,15 +86,6 @@ def fit_link(samples: Iterable[tuple[float, float]]) -> Link:
     # Noise may make a larger one look faster.
     times = accumulate((statistics.median(seconds_of[size]) for size in sizes), max)
     return Link(tuple(sizes), tuple(times))
-
-
-def measure_link(collective: Callable[[int], float], total: int, repeats: int = 3) -> Link:
-    """Calls `collective(nbytes)`, which runs one and returns its seconds, for each of `probe_sizes(total)`.
-
-    The first of a size may set up what the others find; it does not count.
-    """
-    samples = [(size, collective(size)) for size in probe_sizes(total) for _ in range(repeats + 1)]
-    return fit_link(sample for index, sample in enumerate(samples) if index % (repeats + 1))
 
 
 def sent_times(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_fast.checkpoint.plugins import CheckpointIO
-from lit_fast.distributed.buckets import MEBIBYTE, BucketSizes, GradientBuckets
+from lit_fast.distributed.buckets import GradientBuckets
+from lit_fast.distributed.learning import DEFAULT_SIZES, MEBIBYTE, BucketSizes
 from lit_fast.errors import MisconfigurationException
 from lit_fast.strategies.environments import ClusterEnvironment
 from lit_fast.strategies.parallel import BROADCAST_BYTES, ParallelStrategy, broadcast_coalesced
@@ -38,8 +39,10 @@ class DDPStrategy(ParallelStrategy):
         wire_dtype: in which gradients travel, "bfloat16" or "float16"; their own dtype where None.
         start_method: "popen" runs the program once more for each process; "spawn", "fork" and "forkserver" run the
             Trainer's method in processes of Python's multiprocessing.
-        bucket_cap_mb: mebibytes in a bucket.
-        first_bucket_mb: mebibytes in the bucket that backward fills first.
+        bucket_cap_mb: mebibytes in a bucket; 25 where only the next one is given. Where neither is, the first four
+            steps are measured, and buckets are as long as backward and the network want them
+            (`distributed/learning.py`).
+        first_bucket_mb: mebibytes in the bucket that backward fills first; 1 where only `bucket_cap_mb` is given.
         broadcast_buffers: before each forward in training, buffers become those of the first process.
         ddp_kwargs: further options of torch's DistributedDataParallel: find_unused_parameters, static_graph and
             gradient_as_bucket_view, which change nothing here.
@@ -71,7 +74,7 @@ class DDPStrategy(ParallelStrategy):
         *,
         wire_dtype: str | torch.dtype | None = None,
         bucket_cap_mb: float | None = None,
-        first_bucket_mb: float = 1.0,
+        first_bucket_mb: float | None = None,
         broadcast_buffers: bool = True,
         **ddp_kwargs: Any,
     ) -> None:
@@ -99,9 +102,9 @@ class DDPStrategy(ParallelStrategy):
             )
         self._ddp_kwargs = ddp_kwargs
         self.wire_dtype = _COMPRESSED[hook] if hook is not None else _dtype(wire_dtype)
-        self._sizes = BucketSizes(
-            int(first_bucket_mb * MEBIBYTE), int((25 if bucket_cap_mb is None else bucket_cap_mb) * MEBIBYTE)
-        )
+        given = (first_bucket_mb, bucket_cap_mb)
+        sizes = [size if mb is None else int(mb * MEBIBYTE) for mb, size in zip(given, DEFAULT_SIZES, strict=True)]
+        self._sizes = None if given == (None, None) else BucketSizes(*sizes)
         self.broadcast_buffers = broadcast_buffers
         self.buckets: GradientBuckets | None = None
         self._blocked = False
