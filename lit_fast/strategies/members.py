@@ -61,7 +61,7 @@ class Member:
             return None
         stat = _stat(self.pid)
         if not stat or stat[19] != self.began:
-            return "its process is gone"
+            return "has ended without a word: killed, perhaps, or out of memory"
         return how_it_ended(os.waitstatus_to_exitcode(int(stat[49]))) if stat[0] in "ZX" else None
 
     def stopped(self) -> bool:
@@ -74,14 +74,14 @@ def how_it_ended(exit_code: int) -> str:
     """An exit code in words; minus the number of the signal that ended a process, as `subprocess` has it.
 
     >>> how_it_ended(-9), how_it_ended(3)
-    ('it was killed by SIGKILL', 'it ended with exit code 3')
+    ('was killed by SIGKILL', 'ended with exit code 3')
     """
     if exit_code >= 0:
-        return f"it ended with exit code {exit_code}"
+        return f"ended with exit code {exit_code}"
     try:
-        return f"it was killed by {signal.Signals(-exit_code).name}"
+        return f"was killed by {signal.Signals(-exit_code).name}"
     except ValueError:  # a real-time signal has no name
-        return f"it was killed by signal {-exit_code}"
+        return f"was killed by signal {-exit_code}"
 
 
 def ranks(numbers: Iterable[int]) -> str:

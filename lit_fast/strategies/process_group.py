@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from lit_fast import __version__
 from lit_fast.errors import ProcessGroupError
 from lit_fast.strategies.members import Member, listener, ranks
+from lit_fast.strategies.watchdog import TIMEOUT, Watchdog
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ TOGETHER = "together"
 
 # Of each process by its pid: one that was forked has its parent's variables, not its parent's place in a job.
 _opened: dict[int, tuple[Store, bool]] = {}  # the store, and whether this process hosts it
+_connections: dict[int, set[tuple[int, str]]] = {}  # of the group
 _rounds: Counter[int] = Counter()  # how often it has joined
 
 
@@ -43,6 +45,7 @@ class Joined:
         members: all of them, by rank.
         store: what they tell each other outside collectives; keys are of this run alone.
         hosts_store: whether the store ends with this process.
+        watchdog: names a rank that dies, raises or hangs; it runs until `leave`.
     """
 
     rank: int
@@ -50,6 +53,11 @@ class Joined:
     members: tuple[Member, ...]
     store: Store
     hosts_store: bool
+    watchdog: Watchdog
+
+    def leave(self) -> None:
+        """The end of a run: wait until all ranks have come to theirs, unless one failed. The group stays."""
+        self.watchdog.leave()
 
 
 def join(
@@ -62,6 +70,7 @@ def join(
     timeout: timedelta = COLLECTIVE_TIMEOUT,
     arrival_seconds: float = ARRIVAL_SECONDS,
     device: torch.device | None = None,
+    watchdog_timeout: float | None = TIMEOUT,
 ) -> Joined:
     """Bring up `torch.distributed`'s process group, or say on every rank why it does not come up.
 
@@ -77,6 +86,7 @@ def join(
         timeout: of each collective.
         arrival_seconds: how long the slowest rank is waited for.
         device: this rank's, where it is a GPU.
+        watchdog_timeout: seconds of silence after which a rank is given up; see `Watchdog`.
 
     Raises:
         ProcessGroupError: the port is in use, the address leads nowhere, a rank does not come or does not fit, or
@@ -89,6 +99,7 @@ def join(
         >>> joined = join(rank=0, world_size=1, main_address="127.0.0.1", main_port=port)
         >>> joined.members[0].rank, dist.get_backend()
         (0, 'gloo')
+        >>> joined.leave()
         >>> disband()
     """
     if dist.is_initialized() and (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
@@ -112,9 +123,15 @@ def join(
         f"The store at {main_address}:{main_port} stopped answering while the ranks met: the process that hosts it "
         f"hangs, or the network to it is cut.",
     )
+    watchdog = Watchdog(store, rank, members, timeout=watchdog_timeout, hosts_store=hosts, cut=cut_connections)
+    watchdog.start()
     if not dist.is_initialized():
-        _connect(store, here, members, backend, timeout, device, main_address)
-    return Joined(rank, world_size, members, store, hosts)
+        try:
+            _connect(store, here, members, backend, timeout, device, main_address)
+        except ProcessGroupError as error:
+            watchdog.report(error, "while connecting")
+            raise
+    return Joined(rank, world_size, members, store, hosts, watchdog)
 
 
 def disband() -> None:
@@ -304,6 +321,7 @@ def _connect(
         interface = interface_towards(main_address)
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
+    before = _sockets()
     try:
         dist.init_process_group(
             backend,
@@ -319,7 +337,33 @@ def _connect(
             f"{_first_line(error)} Where the machine has several networks, set GLOO_SOCKET_IFNAME (NCCL_SOCKET_IFNAME) "
             f"to the interface that reaches the other machines."
         ) from error
+    _connections[os.getpid()] = _sockets() - before
     atexit.register(_at_exit, os.getpid())
+
+
+def cut_connections() -> None:
+    """Break the group's connections, so that collectives that wait for another rank fail in every thread.
+
+    Gloo has nothing for that. Its sockets are those that came while the group was made.
+    """
+    if "nccl" in str(dist.get_backend_config()):
+        dist.distributed_c10d._abort_process_group()  # private, and the only way
+    for descriptor, _ in _connections.get(os.getpid(), set()) & _sockets():
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            connection.getpeername()  # raises for one that listens, which Gloo must not lose
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+def _sockets() -> set[tuple[int, str]]:
+    """Sockets of this process: descriptor, and what tells a later one of the same descriptor from it."""
+    found = set()
+    with suppress(OSError):  # no Linux
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):  # the descriptor of this very listing
+                identity = os.readlink(f"/proc/self/fd/{name}")
+                if identity.startswith("socket:"):
+                    found.add((int(name), identity))
+    return found
 
 
 def _at_exit(pid: int) -> None:

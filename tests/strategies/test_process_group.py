@@ -67,6 +67,7 @@ def summed(**told: Any) -> tuple[float, list[int]]:
     joined = join(**told)
     total = torch.tensor(float(joined.rank))
     dist.all_reduce(total)
+    joined.leave()
     disband()
     return total.item(), [member.rank for member in joined.members]
 
@@ -84,6 +85,7 @@ def twice(rank: int, port: int) -> list[int]:
     for _ in range(2):
         joined = join(rank=rank, world_size=2, main_address="127.0.0.1", main_port=port, arrival_seconds=10.0)
         dist.barrier()
+        joined.leave()
         pids.append(joined.members[1].pid)
     return pids
 
@@ -235,7 +237,7 @@ def test_versions_are_compared() -> None:
 
 
 def compare(rank: int, port: int, change: str) -> Any:
-    join(rank=rank, world_size=2, main_address="127.0.0.1", main_port=port, timeout=timedelta(seconds=20))
+    joined = join(rank=rank, world_size=2, main_address="127.0.0.1", main_port=port, timeout=timedelta(seconds=20))
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     if rank == 1 and change == "shape":
         model[0] = nn.Linear(2, 4)
@@ -248,7 +250,7 @@ def compare(rank: int, port: int, change: str) -> Any:
         check_same_model(model)
     except ProcessGroupError as error:
         said = str(error)
-    dist.barrier()
+    joined.leave()
     disband()
     return said
 
@@ -298,12 +300,12 @@ def test_a_member_knows_its_own_machine() -> None:
     assert Member.from_json(here.to_json()) == here
     assert here.seen_from_here() and here.fate() is None and not here.stopped()
     later = Member(**{**vars(here), "began": "1"})
-    assert later.fate() == "its process is gone"
+    assert later.fate() == "has ended without a word: killed, perhaps, or out of memory"
     elsewhere = Member(**{**vars(here), "machine": "other", "began": "1"})
     assert elsewhere.fate() is None
 
 
-@pytest.mark.parametrize(("code", "words"), [(-9, "it was killed by SIGKILL"), (7, "it ended with exit code 7")])
+@pytest.mark.parametrize(("code", "words"), [(-9, "was killed by SIGKILL"), (7, "ended with exit code 7")])
 def test_a_process_that_ended_tells_its_siblings_how(code: int, words: str) -> None:
     reading, writing = os.pipe()
     pid = os.fork()
@@ -316,12 +318,12 @@ def test_a_process_that_ended_tells_its_siblings_how(code: int, words: str) -> N
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has asked for its exit code
     assert child.fate() == words == how_it_ended(code)
     os.waitpid(pid, 0)
-    assert child.fate() == "its process is gone"
+    assert child.fate() == "has ended without a word: killed, perhaps, or out of memory"
 
 
 def test_words() -> None:
     assert ranks([1]) == "rank 1" and ranks([4, 1, 2, 3, 7]) == "ranks 1 to 4, 7" and ranks([1, 2]) == "ranks 1, 2"
-    assert how_it_ended(-40) == "it was killed by signal 40"
+    assert how_it_ended(-40) == "was killed by signal 40"
 
 
 def test_who_listens() -> None:
