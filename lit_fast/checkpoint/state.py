@@ -18,6 +18,7 @@ import torch
 from lit_fast.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from lit_fast.checkpoint import finding, rng
 from lit_fast.checkpoint.build import OURS, PICKLED, load_weights
+from lit_fast.data.distributed import for_rank
 from lit_fast.data.position import count_only
 from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.hparams import as_data, pickled
@@ -102,13 +103,42 @@ def _ours(trainer: Trainer) -> dict[str, Any]:
         "stepped_before": steps if starts_epoch else progress.stepped_before,
         "total_before": progress.total_before + (batches if starts_epoch else 0),
         "scheduled": progress.scheduled,
-        "data": loop.data_state(None if starts_epoch else batches),
-        "rng": trainer.fit_loop.epoch_loop.val_loop.rng_before
-        if trainer.validating and stage == "stepped"
-        else rng.capture(),
-        "metrics": trainer._metric_log.state_dict(trainer.lightning_module),
         **_open_window(trainer),
+        **_of_every_process(
+            trainer,
+            {
+                "data": loop.data_state(None if starts_epoch else batches),
+                "rng": trainer.fit_loop.epoch_loop.val_loop.rng_before
+                if trainer.validating and stage == "stepped"
+                else rng.capture(),
+                "metrics": trainer._metric_log.state_dict(trainer.lightning_module),
+            },
+        ),
     }
+
+
+def _of_every_process(trainer: Trainer, own: dict[str, Any]) -> dict[str, Any]:
+    """What is different in each process: its own, and with several of them everybody's by rank, under "processes"."""
+    if trainer.world_size == 1:
+        return own
+    return {**own, "processes": trainer.strategy.gather_objects(own)}
+
+
+def _of_this_process(trainer: Trainer, ours: dict[str, Any]) -> dict[str, Any]:
+    """The same, for a process that goes on: its own, or what it takes over where there were more or fewer of them."""
+    saved: list[dict[str, Any]] = ours.get("processes") or [{name: ours[name] for name in ("data", "rng", "metrics")}]
+    rank, world_size = trainer.global_rank, trainer.world_size
+    if len(saved) == world_size:
+        return saved[rank]
+    if saved[0]["metrics"]["slots"]:
+        warnings.warn(
+            f"{trainer.ckpt_path} was written by {len(saved)} processes inside an epoch, and {world_size} go on: what "
+            f"was logged in that epoch before is not part of its means.",
+            stacklevel=3,
+        )
+    metrics = {**saved[0]["metrics"], "slots": [], "metrics": {}}
+    data = None if saved[0]["data"] is None else for_rank([each["data"] for each in saved], rank, world_size)
+    return {"data": data, "rng": saved[rank % len(saved)]["rng"], "metrics": metrics}
 
 
 def _open_window(trainer: Trainer) -> dict[str, Any]:
@@ -118,8 +148,11 @@ def _open_window(trainer: Trainer) -> dict[str, Any]:
         return {"gradients": {}}
     if not (progress.batch_idx % plans.window if progress.stage == "broken" else trainer.fit_loop._window_is_open()):
         return {"gradients": {}}
-    parameters = trainer.lightning_module.named_parameters()
-    gradients = {name: parameter.grad for name, parameter in parameters if parameter.grad is not None}
+    gathered = {name: p.grad for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
+    if trainer.world_size > 1:  # a mean over processes is what all of them gather, whoever goes on with it
+        own = {name: torch.zeros_like(p) for name, p in trainer.lightning_module.named_parameters() if name in gathered}
+        gathered = {name: trainer.strategy.reduce(own[name] if g is None else g) for name, g in gathered.items()}
+    gradients = {name: gradient for name, gradient in gathered.items() if gradient is not None}
     weights = plans.binding.weights
     return {"gradients": gradients} if weights is None else {"gradients": gradients, "weights": weights.state_dict()}
 
@@ -238,8 +271,9 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     progress.stepped_before, progress.total_before = ours["stepped_before"], ours["total_before"]
     progress.scheduled = ours["scheduled"]
     progress.resumed = (_place(checkpoint), progress.batch_idx)
-    trainer.fit_loop.pending_data = ours["data"]
-    trainer._pending_metrics = ours["metrics"]
+    own = _of_this_process(trainer, ours)
+    trainer.fit_loop.pending_data = own["data"]
+    trainer._pending_metrics = own["metrics"]
     for name, parameter in trainer.lightning_module.named_parameters():
         if name in ours["gradients"]:
             dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # not the file's, where an option changed
@@ -247,7 +281,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     if "weights" in ours:  # of what those gradients gathered
         assert trainer.fit_loop.plans is not None
         trainer.fit_loop.plans.binding.weigh().load_state_dict(ours["weights"])
-    trainer._pending_rng = ours["rng"]
+    trainer._pending_rng = own["rng"]
 
 
 def _fit_loop_of(checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_fast.checkpoint.plugins import CheckpointIO
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.rank_zero import set_rank
 from lit_fast.strategies.control import Control
 from lit_fast.strategies.environments import ClusterEnvironment, detect_environment
@@ -247,8 +247,16 @@ class ParallelStrategy(Strategy):
     # -- checkpoints: one process writes
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Written by the first process; the others wait, and raise the error that it meets."""
+        failure: CheckpointError | None = None
         if self.is_global_zero:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
+            try:
+                super().save_checkpoint(checkpoint, filepath, storage_options)
+            except CheckpointError as error:
+                failure = error
+        told = self.broadcast(None if failure is None else str(failure))
+        if told is not None:
+            raise CheckpointError(told) from failure
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_global_zero:
