@@ -20,7 +20,8 @@ def for_rank(states: Sequence[State] | State, rank: int, world_size: int) -> Sta
     `DataPosition` deals out anew what is left of the epoch.
 
     Args:
-        states: `DataPosition.state_dict` of every process, by rank; or of the only one.
+        states: `DataPosition.state_dict` of every process, by rank. One of them alone will do where the others could
+            not be asked, when the run failed: each sample still comes once; random states of workers are not restored.
         rank, world_size: of the process that goes on.
 
     Raises:
@@ -44,16 +45,17 @@ def for_rank(states: Sequence[State] | State, rank: int, world_size: int) -> Sta
         [[4, 7, 10], [5, 8, 11], [6, 9, 4]]
     """
     states = [states] if isinstance(states, dict) else states
-    if len(states) == world_size:
+    then = max(len(states), states[0].get("world_size", 1))
+    if then == len(states) == world_size:
         return states[rank]
     places = [tuple(state.get(name) for name in ("begun", "epoch", "consumed", "finished")) for state in states]
     if len(set(places)) > 1:
         raise DataError(
-            f"the {len(states)} processes that wrote the checkpoint were not at the same place in their data (begun, "
+            f"the {then} processes that wrote the checkpoint were not at the same place in their data (begun, "
             f"epoch, batches, finished: {'; '.join(map(str, places))}), so that what is left of it cannot be shared "
-            f"out among {world_size}. Resume with {len(states)} processes, or from another checkpoint"
+            f"out among {world_size}. Resume with {then} processes, or from another checkpoint"
         )
-    return _of_others(states[rank % len(states)], len(states), world_size)
+    return _of_others(states[rank % len(states)], then, world_size)
 
 
 def _of_others(state: State, then: int, now: int) -> State:

@@ -197,6 +197,7 @@ class DataPosition:
         return {
             "version": _VERSION,
             "begun": True,
+            "world_size": _world_size(),
             "kind": self._source.kind,
             "epoch": self._epoch,
             "consumed": consumed,
@@ -245,6 +246,12 @@ def count_only(skip: int, loaders: list[Any] | None = None) -> dict[str, Any]:
         loaders: What `state_dict` of the loaders that have one returned; goes before `skip`.
     """
     return {"version": _VERSION, "begun": False, "skip": skip, "loaders": loaders or []}
+
+
+def _world_size() -> int:
+    """Processes that train together."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def _begin_behind(source: Source, skip: int) -> Iterator[Any]:

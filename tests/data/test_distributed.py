@@ -259,6 +259,17 @@ def test_the_end_of_an_epoch_and_its_beginning() -> None:
         assert run.done == 0 and sorted(flat(run.steps())) == list(range(16))
 
 
+def test_the_state_of_one_process_alone_is_enough_for_a_ledger() -> None:
+    def make() -> DataLoader[Any]:
+        return DataLoader(range(48), batch_size=2, shuffle=True)
+
+    four = Run(make, 4)
+    seen = flat(four.steps(3))
+    (state,) = [{**position.state_dict(), "world_size": 4} for position in four.positions[2:3]]
+    for world in (1, 3, 4):
+        assert sorted(seen + flat(Run(make, world, [state]).steps())) == list(range(48))
+
+
 def test_another_seed_goes_on_in_the_saved_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> DataLoader[Any]:
         return DataLoader(range(16), batch_size=2, shuffle=True)
