@@ -13,6 +13,7 @@ from lit_fast.errors import LitFastError
 # Name, and what --help says. lit_fast/cli/<name>.py is imported when it is called.
 COMMANDS = {
     "info": "what was built, what was chosen on this machine, and why",
+    "launch": "run a program in several processes, on one machine or several, or as a job of SLURM's",
     "pretrain": "train a GPT on text, by default on the source of Python's standard library",
     "run": "run a Python program written for Lightning, unedited",
 }
