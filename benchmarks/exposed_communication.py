@@ -6,7 +6,8 @@ smaller: transfers take the times of the whole models, and copies about those of
 than this machine's. What a host does for each parameter and bucket takes the time that it takes here.
 
 Exposed is the time from the last gradient's arrival until every mean is in place. The same step on an instant link
-shows how much of that is not the link's. Everything is measured interleaved, with medians of rounds.
+shows how much of that is not the link's. Everything is measured interleaved, with medians of rounds. On a
+machine that others use, too, run it under `chrt -f 5` (as root): it mostly sleeps, and must be woken in time.
 
 On paper, the same arithmetic goes on to 1,024 ranks: torch's rule for filling buckets and ours on a serial link. No
 order of whole gradients on it can end earlier than the bound that is printed beside.
@@ -32,6 +33,7 @@ SCALE = 256  # HBM3's 3.3 TB/s to the 10 to 20 GB/s of a core
 TOKENS = 16_384  # of a rank's backward: 16 sequences of 1,024
 TFLOPS = 400e12  # 40 % of what an H100 does in bfloat16
 MEBIBYTE = 1 << 20
+MODELS = ("GPT-2 124M", "Llama 1B")
 CAPS = (5, 10, 25, 50, 100, 200, 400)  # MiB, torch DDP's bucket_cap_mb
 MEASURED = [("NVLink", 8), ("InfiniBand NDR", 16), ("InfiniBand NDR", 64), ("InfiniBand HDR", 64), ("100 GbE", 16)]
 PAPER_RANKS = (2, 8, 64, 1024)
@@ -186,17 +188,17 @@ def torch_step(timed: TimedBackward, *, first: float = 1, cap: float = 25, **opt
     return lambda: ddp(timed.x).backward()
 
 
-def our_step(timed: TimedBackward, wire_dtype: Any = None) -> Step:
+def our_step(timed: TimedBackward) -> Step:
     """A step of our buckets, whose sizes are chosen in the first four."""
     from lit_fast.distributed import buckets, learning, timing
 
     scaled = learning.BucketSizes(*(size // SCALE for size in learning.DEFAULT_SIZES))
     with mock.patch.object(learning, "DEFAULT_SIZES", scaled):
-        ours = buckets.GradientBuckets(list(timed.model.parameters()), None, wire_dtype=wire_dtype)
+        ours = buckets.GradientBuckets(list(timed.model.parameters()), None)
 
     def step() -> None:
         loss = timed.model(timed.x)
-        with mock.patch.object(timing, "LARGEST_PROBE", timing.LARGEST_PROBE // SCALE):
+        with mock.patch.object(timing, "SCRATCH", timing.SCRATCH // SCALE):
             ours.begin()
             loss.backward()
             ours.finish()
@@ -310,7 +312,7 @@ def paper_rows() -> list[Row]:
     from benchmarks.simulated_network import NETWORKS
 
     rows = []
-    for model in ("GPT-2 124M", "Llama 1B"):
+    for model in MODELS:
         for network in NETWORKS.values():
             for ranks in PAPER_RANKS:
                 if network.name != "NVLink" or ranks <= 8:
@@ -324,17 +326,15 @@ def paper_rows() -> list[Row]:
 def main(argv: Sequence[str]) -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--paper", action="store_true", help="the arithmetic alone")
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose model, network and ranks contain it")
     options = parser.parse_args(argv)
-    rows = (
-        []
-        if options.paper
-        else [
-            row
-            for model in ("GPT-2 124M", "Llama 1B")
-            for network, ranks in MEASURED
-            for row in measure(model, network, ranks, options.rounds)
-        ]
-    )
+    rows: list[Row] = []
+    if not options.paper:
+        with one_thread():
+            for model in MODELS:
+                for network, ranks in MEASURED:
+                    if options.only in f"{model}, {network}, {ranks} ranks":
+                        rows += measure(model, network, ranks, options.rounds)
     return harness.finish("exposed_communication", "Exposed communication", rows + paper_rows(), options)
 
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lit_fast.distributed.tuning import Link, fit_link, probe_sizes
 
-LARGEST_PROBE = 64 << 20  # bytes: beyond, a link only takes longer in proportion
+SCRATCH = 64 << 20  # bytes of the largest probe, or an eighth of all gradients: activations' memory is free by then
 
 
 class Arrivals:
@@ -88,11 +88,11 @@ def _seconds(begin: float, end: float) -> float:
 
 
 def measure_link(group: Any, dtype: torch.dtype, device: torch.device, total: int, repeats: int = 3) -> Link:
-    """What an all-reduce of up to `total` bytes takes in `group`; every process of it calls this.
+    """What an all-reduce of up to `total` bytes takes in `group`; every process of it calls this, after a backward.
 
     The first of a size, which may set up what the others find, does not count.
     """
-    sizes = probe_sizes(min(total, LARGEST_PROBE))
+    sizes = probe_sizes(min(total, max(SCRATCH, total // 8)))
     scratch = torch.zeros(-(-sizes[-1] // dtype.itemsize), dtype=dtype, device=device)
     samples: list[tuple[int, float]] = []
     for nbytes in sizes:

@@ -57,10 +57,10 @@ def probe_sizes(total: int) -> list[int]:
 
     Example:
         >>> probe_sizes(1 << 26)
-        [16384, 131072, 1048576, 8388608, 67108864]
+        [16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864]
     """
     total = max(total, SMALLEST_PROBES[-1])
-    return sorted({max(total // 8**power, SMALLEST_PROBES[0]) for power in range(5)})
+    return sorted({max(total // 4**power, SMALLEST_PROBES[0]) for power in range(7)})
 
 
 def fit_link(samples: Iterable[tuple[float, float]]) -> Link:
