@@ -357,7 +357,7 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
             raise MisconfigurationException(
                 f"clip_gradients(gradient_clip_algorithm={algorithm!r}): allowed are 'norm' and 'value'."
             )
-        trainer.precision_plugin.clip_gradients(optimizer, value, GradClipAlgorithmType(algorithm))
+        trainer.strategy.clip_gradients(optimizer, value, GradClipAlgorithmType(algorithm))
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         if metric is None:

@@ -10,7 +10,7 @@ from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.module import LightningModule
 from lit_fast.optim.adopt import AdoptedOptimizer, adopt
-from lit_fast.optim.clip import step_clipped_by_norm
+from lit_fast.optim.clip import step_by_shared_norm, step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.grad_dtype import InParameterDtype
 from lit_fast.optim.nonfinite import Guard
@@ -69,6 +69,8 @@ class Stepping:
 
     def gradients_are_watched(self) -> bool:
         """May something look at `p.grad` around the step? Then what the step would do in registers is written back."""
+        if self._trainer.strategy.shards_gradients:
+            return False
         if self._precision.asks_for("clip_gradients", "clip_grad_by_value", "clip_grad_by_norm", "main_params"):
             return True
         if self.by_plugin or any(map(calls_closure_itself, self._trainer.optimizers)):
@@ -93,10 +95,10 @@ class Stepping:
         trainer = self._trainer
         limit = trainer.gradient_clip_val if self._clips_in_registers else None
         by_value = trainer.gradient_clip_algorithm == "value"
-        by_torch = trainer.config.device.type == "cpu"  # see update_of
-        adopted.set_clipping(max_norm=None if by_value or by_torch else limit, clip_value=limit if by_value else None)
+        outside = self._clips_by_torch or trainer.strategy.shared_norm(adopted.optimizer) is not None  # see update_of
+        adopted.set_clipping(max_norm=None if by_value or outside else limit, clip_value=limit if by_value else None)
         if guard is not adopted.guard:
-            adopted.set_guard(None if self._clips_by_torch else guard)
+            adopted.set_guard(None if outside else guard)
         if trainer.config.grad_dtype is not None:
             adopted.around_own_step = InParameterDtype(adopted.optimizer)
 
@@ -120,7 +122,7 @@ class Stepping:
                 f"Use nonfinite='propagate', or an optimizer of torch's other than LBFGS."
             )
         self._note("update", "Trainer", f"nonfinite={nonfinite!r}: first, whether every gradient is finite")
-        return before.guard if before is not None else Guard(nonfinite, self._module.named_parameters)
+        return before.guard if before is not None else Guard(nonfinite, trainer.strategy.named_parameters)
 
     def check_gradients(self) -> None:
         """At an epoch's end: wait for a device that may have left out steps, which are an error.
@@ -144,6 +146,13 @@ class Stepping:
 
     def update_of(self, index: int) -> Callable[..., Any]:
         """`update(grad_scale=1.0)`: one optimizer's step, clipped where that is done within."""
-        if self._clips_by_torch:
-            return step_clipped_by_norm(self.adopted[index], self._trainer.gradient_clip_val, self._guards[index])
-        return self.adopted[index].step
+        adopted, strategy, guard = self.adopted[index], self._trainer.strategy, self._guards[index]
+        limit = self._trainer.gradient_clip_val if self._clips_in_registers else None
+        by_norm = None if self._trainer.gradient_clip_algorithm == "value" else limit or None
+        norm = strategy.shared_norm(adopted.optimizer)
+        update: Callable[..., Any] = adopted.step
+        if norm is not None and (by_norm is not None or guard is not None):
+            update = step_by_shared_norm(adopted, norm, by_norm, guard)
+        elif norm is None and self._clips_by_torch:
+            update = step_clipped_by_norm(adopted, self._trainer.gradient_clip_val, guard)
+        return strategy.bind_update(adopted.optimizer, update)

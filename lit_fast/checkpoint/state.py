@@ -56,7 +56,7 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             if state:
                 states[callback.state_key] = state
         checkpoint["callbacks"] = states
-        checkpoint["optimizer_states"] = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        checkpoint["optimizer_states"] = [trainer.strategy.optimizer_state(each) for each in trainer.optimizers]
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
         precision = trainer.precision_plugin.state_dict()
         if precision:
@@ -230,9 +230,16 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             f"{trainer.ckpt_path} holds weights only, so a fit cannot go on from it; load the weights into the model "
             f"and fit without ckpt_path."
         )
-    for kind, states, objects in (
-        ("optimizers", checkpoint["optimizer_states"], trainer.optimizers),
-        ("schedulers", checkpoint["lr_schedulers"], [config.scheduler for config in trainer.lr_scheduler_configs]),
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    load_optimizer = trainer.strategy.load_optimizer_state
+    for kind, states, objects, load in (
+        ("optimizers", checkpoint["optimizer_states"], trainer.optimizers, load_optimizer),
+        (
+            "schedulers",
+            checkpoint["lr_schedulers"],
+            schedulers,
+            lambda scheduler, state: scheduler.load_state_dict(state),
+        ),
     ):
         if len(states) != len(objects):
             raise CheckpointError(
@@ -241,7 +248,7 @@ def restore_training(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
             )
         for state, target in zip(states, objects, strict=True):
             try:
-                target.load_state_dict(state)
+                load(target, state)
             except (ValueError, KeyError) as error:
                 raise CheckpointError(
                     f"{trainer.ckpt_path}: the state of {type(target).__name__} does not fit this run's: {error}"

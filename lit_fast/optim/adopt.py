@@ -113,7 +113,7 @@ def adopt(
 
 
 def _store_as(optimizer: Optimizer, options: dict[str, Any]) -> None:
-    mapping, why_not = _mapping_of(optimizer)
+    mapping, why_not = mapping_of(optimizer)
     if mapping is None:
         raise KernelError(f"adopt with storage options ({_given(options)}): {why_not}, and torch's step knows none.")
     set_options(optimizer, mapping.state_keys, options, override=True)
@@ -272,7 +272,7 @@ class AdoptedOptimizer:
         self._skips_on_device = False
         self._bound_clipping = self._norm_type, self._per_group
         name = type(optimizer).__name__
-        mapping, why_not = _mapping_of(optimizer)
+        mapping, why_not = mapping_of(optimizer)
         if mapping is not None:
             stepper = mapping.stepper(self.device)
             why_not = stepper.refusal(optimizer.param_groups)
@@ -486,7 +486,7 @@ def _mappings() -> dict[type[Optimizer], ops.Mapping]:
     return found
 
 
-def _mapping_of(optimizer: Optimizer) -> tuple[ops.Mapping | None, str]:
+def mapping_of(optimizer: Optimizer) -> tuple[ops.Mapping | None, str]:
     """The mapping of the optimizer's class, or None and why there is none."""
     kind = type(optimizer)
     known = next((base for base in kind.__mro__ if base in _mappings()), None)

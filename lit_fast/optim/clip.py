@@ -60,3 +60,28 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float, guard: Guar
         adopted.step(grad_scale=coefficient.item() * grad_scale, clip=False)
 
     return step
+
+
+def step_by_shared_norm(
+    adopted: AdoptedOptimizer, norm: Callable[..., torch.Tensor], max_norm: float | None, guard: Guard | None
+) -> Callable[..., None]:
+    """`step(grad_scale=1.0)` where each process holds parts of the gradients: all of them clip alike, or leave it out.
+
+    Args:
+        norm: `norm(grad_scale)` of all gradients, the same in every process; finite exactly when they are.
+        max_norm: clip to it; None: the norm is only asked whether it is finite.
+        guard: asked where it is not; `adopted` has none.
+    """
+    optimizer = adopted.optimizer
+
+    def step(grad_scale: float | torch.Tensor = 1.0) -> None:
+        total = norm(grad_scale)
+        if guard is not None and not math.isfinite(total.item()):  # waits for a GPU: all decide before anyone steps
+            guard.refuse(optimizer.param_groups)
+            return
+        if max_norm is not None:
+            coefficient = ops.clip_coefficient(total, max_norm)
+            grad_scale = grad_scale * (coefficient.item() if total.is_cpu else coefficient)
+        adopted.step(grad_scale=grad_scale)
+
+    return step

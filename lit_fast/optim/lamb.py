@@ -102,5 +102,6 @@ MAPPING = Mapping(
     state_keys=("exp_avg", "exp_avg_sq"),
     step_key="step",
     init_state=init_state,
+    whole_tensors=True,
 )
 Lamb.mapping = MAPPING

@@ -406,6 +406,7 @@ MAPPING = _MuonMapping(
     state_keys=("momentum_buffer",),
     step_key="step",
     init_state=init_state,
+    whole_tensors=True,
 )
 Muon.mapping = MAPPING
 _UNUSED_PASS = dict.fromkeys(MAPPING.option_keys, 0.0)

@@ -12,6 +12,7 @@ _HOME = {
     "SingleDeviceStrategy": "single_device",
     "Strategy": "strategy",
     "TorchDDPStrategy": "ddp_torch",
+    "ZeRO1Strategy": "zero1",
 }
 _LATER = (
     "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy", "XLAStrategy",
@@ -28,6 +29,7 @@ __all__ = [
     "Strategy",
     "TorchDDPStrategy",
     "XLAStrategy",
+    "ZeRO1Strategy",
 ]
 
 

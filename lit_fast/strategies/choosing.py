@@ -29,6 +29,7 @@ for _name, (_kind, _file, _options) in list(STRATEGIES.items()):
             _file,
             {**_options, "find_unused_parameters": _unused},
         )
+STRATEGIES["zero1"] = ("ZeRO1Strategy", "zero1", {})
 
 
 def choose_strategy(

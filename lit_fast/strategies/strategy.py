@@ -61,6 +61,7 @@ class Strategy:
     lightning_restore_optimizer = True
     handles_gradient_accumulation = False
     rides = True  # whether what processes agree on travels with the gradients; else it is asked for between steps
+    shards_gradients = False  # whether optimizers hold this process's part of the gradients alone
     root_device: torch.device
     control: Control | None = None  # what several processes agree on
 
@@ -115,6 +116,23 @@ class Strategy:
     def bind_backward(self, backward: Backward, reduces: bool) -> Backward:
         """Backward of a micro-batch; `reduces` in the last one of its window, whose gradients are stepped with."""
         return backward
+
+    def bind_update(self, optimizer: Optimizer, update: Callable[..., Any]) -> Callable[..., Any]:
+        """`update(grad_scale=1.0)`, an optimizer's step, with what belongs to it."""
+        return update
+
+    def shared_norm(self, optimizer: Optimizer) -> Callable[..., Tensor] | None:
+        """`norm(grad_scale=1.0)` of the gradients of which `optimizer` holds parts; None where it has all of them."""
+        return None
+
+    def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Any) -> None:
+        """Clip an optimizer's gradients in place."""
+        self.precision_plugin.clip_gradients(optimizer, clip_val, algorithm)
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Names for whatever optimizers step."""
+        assert self.lightning_module is not None, "no model is connected"
+        return self.lightning_module.named_parameters()
 
     def before_step(self) -> tuple[Callable[[], None], ...]:
         """What runs between the last backward of a window and the hooks before the optimizer's step."""
@@ -192,9 +210,12 @@ class Strategy:
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return optimizer.state_dict()
 
+    def load_optimizer_state(self, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        optimizer.load_state_dict(dict(state))
+
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            optimizer.load_state_dict(state)
+            self.load_optimizer_state(optimizer, state)
 
     # -- collectives: the identity in one process
 

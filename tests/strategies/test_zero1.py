@@ -1,0 +1,136 @@
+"""`strategy="zero1"` in several processes, against `strategy="ddp"` in as many, to the last bit."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import lit_fast
+
+pytestmark = pytest.mark.dist
+
+
+class Net(lit_fast.LightningModule):
+    """Parameters of several chunks of the norm (16,384 elements), which are cut; one is shared, one never used."""
+
+    def __init__(self, width: int = 160, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(4)])
+        self.layers[3].weight = self.layers[1].weight
+        self.first = nn.Linear(24, width)
+        self.head = nn.Linear(width, 4)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.unused = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(width)
+        self.options = options
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x) * self.scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        kind = self.options.get("optimizer", "AdamW")
+        home = lit_fast.optim if hasattr(lit_fast.optim, kind) else torch.optim
+        decay = [p for p in self.parameters() if p.dim() > 1]
+        rest = [p for p in self.parameters() if p.dim() <= 1]
+        return getattr(home, kind)(
+            [{"params": rest, "weight_decay": 0.0}, {"params": decay}], lr=1e-2, **self.options.get("given", {})
+        )
+
+
+def share(rank: int, world: int, batches: int, batch_size: int = 4) -> list[Any]:
+    """This rank's batches, dealt by hand."""
+    generator = torch.Generator().manual_seed(5)
+    count = batches * batch_size * world
+    data = TensorDataset(torch.randn(count, 24, generator=generator), torch.randint(4, (count,), generator=generator))
+    indices = list(range(count))[rank::world]
+    return [data[indices[i : i + batch_size]] for i in range(0, len(indices), batch_size)]
+
+
+def places() -> tuple[int, int]:
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def trainer_of(strategy: str, sizes: dict[str, Any], **options: Any) -> lit_fast.Trainer:
+    from lit_fast.strategies import DDPStrategy, ZeRO1Strategy
+
+    kind = {"ddp": DDPStrategy, "zero1": ZeRO1Strategy}[strategy]
+    return lit_fast.Trainer(
+        accelerator="cpu", devices=places()[1], strategy=kind(**sizes), logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.state_dict().items()}
+
+
+def fitted(strategy: str, sizes: dict[str, Any], options: dict[str, Any], net: dict[str, Any], batches: int) -> Any:
+    model = Net(**net)
+    trainer = trainer_of(strategy, sizes, **options)
+    trainer.fit(model, share(*places(), batches))
+    state = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    return model.losses, weights(model), state if places()[0] == 0 else None
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize(
+    "sizes,options,net,batches",
+    [
+        ({}, {"max_epochs": 2}, {}, 10),
+        ({"bucket_cap_mb": 0.1, "first_bucket_mb": 0.01}, {"max_epochs": 2, "accumulate_grad_batches": 4}, {}, 14),
+        ({}, {"max_epochs": 1}, {"optimizer": "SGD", "given": {"momentum": 0.9}}, 10),
+        ({"hide_gather": False}, {"max_epochs": 1}, {"optimizer": "Lion"}, 10),
+    ],
+    ids=["plain", "small-buckets-uneven-windows", "sgd", "lion"],
+)
+def test_two_ranks_have_the_bits_of_ddp(sizes: Any, options: Any, net: Any, batches: int) -> None:
+    theirs = run_ranks(fitted, 2, "ddp", {k: v for k, v in sizes.items() if k != "hide_gather"}, options, net, batches)
+    ours = run_ranks(fitted, 2, "zero1", sizes, options, net, batches)
+    assert equal(ours, theirs)
+
+
+def kept() -> Any:
+    model = Net(width=512)
+    trainer = trainer_of("zero1", {}, max_steps=2)
+    trainer.fit(model, share(*places(), 2))
+    [optimizer] = trainer.optimizers
+    own = sum(v.numel() * v.itemsize for entry in optimizer.state.values() for v in entry.values() if v.dim())
+    trained = sum(p.numel() * p.itemsize for name, p in model.named_parameters() if not name.startswith("unused"))
+    return own, trained, weights(model)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_each_rank_keeps_its_part_of_the_state(world: int) -> None:
+    results = run_ranks(kept, world)
+    sizes = [own for own, _, _ in results]
+    assert sum(sizes) == 2 * results[0][1]  # two moments of every parameter that is used, once in all
+    # A segment ends at a multiple of a chunk of its parameter, less than one chunk away from an equal part.
+    chunk = 2 * 4 * lit_fast.ops.square_chunk()
+    assert max(sizes) <= sum(sizes) / world + chunk * 2
+    names = [name for name, _ in Net(width=512).named_parameters()]
+    assert all(torch.equal(results[0][2][name], other[2][name]) for other in results for name in names)
