@@ -37,13 +37,17 @@ def attach_model(trainer: Trainer, model: Any, fn: TrainerFn) -> Iterator[Lightn
         trainer._tear_down(module)
         trainer.state.status = TrainerStatus.FINISHED
     except KeyboardInterrupt as interrupt:
+        trainer.strategy.explain_failure(interrupt, f"in trainer.{fn.value}")
         trainer._failed(interrupt)
         if hasattr(sys, "ps1"):  # an interactive session goes on
             raise
         raise SystemExit(1) from interrupt
     except BaseException as error:
-        trainer._failed(error)
-        raise
+        named = trainer.strategy.explain_failure(error, f"in trainer.{fn.value}")
+        trainer._failed(named)
+        if named is error:
+            raise
+        raise named from error
     finally:
         trainer.state.stage = None
         if trainer.fit_loop.position is not None:

@@ -61,7 +61,7 @@ class ParallelStrategy(Strategy):
         self.timeout = TIMEOUT if timeout is None else timeout
         self.num_nodes = 1
         self.start_method = start_method
-        self.joined: Joined | None = None  # this process among the others, once they have met
+        self.joined: Joined | None = None  # this process among the others, during a run
         self._launcher: Launcher | None = None
         self._launched = False  # whether this is one of the processes that the launcher has started
 
@@ -146,6 +146,20 @@ class ParallelStrategy(Strategy):
                 timeout=self.timeout,
                 device=self.root_device if self.root_device.type == "cuda" else None,
             )
+
+    def teardown(self) -> None:
+        """All processes come to the end of the run together, unless one failed; their group stays."""
+        super().teardown()
+        joined, self.joined = self.joined, None
+        if joined is not None:
+            joined.leave()
+
+    def explain_failure(self, error: BaseException, phase: str) -> BaseException:
+        """As of `Strategy`: a RankFailedError where another process is the cause; of others those hear."""
+        if self.joined is None:
+            return error
+        self.joined.watchdog.report(error, phase)
+        return self.joined.watchdog.explain_failure(error)
 
     @property
     def group(self) -> Any:

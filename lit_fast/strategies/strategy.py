@@ -203,6 +203,10 @@ class Strategy:
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
         self.checkpoint_io.remove_checkpoint(filepath)
 
+    def explain_failure(self, error: BaseException, phase: str) -> BaseException:
+        """What to raise in the place of an exception that ends a run; `phase` says where, as in "in trainer.fit"."""
+        return error
+
     def teardown(self) -> None:
         """The end of a run, whole or broken off."""
         self.checkpoint_io.teardown()

@@ -32,6 +32,9 @@ INTERVAL = 1.0  # seconds between two signs of life
 TIMEOUT = 20.0  # seconds of silence after which a rank is given up
 GRACE = 5.0  # seconds that a rank's main thread has to notice a verdict
 ENDING = 120.0  # seconds that it has for its hooks and its end, once it has noticed
+INTERRUPTED = timedelta(
+    seconds=10
+)  # how long a rank that Ctrl-C or SIGTERM ends waits for the others, which it ends, too
 PATIENCE = 3  # intervals of silence that are enough once a collective has failed
 BYE = b"bye"
 NOTHING = b"-"  # a key that is there and says nothing yet: reading one that is not there waits for it
@@ -130,6 +133,9 @@ class Watchdog:
         self._lock, self._beating = threading.Lock(), threading.Lock()
         self._decided, self._stopped = threading.Event(), threading.Event()
         self._taken = False  # whether the main thread ends by itself
+        self._interrupted = False  # whether Ctrl-C or SIGTERM ends it
+        self._asks = False  # whether its main thread waits to learn who made a collective fail
+        self._heard = False
         self._left = False  # whether it is done, and waits for the others
         self._answered = time.monotonic()  # when the store answered last
 
@@ -161,11 +167,12 @@ class Watchdog:
         Args:
             phase: what this rank was doing, as in "while training".
         """
+        if self.world_size == 1 or self._stopped.is_set() or is_failed_collective(error):
+            return
         with self._lock:
             self._taken = True
-        if self.world_size == 1 or self._stopped.is_set() or isinstance(error, RankFailedError):
-            return
-        if is_failed_collective(error) or isinstance(error, (KeyboardInterrupt, SIGTERMException)):
+        self._interrupted = isinstance(error, (KeyboardInterrupt, SIGTERMException))
+        if self._interrupted or isinstance(error, RankFailedError):
             return
         what = f"failed{phase and ' '}{phase}: {type(error).__name__}: {_first_line(error)}"
         if isinstance(error, SystemExit):
@@ -188,7 +195,10 @@ class Watchdog:
             return error
         if not is_failed_collective(error):
             return error
-        if self.verdict is None:
+        with self._lock:
+            self._taken = self._asks = True
+            known = self.verdict is not None
+        if not known:
             with suppress(RuntimeError):
                 self._store.compare_set("doubt", NOTHING.decode(), f"rank {self.rank}: {_first_line(error)}")
             self._decided.wait((PATIENCE + 3) * self.interval)
@@ -227,12 +237,13 @@ class Watchdog:
             return
         try:
             error = sys.exc_info()[1]
-            if error is not None:  # an exception is on its way out that nobody has reported
+            if error is not None and not self._taken:  # it is on its way out, and nobody has reported it
                 self.report(error)
-            elif not self._decided.is_set() and not self._taken:
-                self._say_bye(limit)
+            if self.verdict is None and (self._interrupted or not self._taken):
+                self._say_bye(INTERRUPTED if self._interrupted else limit)
         finally:
             self._stopped.set()
+            self._hear(self._store)
             _running.pop(os.getpid(), None)
             if self.verdict is not None:
                 faulthandler.cancel_dump_traceback_later()
@@ -254,8 +265,7 @@ class Watchdog:
                 verdict, doubt, *beats = store.multi_get(keys)
                 self._answered = time.monotonic()
                 if verdict != NOTHING:
-                    if self.rank:
-                        store.add("heard", 1)
+                    self._hear(store)
                     self._handle(Verdict.from_json(verdict))
                     return
                 found = self._judge(silence, dict(zip(watched, beats, strict=True)), doubt != NOTHING, store)
@@ -307,14 +317,17 @@ class Watchdog:
             if self.verdict is not None or self._stopped.is_set():
                 return
             self.verdict = verdict
-            taken = self._taken
-        if verdict.rank == self.rank and taken:  # it told the others, and raises its own error
+            ends, asks = self._taken, self._asks
+        self._end_within(ENDING if ends else self.grace)
+        if not ends or asks:  # what raises an error of its own has told of it
+            _say(f"rank {self.rank} (pid {os.getpid()}) ends: {self._sentence()}")
+        if verdict.rank == self.rank and ends:
             self._decided.set()
             return
-        _say(f"rank {self.rank} (pid {os.getpid()}) ends: {self._sentence()}")
-        if not taken:
-            self._end_within(self.grace)
         self._decided.set()
+        with suppress(RuntimeError):
+            if self._left:  # the main thread waits for all to come to their end
+                self._store.set("end", "")
         self._wait_until_heard()
         if self._cut is not None:
             with suppress(Exception):  # what is to end here may have ended
@@ -348,6 +361,13 @@ class Watchdog:
 
     def _post(self, verdict: Verdict) -> None:
         self._store.compare_set("verdict", NOTHING.decode(), verdict.to_json())
+
+    def _hear(self, store: Store) -> None:
+        """Count this rank, once, among those that need the store's host no more."""
+        if self.rank and not self._heard:
+            self._heard = True
+            with suppress(RuntimeError):
+                store.add("heard", 1)
 
     def _wait_until_heard(self) -> None:
         """The others ask once in an interval, and can ask only as long as the store's host lives."""
@@ -390,12 +410,16 @@ class Watchdog:
             if self._store.add("byes", 1) == self.world_size:
                 self._store.set("end", "")
             self._store.wait(["end"], limit)
+            self.check()
             gone = self._store.add("gone", 1)
             end = time.monotonic() + 2 * self.interval
             while self._hosts_store and gone < self.world_size and time.monotonic() < end:
                 time.sleep(0.001)
                 gone = self._store.add("gone", 0)
         except RuntimeError as error:
+            if self._interrupted:  # the others go on, and this rank does not
+                self._post(Verdict(self.rank, "was interrupted by Ctrl-C or SIGTERM"))
+                return
             named = self.explain_failure(error)
             raise named from None if named is error else error
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from new_process import run
 
 from lit_fast.errors import RankFailedError, SIGTERMException
+from lit_fast.strategies import watchdog
 from lit_fast.strategies.members import Member
 from lit_fast.strategies.watchdog import Silence, Watchdog, is_failed_collective, note_death
 
@@ -36,9 +37,9 @@ def watchdogs(world_size: int = 2, **options: Any) -> Iterator[list[Watchdog]]:
     try:
         yield made
     finally:
-        for watchdog in made:
-            watchdog._taken = True  # so that it does not wait
-            watchdog.leave()
+        for each in made:
+            each._taken = True  # so that it does not wait
+            each.leave()
 
 
 def until(condition: Any) -> None:
@@ -112,10 +113,10 @@ def test_silence_is_not_judged_where_it_is_switched_off() -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_a_rank_says_of_itself_reaches_the_others(victim: int, capfd: pytest.CaptureFixture[str]) -> None:
     with watchdogs() as both:
-        for watchdog in both:
-            watchdog.start()
+        for each in both:
+            each.start()
         other = both[1 - victim]
-        other._taken = True  # as if its main thread had failed in a collective
+        other._taken = other._asks = True  # as if its main thread had failed in a collective
         error = ValueError("two\nlines")
         both[victim].report(error, "while training")
         assert both[victim].explain_failure(error) is error
@@ -149,13 +150,19 @@ def test_a_failed_collective_of_nobodys_fault_is_raised_as_it_is_and_told() -> N
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SIGTERMException(), BROKEN])
-def test_what_comes_from_outside_is_not_reported(error: BaseException) -> None:
+def test_what_comes_from_outside_is_not_reported(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "INTERRUPTED", timedelta(seconds=0.3))
     with watchdogs(timeout=None) as (first, second):
         first.start()
         second.start()
+        second._taken = True
         first.report(error)
         time.sleep(0.3)
         assert second.verdict is None
+        if error is not BROKEN:  # it ends, and the other one goes on
+            first.leave()
+            until(lambda: second.verdict is not None)
+            assert str(second.error()) == "rank 0 (host host-0, pid 100) was interrupted by Ctrl-C or SIGTERM"
 
 
 def test_an_error_that_nobody_reported_does_not_wait_for_the_others() -> None:
@@ -252,10 +259,10 @@ def test_an_interpreter_that_ends_inside_a_run_says_so(how: str, says: str) -> N
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     members = [Member(rank, 2, "host", rank, "", "", {}) for rank in range(2)]
-    watchdog = Watchdog(store, 0, members, interval=0.05, hosts_store=True)
-    watchdog.start()
-    watchdog._taken = True
+    ours = Watchdog(store, 0, members, interval=0.05, hosts_store=True)
+    ours.start()
+    ours._taken = True
     subprocess.run([sys.executable, "-c", ENDS, str(store.port), how], capture_output=True, timeout=60, check=False)
-    until(lambda: watchdog.verdict is not None)
-    assert str(watchdog.error()) == f"rank 1 (host host, pid 1) {says}"
-    watchdog.leave()
+    until(lambda: ours.verdict is not None)
+    assert str(ours.error()) == f"rank 1 (host host, pid 1) {says}"
+    ours.leave()

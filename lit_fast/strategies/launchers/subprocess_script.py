@@ -20,6 +20,7 @@ from lit_fast.errors import MisconfigurationException
 from lit_fast.strategies.environments import ClusterEnvironment
 from lit_fast.strategies.launchers import launcher
 from lit_fast.strategies.launchers.launcher import Launcher, die_with, how_it_ended, limit_threads, place
+from lit_fast.strategies.watchdog import note_death
 
 
 class SubprocessScriptLauncher(Launcher):
@@ -95,6 +96,7 @@ class SubprocessScriptLauncher(Launcher):
         if code == 0 or self.failure is not None:
             return
         self.failure, self._exit_code = how_it_ended(rank, process.pid, code), code if code > 0 else 128 - code
+        note_death(rank, code)
         _say(f"{self.failure}; the whole run ends. What it wrote above, if anything, says why.")
         if not self._ended.wait(launcher.GRACE_SECONDS):
             _leave(self._exit_code)
