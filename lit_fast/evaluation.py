@@ -288,7 +288,7 @@ class EvaluationLoop(StageLoop):
     def run_in_fit(self, release_gradients: bool) -> None:
         """Validation in the middle of a fit: afterwards the training state is as before."""
         log = self.trainer._metric_log
-        batch = log.batch
+        batch, log.batch = log.batch, None
         log.collect()
         self.rng_before = rng.capture()
         self.trainer._stage = "validate"
@@ -343,9 +343,12 @@ class EvaluationLoop(StageLoop):
                 self.batch_idx -= 1  # that step found no batch
             log.collect(suffix)
             log.epoch_end = True
+            log.share(suffix)
             results.append(log.collect(suffix, settle=True))
         self.counters.running = False
+        log.batch = None
         trainer._call(f"on_{hooks}_epoch_end")
+        log.share()
         of_all = log.collect()
         results = [{**logged, **of_all} for logged in results]
         if not trainer.sanity_checking:
@@ -355,7 +358,6 @@ class EvaluationLoop(StageLoop):
         trainer._call(f"on_{hooks}_end")
         self.model_train()
         log.end_epoch()
-        log.batch = None
         return [{name: to_float(value) for name, value in logged.items()} for logged in results]
 
     def _run_loader(self, index: int, bound: BoundPass) -> None:
@@ -374,6 +376,8 @@ class EvaluationLoop(StageLoop):
             for hook in ends:
                 hook(output, batch, batch_idx, *where)
             if log.evaluates_steps and counts:
+                if log.shares_evaluation_steps:
+                    log.share(suffix)
                 trainer._log_metrics(log.collect(suffix), step=seen + batch_idx)
             if trainer._interrupt is not None:
                 trainer._raise_interrupt()

@@ -37,6 +37,11 @@ class Options(NamedTuple):
     enable_graph: bool
     rank_zero_only: bool
     metric_attribute: str | None
+    sync_dist: bool = False
+    sync_dist_group: Any = None
+
+    def in_one_process(self) -> Options:
+        return self._replace(sync_dist=False, sync_dist_group=None)
 
 
 def refuse(value: Any, name: str) -> None:

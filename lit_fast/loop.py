@@ -411,6 +411,7 @@ class FitLoop(Schedule, Restarted):
                 trainer._agree()
                 stopping = trainer._should_stop and self._may_stop()
             if every and (self.windows_completed() % every == 0 or trainer._should_stop):
+                trainer._metric_log.share_step()
                 trainer._log_metrics(trainer._metric_log.collect())
         if trainer._interrupt is not None and not (window_open and self.plans is not None and self.plans.trains):
             trainer._raise_interrupt()
@@ -452,7 +453,8 @@ class FitLoop(Schedule, Restarted):
         if self.plans is not None:
             self.plans.binding.stepping.check_gradients()
         trainer._metric_log.collect()
-        trainer._metric_log.epoch_end = True
+        trainer._metric_log.epoch_end, trainer._metric_log.batch = True, None
+        trainer._metric_log.share()
         progress.stage = "epoch_end"
         if progress.is_last_batch and self.position is not None:
             self.position.end_epoch()
@@ -467,9 +469,9 @@ class FitLoop(Schedule, Restarted):
         trainer, progress = self.trainer, self.progress
         if whole:
             self.step_plateau_schedulers("epoch", trainer)
+        trainer._metric_log.share()
         trainer._log_metrics(trainer._metric_log.collect())
         trainer._metric_log.end_epoch()
-        trainer._metric_log.batch = None
         progress.epoch += 1
         progress.stage = "start"
 

@@ -9,18 +9,16 @@ device a copy is queued on the current stream, and nobody waits for it until a p
 from __future__ import annotations
 
 import ctypes
-import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_fast.errors import MisconfigurationException
+from lit_fast.errors import MisconfigurationException, PossibleUserWarning
 from lit_fast.hooks import HOOKS, LogRule
 from lit_fast.log_rules import (
-    KEPT,
     Options,
     batch_size_of,
     dtype_of,
@@ -31,165 +29,12 @@ from lit_fast.log_rules import (
     spelled,
     takes_iterator,
 )
+from lit_fast.log_slots import MetricSlot, Slot, slot_class
+from lit_fast.rank_zero import rank_zero_warn
 
-
-def _scalar(value: Any, name: str) -> float | Tensor:
-    """Take a snapshot of one logged value; an error names the metric when it is not a single number."""
-    if isinstance(value, Tensor):
-        if value.is_cpu:
-            try:
-                number: float = value.item()
-                return number
-            except RuntimeError:
-                pass
-        elif value.numel() == 1:
-            copy: Tensor = value.detach().reshape(())
-            return copy.clone() if copy.dtype in KEPT else copy.to(torch.float32)
-        raise ValueError(
-            f"self.log({name!r}, ...) was given a tensor of shape {tuple(value.shape)}; a single number is needed: "
-            f"log a reduction of it, such as value.mean()."
-        )
-    refuse(value, name)
-    return float(value.item() if hasattr(value, "item") else value)
-
-
-class Slot:
-    """One logged name of one hook. `write` keeps the newest value; subclasses also reduce over the epoch."""
-
-    __slots__ = (
-        "dtype", "fresh", "loader", "log", "meant", "name", "newest", "on_epoch", "on_step", "options", "prog_bar",
-        "reduction", "restored", "settled", "suffix",
-    )  # fmt: skip
-
-    def __init__(self, name: str, meant: Options, log: MetricLog) -> None:
-        self.name, self.meant, self.log = name, meant, log
-        self.options: tuple[Any, ...] = ()  # as the newest call gave them; `meant` has every default filled in
-        self.on_step, self.on_epoch = bool(meant.on_step), bool(meant.on_epoch)
-        self.reduction: str = meant.reduce_fx
-        self.prog_bar = meant.prog_bar
-        self.suffix = self.loader = ""  # which validation loader: in its name, and at all
-        self.dtype = torch.float32
-        self.fresh = self.restored = self.settled = False
-        self.newest: Any = None
-
-    def write(self, value: Any, batch_size: int | None) -> None:
-        if value.__class__ is Tensor and value.is_cpu and not value.dim():  # the common case, one call less
-            self.newest = value.item()
-        else:
-            self.newest = _scalar(value, self.name)
-        self.fresh = True
-
-    def step_value(self) -> Any:
-        return self.newest
-
-    def epoch_value(self) -> Any:
-        return self.newest
-
-    def reset(self) -> None:
-        self.fresh = self.settled = False
-        self.newest = None
-
-
-class MeanSlot(Slot):
-    """Mean over the epoch, weighted by the number of samples in each batch; sums are float64 on the CPU."""
-
-    __slots__ = ("total", "weight")
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.total: Any = 0.0
-        self.weight = 0
-
-    def write(self, value: Any, batch_size: int | None) -> None:
-        if value.__class__ is Tensor and value.is_cpu and not value.dim():  # as in Slot.write
-            number: float | Tensor = value.item()
-        else:
-            number = _scalar(value, self.name)
-        weight = self.log.batch_size() if batch_size is None else batch_size
-        self.newest = number
-        self.total = self.total + number * weight
-        self.weight += weight
-        self.fresh = True
-
-    def epoch_value(self) -> Any:
-        return self.total / self.weight if self.weight else math.nan
-
-    def reset(self) -> None:
-        super().reset()
-        self.total, self.weight = 0.0, 0
-
-
-class ReduceSlot(Slot):
-    """Sum, minimum or maximum over the epoch."""
-
-    __slots__ = ("reduce", "state")
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.reduce: Callable[[Any, Any], Any] = {"sum": _add, "min": _minimum, "max": _maximum}[self.reduction]
-        self.state: Any = None
-
-    def write(self, value: Any, batch_size: int | None) -> None:
-        self.newest = _scalar(value, self.name)
-        self.state = self.newest if self.state is None else self.reduce(self.state, self.newest)
-        self.fresh = True
-
-    def epoch_value(self) -> Any:
-        return self.state
-
-    def reset(self) -> None:
-        super().reset()
-        self.state = None
-
-
-class MetricSlot(Slot):
-    """A torchmetrics object: its own state is the reduction; it is reset with the epoch."""
-
-    __slots__ = ("metric",)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.metric: Any = None
-
-    def write(self, value: Any, batch_size: int | None) -> None:
-        if value is not self.metric:
-            if self.metric is not None:
-                raise MisconfigurationException(
-                    f"self.log({self.name!r}, ...) was given two different metrics or values in one hook; "
-                    f"give each a name of its own."
-                )
-            self.metric = value
-        self.newest = self._single(value._forward_cache) if self.on_step else None
-        self.fresh = True
-
-    def epoch_value(self) -> Any:
-        return self._single(self.metric.compute())
-
-    def _single(self, value: Any) -> Tensor | None:
-        if isinstance(value, Tensor):
-            return value if self.meant.enable_graph else value.detach()
-        if value is None:  # updated without being called: there is no value of this step
-            return None
-        raise ValueError(
-            f"{type(self.metric).__name__}, logged as {self.name!r}, gives {type(value).__name__}; only metrics that "
-            f"give one tensor can be logged: log its parts by names of their own."
-        )
-
-    def reset(self) -> None:
-        super().reset()
-        self.metric.reset()
-
-
-def _add(a: Any, b: Any) -> Any:
-    return a + b
-
-
-def _minimum(a: Any, b: Any) -> Any:
-    return torch.minimum(a, b) if isinstance(b, Tensor) else (b if b < a or b != b else a)
-
-
-def _maximum(a: Any, b: Any) -> Any:
-    return torch.maximum(a, b) if isinstance(b, Tensor) else (b if b > a or b != b else a)
+if TYPE_CHECKING:
+    from lit_fast.log_sync import LogSync
+    from lit_fast.strategies.strategy import Strategy
 
 
 class Table:
@@ -214,8 +59,11 @@ class MetricLog:
         self.batch: Any = None
         self.stage = "train"
         self.evaluates_steps = False  # does anything log single batches of validation or test data?
+        self.shares_evaluation_steps = False  # ... with sync_dist?
         self.sanity_checking = False  # then the values of several loaders are not published, as in Lightning
         self.epoch_end = False  # reading gives epoch values (True) or the newest step's
+        self.sync: LogSync | None = None  # where there are several processes
+        self._advised: set[str] = set()
         self._stages: dict[str, dict[str, Table]] = {}
         self._sizes: tuple[Any, int] = (None, 0)
         self._callback: dict[str, Any] = {}  # (value, dtype) since somebody last read them
@@ -260,7 +108,16 @@ class MetricLog:
         """
         refuse(value, name)
         meant = meant_by(Options(*options), table.rule, table.hook, name, value, module)
+        if self.sync is None:
+            meant = meant.in_one_process()
+        if meant.on_step and meant.sync_dist and not meant.rank_zero_only and self.sync is not None:
+            if self.stage == "train":
+                self.sync.ask_for_steps()
+            else:
+                self.shares_evaluation_steps = True
         known = table.slots.get(name)
+        if known is not None and known.restored and known.meant.in_one_process() == meant.in_one_process():
+            known.meant = meant  # there may have been another number of processes
         if known is not None and known.meant == meant:
             known.options, known.restored = options, False
             return known
@@ -280,7 +137,7 @@ class MetricLog:
             warnings.warn(
                 f"self.log({name!r}, ..., logger=True) reaches nobody: this Trainer has no logger.", stacklevel=3
             )
-        make = MetricSlot if is_metric(value) else _slot_class(meant)
+        make = MetricSlot if is_metric(value) else slot_class(meant)
         slot = make(name, meant, self)
         slot.options = options
         slot.loader = table.suffix
@@ -305,6 +162,42 @@ class MetricLog:
         tables = list(self._stages.get(stage or self.stage, {}).values())
         return [slot for table in tables for slot in list(table.slots.values()) if slot.fresh]
 
+    def share(self, suffix: str | None = None) -> None:
+        """Make what is to be synchronized the values of all processes; all of them must come here."""
+        if self.sync is not None:
+            due = [slot for slot in self._due(suffix) if not slot.is_shared(self.epoch_end)]
+            self.sync.share(due, self.epoch_end, f"{self.stage}{suffix or ''}")
+
+    def share_step(self) -> None:
+        """The same where a row is due, in case that any process synchronizes values of steps."""
+        if self.sync is not None and self.sync.steps:
+            self.share()
+
+    def _due(self, suffix: str | None) -> Iterator[Slot]:
+        for slot in self.slots():
+            wanted = slot.on_epoch and not slot.settled if self.epoch_end else slot.on_step
+            if wanted and suffix in (None, slot.loader):
+                yield slot
+
+    def _value(self, slot: Slot) -> Any:
+        if self.sync is not None:
+            if slot.shared is not None and slot.is_shared(self.epoch_end):
+                return slot.shared[2]
+            if slot.is_metric and self.epoch_end:
+                return None  # whoever reads it would ask the other processes, which may not be here
+            if self.epoch_end and not slot.syncs and not slot.meant.rank_zero_only:
+                self._advise(slot)
+        return slot.epoch_value() if self.epoch_end else slot.step_value()
+
+    def _advise(self, slot: Slot) -> None:
+        if slot.name not in self._advised:
+            self._advised.add(slot.name)
+            rank_zero_warn(
+                f"The value of {slot.name!r} over the epoch is each process's own: loggers and checkpoints get that of "
+                f"the first one. self.log({slot.name!r}, ..., sync_dist=True) makes it the value of all.",
+                category=PossibleUserWarning,
+            )
+
     def collect(self, suffix: str | None = None, settle: bool = False) -> dict[str, Any]:
         """Bring the three published dictionaries up to date; returns what the loggers should get now.
 
@@ -314,15 +207,11 @@ class MetricLog:
         """
         training = self.stage == "train"
         logged: dict[str, Any] = {}
-        for slot in self.slots():
-            if not (slot.on_epoch if self.epoch_end else slot.on_step) or suffix not in (None, slot.loader):
-                continue
-            if slot.settled and self.epoch_end:
-                continue
+        for slot in self._due(suffix):
             slot.settled = settle
             if slot.loader and self.sanity_checking:
                 continue
-            value = _rounded(slot.epoch_value() if self.epoch_end else slot.step_value(), slot.dtype)
+            value = _rounded(self._value(slot), slot.dtype)
             if value is None:
                 continue
             name = slot.name + slot.suffix
@@ -362,11 +251,16 @@ class MetricLog:
                 self._prog_bar[fork] = _rounded(slot.step_value(), slot.dtype)
         return {name: to_float(value, name) for name, value in list(self._prog_bar.items()) if value is not None}
 
-    def begin_run(self, stage: str) -> None:
+    def begin_run(self, stage: str, strategy: Strategy | None = None) -> None:
         """A new run: names may be logged with other options than before."""
+        self.sync = None
+        if strategy is not None and strategy.world_size > 1:
+            from lit_fast.log_sync import LogSync
+
+            self.sync = LogSync(strategy)
         self.drop_values()
         self._stages.clear()
-        self.evaluates_steps = False
+        self.evaluates_steps = self.shares_evaluation_steps = False
         self.stage = stage
 
     def rest(self) -> None:
@@ -385,7 +279,7 @@ class MetricLog:
         slots = [
             {
                 "hook": table.hook, "suffix": table.suffix, "name": slot.name, "dtype": slot.dtype,
-                "meant": tuple(slot.meant), "metric": isinstance(slot, MetricSlot),
+                "meant": tuple(slot.meant.in_one_process()), "metric": isinstance(slot, MetricSlot),
                 "values": {key: getattr(slot, key) for key in _VALUES if hasattr(slot, key)},
             }
             for table, slot in train
@@ -422,7 +316,7 @@ class MetricLog:
                 slot = MetricSlot(saved["name"], meant, self)
                 slot.metric = metrics[meant.metric_attribute]
             else:
-                slot = _slot_class(meant)(saved["name"], meant, self)
+                slot = slot_class(meant)(saved["name"], meant, self)
             for key, value in saved["values"].items():
                 setattr(slot, key, value)
             slot.dtype, slot.fresh, slot.restored = saved["dtype"], True, True
@@ -479,12 +373,6 @@ def _rounded(value: Any, dtype: torch.dtype) -> Any:
 
 
 _VALUES = ("newest", "total", "weight", "state")  # what a slot gathers, by kind
-
-
-def _slot_class(meant: Options) -> type[Slot]:
-    if not meant.on_epoch:
-        return Slot
-    return MeanSlot if meant.reduce_fx == "mean" else ReduceSlot
 
 
 def _on(state: Any, device: torch.device) -> Any:

@@ -226,8 +226,11 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
             reduce_fx: "mean", "sum", "min" or "max" over the epoch; a mean is weighted by `batch_size`.
             batch_size: samples that the value stands for; found in the batch when left out.
             add_dataloader_idx: with several validation loaders, append "/dataloader_idx_N" to the name.
-            enable_graph, sync_dist, sync_dist_group, metric_attribute, rank_zero_only: accepted as in Lightning; a
-                single process has nothing to synchronize, and logged values never keep a graph.
+            sync_dist: with several processes, what loggers and callbacks get is the reduction over all of them: of an
+                epoch's values always, of single steps where a row is due. Every process must log the name then.
+            sync_dist_group: of these processes only.
+            rank_zero_only: it is logged in the first process only, so there is nothing to synchronize.
+            enable_graph, metric_attribute: accepted as in Lightning; logged values never keep a graph.
 
         Raises:
             MisconfigurationException: not allowed in this hook, or called twice with different options.
@@ -239,7 +242,7 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
             return _warn_not_logging(self, name, value)
         options = (
             prog_bar, logger, on_step, on_epoch, reduce_fx, add_dataloader_idx, enable_graph, rank_zero_only,
-            metric_attribute,
+            metric_attribute, sync_dist, sync_dist_group,
         )  # fmt: skip
         slot = table.slots.get(name)
         if slot is None or slot.options != options:
@@ -276,7 +279,8 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print from the first process only, above the progress bar."""
-        self.trainer.print(*args, **kwargs)
+        if self.trainer.is_global_zero:
+            self.trainer.print(*args, **kwargs)
 
     # -- what a user overrides
 

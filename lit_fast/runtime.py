@@ -76,7 +76,7 @@ class Runtime(Interrupts):
         if self._actions is not None:
             self._actions._lightning_module = self._module
             self._actions.setup(stage=fn.value, log_dir=self.log_dir)
-        self._metric_log.begin_run(stage.value)
+        self._metric_log.begin_run(stage.value, self.strategy)
 
     def _use_device(self, device: torch.device) -> None:
         if device != self.config.device:
@@ -340,6 +340,7 @@ class Runtime(Interrupts):
         """Callbacks that watch a metric come after the module, which may log it in this very hook."""
         self._call_callbacks(name, only=lambda callback: not _watches_a_metric(callback))
         self._call_module(name)
+        self._metric_log.share()
         self._call_callbacks(name, only=_watches_a_metric)
 
     def _run_step_hooks(self, name: str, *args: Any) -> None:

@@ -82,7 +82,7 @@ class Schedule:
         every = trainer.config.log_every_n_steps
         if self._asks_others:
             every = every or ASK_OTHERS
-        if every and (trainer.loggers or self._asks_others):
+        if every and (trainer.loggers or trainer.strategy.control is not None):  # where all of them come
             candidates.append(after_steps(every - self.windows_completed() % every))
         if self.max_steps != -1:
             candidates.append(after_steps(max(1, self.max_steps - progress.global_step)))

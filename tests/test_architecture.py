@@ -27,8 +27,8 @@ FLOORS = [
     "runtime attach",
     "defaults evaluation prediction loop schedule loop_views trackers model_checks connectors interrupts trial",
     "step plan binding stepping window calls",  # the plan picks one of two step shapes; a step reads its plan
-    "module core_hooks precision strategies metrics log_rules backward callbacks loggers checkpoint data profiler "
-    "config seed hparams export tuner model_summary accelerators flags",
+    "module core_hooks precision strategies metrics log_rules log_slots log_sync backward callbacks loggers "
+    "checkpoint data profiler config seed hparams export tuner model_summary accelerators flags",
     "optim distributed",
     "ops flat triton",  # the kernels that are written in Triton; ops hands them what the core has collected
     "_core",

@@ -27,6 +27,7 @@ class Wish(IntEnum):
     SIGTERM = 2
     REQUEUE = 3  # the signal by which a cluster says that the job is to be queued again
     VALIDATE = 4
+    SYNC_LOGS = 5  # some process logs steps with sync_dist: all take part where a row is due
 
     @classmethod
     def of_signal(cls, number: int) -> Wish:
@@ -62,6 +63,11 @@ class Control:
     def wished(self, wish: Wish) -> bool:
         return self._wishes[wish] != 0.0
 
+    def knows(self, wish: Wish) -> bool:
+        """Whether all processes have heard of it. Between two steps the answer is the same in all of them."""
+        self.settle()
+        return wish in self._asked
+
     # -- with the gradients
 
     def board(self, seats: Tensor) -> None:
@@ -81,6 +87,13 @@ class Control:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         self._on_device = (host, event)
+        if before is not None:
+            before[1].synchronize()
+            self._take(before[0])
+
+    def settle(self) -> None:
+        """Read what came with the newest gradients; a GPU is waited for."""
+        before, self._on_device = self._on_device, None
         if before is not None:
             before[1].synchronize()
             self._take(before[0])
