@@ -15,7 +15,6 @@ from ranks import run_ranks
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import lit_fast
-from lit_fast.data.distributed import for_rank
 
 pytestmark = pytest.mark.dist
 SAMPLES = 120
@@ -38,15 +37,6 @@ class Ledger(lit_fast.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.save is not None and (self.current_epoch, batch_idx) == (1, 3):
             self.trainer.save_checkpoint(self.save)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["lit_fast"]["data"] = self.trainer.strategy.gather_objects(checkpoint["lit_fast"]["data"])
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        strategy = self.trainer.strategy
-        checkpoint["lit_fast"]["data"] = for_rank(
-            checkpoint["lit_fast"]["data"], strategy.global_rank, strategy.world_size
-        )
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
@@ -88,33 +78,37 @@ def ids_of(epoch: int, processes: list[Any], steps: int | None = None) -> list[i
     return [i for seen in kept for ids in seen for i in ids]
 
 
-@pytest.mark.parametrize("kind", ["shuffled", "subset", pytest.param("workers", marks=pytest.mark.slow)])
+ledgers = pytest.mark.parametrize(
+    "kind", ["shuffled", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("subset", "workers"))]
+)
+
+
+@ledgers
 def test_saved_by_four_processes_and_resumed_by_two_and_three(kind: str, tmp_path: Path) -> None:
     path = str(tmp_path / "four.ckpt")
     four = run_ranks(fit, 4, 4, kind, 2, path, None)
     assert sorted(ids_of(0, four)) == sorted(ids_of(1, four)) == list(range(SAMPLES))
     before = ids_of(1, four, 4)
     assert len(before) == 48
-    for world in (2, 3) if kind == "shuffled" else (3,):
+    for world in (2, 3):
         resumed = run_ranks(fit, world, world, kind, 3, None, path)
         assert sorted(before + ids_of(1, resumed)) == list(range(SAMPLES)), "each once, none missing"
         assert sorted(ids_of(2, resumed)) == list(range(SAMPLES))
         assert len({len(seen) for seen in resumed}) == 1
-    if kind == "shuffled":
-        again = run_ranks(fit, 4, 4, kind, 2, None, path)
-        assert [seen for seen in again] == [seen[10 + 4 :] for seen in four], "as many processes: the very batches"
 
 
-def test_saved_by_one_process_and_resumed_by_two_and_back(tmp_path: Path) -> None:
+def fit_twice(kind: str, save: str, resume: str) -> Any:
+    return fit(2, kind, 2, save, None), fit(2, kind, 2, None, resume)
+
+
+@ledgers
+def test_saved_by_one_process_and_resumed_by_two_and_back(kind: str, tmp_path: Path) -> None:
     one_path, two_path = str(tmp_path / "one.ckpt"), str(tmp_path / "two.ckpt")
-    (one,) = run_ranks(fit, 1, 1, "shuffled", 2, one_path, None)
-    two = run_ranks(fit, 2, 2, "shuffled", 2, two_path, None)
-    assert sorted(ids_of(1, [one], 4) + ids_of(1, run_ranks(fit, 2, 2, "shuffled", 2, None, one_path))) == list(
-        range(SAMPLES)
-    )
-    assert sorted(ids_of(1, two, 4) + ids_of(1, run_ranks(fit, 1, 1, "shuffled", 2, None, two_path))) == list(
-        range(SAMPLES)
-    )
+    one = fit(1, kind, 2, one_path, None)
+    saved, resumed = zip(*run_ranks(fit_twice, 2, kind, two_path, one_path), strict=True)
+    assert sorted(ids_of(1, [one], 4) + ids_of(1, resumed)) == list(range(SAMPLES))
+    back = fit(1, kind, 2, None, two_path)
+    assert sorted(ids_of(1, saved, 4) + ids_of(1, [back])) == list(range(SAMPLES))
 
 
 class Uneven(IterableDataset[int]):
@@ -125,25 +119,22 @@ class Uneven(IterableDataset[int]):
         return iter(torch.arange(8 + 2 * rank, dtype=torch.float32) + 100 * rank)
 
 
-def fit_uneven(kind: str) -> tuple[list[Any], list[str]]:
+def fit_uneven() -> list[tuple[list[Any], list[str]]]:
     rank = int(os.environ["RANK"])
-    data: Any = DataLoader(Uneven(), batch_size=1)
-    if kind == "lists":
-        data = [torch.tensor([float(i + 100 * rank)]) for i in range(8 + 2 * rank)]
-    model = Ledger()
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        made(3, 2).fit(model, data)
-    return model.seen, [str(warning.message) for warning in said]
+    results = []
+    for data in ([torch.tensor([float(i + 100 * rank)]) for i in range(8 + 2 * rank)], DataLoader(Uneven())):
+        model = Ledger()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made(3, 2).fit(model, data)
+        results.append((model.seen, [str(warning.message) for warning in said]))
+    return results
 
 
-@pytest.mark.parametrize("kind", ["lists", "streams"])
-def test_uneven_ends(kind: str) -> None:
-    results = run_ranks(fit_uneven, 3, kind)
-    for rank, (seen, said) in enumerate(results):
+def test_uneven_ends() -> None:
+    for rank, (lists, streams) in enumerate(run_ranks(fit_uneven, 3)):
         expected = [(epoch, [i + 100 * rank]) for epoch, i in itertools.product(range(2), range(8))]
-        assert seen == expected, "both epochs end after the shortest"
-        if kind == "lists":
-            assert any("8 in process 0, 10 in process 1, 12 in process 2" in text for text in said)
-        else:
-            assert any("ends here after 8 batches, because process 0 has no more" in t for t in said) is (rank > 0)
+        assert lists[0] == streams[0] == expected, "both epochs end after the shortest"
+        assert any("8 in process 0, 10 in process 1, 12 in process 2" in text for text in lists[1])
+        told = "ends here after 8 batches, because process 0 has no more"
+        assert any(told in text for text in streams[1]) is (rank > 0)
