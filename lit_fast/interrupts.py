@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from lit_fast.checkpoint import finding
 from lit_fast.errors import ClusterError, JobRequeued, SIGTERMException
 from lit_fast.progress import NOW
+from lit_fast.rank_zero import rank_zero_only
 from lit_fast.states import TrainerFn
 from lit_fast.strategies.control import SIGNALS, Control, Wish
 from lit_fast.strategies.environments.slurm import SLURMEnvironment, srun_used
@@ -111,7 +112,7 @@ class Interrupts:
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)
-            self.print(
+            rank_zero_only(self.print)(
                 f"{name} after step {self.global_step}: saved {os.fspath(path)}\n"
                 f"Go on from there with trainer.fit(model, ckpt_path={os.fspath(path)!r})."
             )
