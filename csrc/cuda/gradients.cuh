@@ -5,6 +5,7 @@
 // prepare_kernel.
 #pragma once
 
+#include "../formulas/norm.h"
 #include "../formulas/steps.h"
 #include "direct.cuh"
 
@@ -17,11 +18,11 @@ __device__ __forceinline__ const GradTable::Entry& entry_of_block(const GradTabl
 }
 
 // Of one tensor, 128 bits an access where it lies so.
-template <bool kWrite, class T, class Visit>
+template <bool kWrite, std::int64_t kOfBlock, class T, class Visit>
 __device__ __forceinline__ void for_each_element(const GradTable::Entry& t, const Visit& visit) {
     constexpr int kPack = 16 / static_cast<int>(sizeof(T));
-    const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - t.first_chunk) * kChunk;
-    const std::int64_t end = begin + kChunk < t.numel ? begin + kChunk : t.numel;
+    const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - t.first_chunk) * kOfBlock;
+    const std::int64_t end = begin + kOfBlock < t.numel ? begin + kOfBlock : t.numel;
     T* values = global<T>(t.data);
     const std::int64_t packed_end = aligned<T, kPack>(values) ? begin + (end - begin) / kPack * kPack : begin;
     for (std::int64_t i = begin + threadIdx.x * kPack; i < packed_end; i += kThreads * kPack) {
@@ -39,15 +40,14 @@ __device__ __forceinline__ void for_each_element(const GradTable::Entry& t, cons
 }
 
 // Calls visit(element) for all elements of the block, which may change them with kWrite.
-template <bool kWrite, class Visit>
-__device__ __forceinline__ void for_each_element(const GradTable& table, const Visit& visit) {
-    const GradTable::Entry& t = entry_of_block(table);
+template <bool kWrite, std::int64_t kOfBlock, class Visit>
+__device__ __forceinline__ void for_each_element(const GradTable::Entry& t, const Visit& visit) {
     if (t.dtype == Dtype::float32) {
-        for_each_element<kWrite, float>(t, visit);
+        for_each_element<kWrite, kOfBlock, float>(t, visit);
     } else if (t.dtype == Dtype::bfloat16) {
-        for_each_element<kWrite, bf16>(t, visit);
+        for_each_element<kWrite, kOfBlock, bf16>(t, visit);
     } else {
-        for_each_element<kWrite, f16>(t, visit);
+        for_each_element<kWrite, kOfBlock, f16>(t, visit);
     }
 }
 
@@ -69,17 +69,18 @@ struct SquareElement {
 
 static __global__ void __launch_bounds__(kThreads)
     scale_kernel(const __grid_constant__ GradTable table, const __grid_constant__ DeviceScale device_scale) {
-    for_each_element<true>(table, ScaleElement{resolve(device_scale)});
+    for_each_element<true, kChunk>(entry_of_block(table), ScaleElement{resolve(device_scale)});
 }
 
-// partial: [chunks of this launch], the sum of squares of each chunk.
+// partial: the sum of squares of each kSquareChunk elements, from each tensor's place on.
 static __global__ void __launch_bounds__(kThreads)
     square_kernel(const __grid_constant__ GradTable table, double* partial) {
     Wide sum{0.0};
-    for_each_element<false>(table, SquareElement{sum});
+    const GradTable::Entry& t = entry_of_block(table);
+    for_each_element<false, kSquareChunk>(t, SquareElement{sum});
     double total[] = {sum.value};
     block_sums(total);
-    if (threadIdx.x == 0) partial[blockIdx.x] = total[0];
+    if (threadIdx.x == 0) partial[t.place + static_cast<int>(blockIdx.x) - t.first_chunk] = total[0];
 }
 
 template <class Formula>

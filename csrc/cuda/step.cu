@@ -5,47 +5,21 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 #include <vector>
 
-#include "../backend.h"
-#include "../check.h"
 #include "gradients.cuh"
+#include "launch.h"
 #include "measure.cuh"
 #include "staged.cuh"
 
 namespace lit_fast::cuda {
 namespace {
 
-template <class T>
-struct Exactly {
-    using type = T;
-};
-
-// The API instead of <<<>>>: with it this file is ordinary C++, which tests run on a CPU.
-template <class... Parameters>
-void launch(const char* what, void (*kernel)(Parameters...), std::int64_t blocks, const CudaStream& on,
-            const typename Exactly<Parameters>::type&... arguments) {
-    check(blocks <= 0x7fffffff, "more elements than one launch can number.");
-    void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-    const cudaError_t error = cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers, 0,
-                                               static_cast<cudaStream_t>(on.stream));
-    if (error != cudaSuccess) {
-        throw KernelError("CUDA " + std::string(what) + " could not be launched: " + cudaGetErrorString(error));
-    }
-}
-
-void use_device(int index) {
-    const cudaError_t error = cudaSetDevice(index);
-    if (error != cudaSuccess) {
-        throw KernelError("CUDA device " + std::to_string(index) + " cannot be used: " + cudaGetErrorString(error));
-    }
-}
-
 std::int64_t chunks_of(std::int64_t numel) { return (numel + kChunk - 1) / kChunk; }
-std::int64_t chunks_of(const std::vector<Span>& grads) {
+std::int64_t square_chunks_of(std::int64_t numel) { return (numel + kSquareChunk - 1) / kSquareChunk; }
+std::int64_t square_chunks_of(const std::vector<Span>& grads) {
     std::int64_t chunks = 0;
-    for (const Span& grad : grads) chunks += chunks_of(grad.numel);
+    for (const Span& grad : grads) chunks += square_chunks_of(grad.numel);
     return chunks;
 }
 
@@ -54,10 +28,10 @@ DeviceScale device_scale(const CudaClip& clip, const std::uint32_t* left_out = n
 }
 
 // Of a norm and of what depends on it.
-PrepareHead norm_head(const CudaClip& clip, const std::vector<Span>& grads, const double* partial) {
+PrepareHead norm_head(const CudaClip& clip, const double* partial, std::int64_t partials) {
     PrepareHead head;
     head.partial = partial;
-    head.partials = chunks_of(grads);
+    head.partials = partials;
     head.norm_scale = clip.norm_scale;
     head.factor = clip.factor;
     head.norm = clip.norm;
@@ -148,9 +122,9 @@ Kernels kernels_of(FormulaId formula, const Kind& kind) {
 
 // ---- gradients alone ----
 
-// Calls visit(table, blocks) for as few tables as hold all of `grads`.
+// Calls visit(table, blocks) for as few tables as hold all of `grads`. chunk: elements of a block.
 template <class Visit>
-void for_each_table(const std::vector<Span>& grads, const Visit& visit) {
+void for_each_table(const std::vector<Span>& grads, std::int64_t chunk, const Visit& visit) {
     GradTable table;
     table.tensor_count = 0;
     std::int64_t blocks = 0;
@@ -159,19 +133,30 @@ void for_each_table(const std::vector<Span>& grads, const Visit& visit) {
         table.tensor_count = 0;
         blocks = 0;
     };
-    for (const Span& grad : grads) {
+    for (std::size_t i = 0; i < grads.size(); ++i) {
+        const Span& grad = grads[i];
         if (grad.numel == 0) continue;
         if (table.tensor_count == kMaxGrads) flush();
-        table.tensors[table.tensor_count++] = {grad.data, grad.numel, static_cast<std::int32_t>(blocks), grad.dtype};
-        blocks += chunks_of(grad.numel);
+        table.tensors[table.tensor_count++] = {grad.data, grad.numel, static_cast<std::int32_t>(blocks),
+                                               static_cast<std::int32_t>(i), grad.dtype};
+        blocks += (grad.numel + chunk - 1) / chunk;
     }
     flush();
 }
 
-void sum_squares(const std::vector<Span>& grads, double* partial, const CudaStream& on) {
-    for_each_table(grads, [&](const GradTable& table, std::int64_t blocks) {
+// places: of the first partial sum of each; empty: one behind the other.
+void sum_squares(const std::vector<Span>& grads, const std::vector<std::int64_t>& places, double* partial,
+                 const CudaStream& on) {
+    std::int64_t next = 0;
+    for_each_table(grads, kSquareChunk, [&](GradTable& table, std::int64_t blocks) {
+        for (int t = 0; t < table.tensor_count; ++t) {
+            GradTable::Entry& entry = table.tensors[t];
+            const std::int64_t place = places.empty() ? next : places[static_cast<std::size_t>(entry.place)];
+            check(place <= 0x7fffffff, "more partial sums than one launch can number.");
+            entry.place = static_cast<std::int32_t>(place);
+            next += square_chunks_of(entry.numel);
+        }
         launch("sum of squares", square_kernel, blocks, on, table, partial);
-        partial += blocks;
     });
 }
 
@@ -315,15 +300,28 @@ void cuda_norm(const std::vector<Span>& grads, const CudaClip& clip, const CudaW
                const CudaStream& on) {
     cuda::use_device(on.device);
     cuda::Preparation before;
-    auto* partial = static_cast<double*>(workspace(cuda::chunks_of(grads) + 1));
-    before.head = cuda::norm_head(clip, grads, partial);
-    cuda::sum_squares(grads, partial, on);
+    const std::int64_t partials = cuda::square_chunks_of(grads);
+    auto* partial = static_cast<double*>(workspace(partials + 1));
+    before.head = cuda::norm_head(clip, partial, partials);
+    cuda::sum_squares(grads, {}, partial, on);
+    before.run({}, on);
+}
+
+void cuda_squares(const SquareBatch& batch, const CudaStream& on) {
+    cuda::use_device(on.device);
+    if (!batch.values.empty()) cuda::sum_squares(batch.values, batch.places, batch.partials, on);
+}
+
+void cuda_norm_of(const double* partials, std::int64_t count, const CudaClip& clip, const CudaStream& on) {
+    cuda::use_device(on.device);
+    cuda::Preparation before;
+    before.head = cuda::norm_head(clip, partials, count);
     before.run({}, on);
 }
 
 void cuda_scale(const std::vector<Span>& grads, const CudaClip& clip, const CudaStream& on) {
     cuda::use_device(on.device);
-    cuda::for_each_table(grads, [&](const cuda::GradTable& table, std::int64_t blocks) {
+    cuda::for_each_table(grads, cuda::kChunk, [&](const cuda::GradTable& table, std::int64_t blocks) {
         cuda::launch("gradient scale", cuda::scale_kernel, blocks, on, table, cuda::device_scale(clip));
     });
 }
@@ -373,7 +371,7 @@ void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const Cud
         size += words;
         return size - words;
     };
-    const std::int64_t partial_at = room(clip.norm != nullptr ? cuda::chunks_of(grads) : 0);
+    const std::int64_t partial_at = room(clip.norm != nullptr ? cuda::square_chunks_of(grads) : 0);
     const std::int64_t computed_at = room(static_cast<std::int64_t>(before.counters.size()) * cuda::kCoefficientWords);
     const std::int64_t cargo_at = room(static_cast<std::int64_t>(before.cargo.size()));
     const std::int64_t measured_at = room(rows * cuda::kCoefficientWords);
@@ -382,8 +380,8 @@ void cuda_step(const StepBatch& batch, const std::vector<Span>& grads, const Cud
     cuda::Word* memory = size > 0 ? static_cast<cuda::Word*>(workspace(size)) : nullptr;
     if (clip.norm != nullptr) {
         auto* partial = reinterpret_cast<double*>(memory + partial_at);
-        before.head = cuda::norm_head(clip, grads, partial);
-        cuda::sum_squares(grads, partial, on);
+        before.head = cuda::norm_head(clip, partial, cuda::square_chunks_of(grads));
+        cuda::sum_squares(grads, {}, partial, on);
     }
     before.head.formula = batch.formula;
     before.head.computed = memory + computed_at;

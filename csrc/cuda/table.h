@@ -136,13 +136,14 @@ static_assert(sizeof(PrepareTable) <= kArgumentBytes);
 
 // ---- gradients alone ----
 
-constexpr int kMaxGrads = kLargeArguments ? 1280 : 128;
+constexpr int kMaxGrads = kLargeArguments ? 1000 : 120;
 
 struct GradTable {
     struct Entry {
         void* data;
         std::int64_t numel;
         std::int32_t first_chunk;  // of this launch
+        std::int32_t place;        // of the first partial sum of squares
         Dtype dtype;
     } tensors[kMaxGrads];
     std::int32_t tensor_count;

@@ -69,17 +69,17 @@ class Objects:
             self.made[key] = self.pool.submit(compile_object, key, self.folder / f"{name}.o")
         return self.made[key]
 
-    def target(self, compiler: str, name: str, flags: list[str]) -> Future[Path]:
-        if compiler == "g++" and not EXTRA and (made := built(name, flags)):
+    def target(self, compiler: str, name: str, flags: list[str], source: str = "target") -> Future[Path]:
+        if compiler == "g++" and not EXTRA and (made := built(name, flags, source)):
             done: Future[Path] = Future()
             done.set_result(made)
             return done
-        return self.start(compiler, CSRC / "cpu" / "target.cpp", *SHIPPED, *flags, f"-DLIT_FAST_TARGET={name}")
+        return self.start(compiler, CSRC / "cpu" / f"{source}.cpp", *SHIPPED, *flags, f"-DLIT_FAST_TARGET={name}")
 
 
-def built(name: str, flags: list[str]) -> Path | None:
+def built(name: str, flags: list[str], source: str) -> Path | None:
     """The extension's own object of a CPU target, where it has these flags and ninja finds nothing newer than it."""
-    output = f"CMakeFiles/lit_fast_{name}.dir/csrc/cpu/target.cpp.o"
+    output = f"CMakeFiles/lit_fast_{name}.dir/csrc/cpu/{source}.cpp.o"
     beside = {"-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"}
     for rules in CSRC.parent.glob("build/*/build.ninja"):
         used = re.search(rf"^build {re.escape(output)}:.*\n(?: .*\n)*?  FLAGS = (.*)", rules.read_text(), re.M)
@@ -110,10 +110,10 @@ def run_program(program: list[str], seconds: int = 300) -> str:
 def compare(
     objects: Objects, folder: Path, compiler: str, target: str, flags: list[str], run: list[str], *link: str
 ) -> None:
-    names = ["compare_targets", "compare_staged"]
-    mains = [objects.start(compiler, HERE / f"{n}.cpp", *FLAGS, f"-DLIT_FAST_COMPARED={target}") for n in names]
-    kernels = [objects.target(compiler, t, f) for t, f in {"scalar": [], target: flags}.items()]
-    for name, main in zip(names, mains, strict=True):
+    programs = {"compare_buckets": "target_buckets", "compare_targets": "target", "compare_staged": "target"}
+    mains = [objects.start(compiler, HERE / f"{n}.cpp", *FLAGS, f"-DLIT_FAST_COMPARED={target}") for n in programs]
+    for (name, source), main in zip(programs.items(), mains, strict=True):
+        kernels = [objects.target(compiler, t, f, source) for t, f in {"scalar": [], target: flags}.items()]
         parts = [str(part.result()) for part in (main, *kernels)]
         subprocess.run([compiler, *link, *EXTRA, *parts, "-o", str(folder / name)], check=True)
         run_program([*run, str(folder / name)])
@@ -177,6 +177,18 @@ def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path):
     run_program([program])
 
 
+def test_cuda_buckets_run_as_cpp_equal_scalar_in_one_launch(objects, tmp_path):
+    need("g++")
+    parts = [
+        *(objects.start("g++", CSRC / "cuda" / f"{n}.cu", *EMULATION, "-x", "c++") for n in ("buckets", "step")),
+        objects.start("g++", HERE / "compare_cuda_buckets.cpp", *EMULATION),
+        *(objects.target("g++", "scalar", [], source) for source in ("target", "target_buckets")),
+    ]
+    program = str(tmp_path / "compare")
+    subprocess.run(["g++", *EXTRA, *(str(part.result()) for part in parts), "-o", program], check=True)
+    run_program([program])
+
+
 def test_norm_and_step_of_600_tensors_are_three_launches_and_no_wait(objects, tmp_path):
     need("g++")
     large = [*EMULATION, "-O0", "-DCUDART_VERSION=13000", "-x", "c++"]  # with the arguments that kernels have today
@@ -204,8 +216,9 @@ def test_no_function_built_with_a_targets_flags_is_shared(objects):
     need("g++", "nm")
     if platform.machine() != "x86_64":
         pytest.skip("one target, one set of flags on this architecture")
-    targets = {"avx2": objects.target("g++", "avx2", AVX2), "avx512": objects.target("g++", "avx512", AVX512)}
-    for target, built in targets.items():
+    flags = {"avx2": AVX2, "avx512": AVX512}
+    files = [(t, objects.target("g++", t, f, s)) for t, f in flags.items() for s in ("target", "target_buckets")]
+    for target, built in files:
         symbols = subprocess.run(
             ["nm", "-C", "--defined-only", str(built.result())],
             check=True, capture_output=True, text=True,
