@@ -196,12 +196,11 @@ class LoaderSource:
         units, seen, share = order["recipe"]["units"], order["seen"], self._share
         repeated = share.repeated(max(0, units - seen))
         rank_zero_info(
-            "Going on inside an epoch of which %d processes saw %d of %d %s: what is left is dealt out among %d%s.",
-            order["share"]["replicas"],
+            "Going on inside an epoch: %d of its %d %s were seen by %s, and what is left is dealt out to %s%s.",
             min(seen, units),
             units,
             order["recipe"]["unit"],
-            share.replicas,
+            *(f"{n} process{'es' if n > 1 else ''}" for n in (order["share"]["replicas"], share.replicas)),
             f", and {repeated} of it twice, so that every process has a last batch" if repeated else "",
         )
 
