@@ -22,6 +22,7 @@ from lit_fast.strategies.launchers import Launcher, MultiProcessingLauncher, Sub
 from lit_fast.strategies.process_group import Joined, join
 from lit_fast.strategies.same_model import check_one_device, check_same_model
 from lit_fast.strategies.strategy import Strategy
+from lit_fast.strategies.watchdog import TIMEOUT as WATCHDOG_TIMEOUT
 
 TIMEOUT = timedelta(minutes=30)  # of a collective, torch's own default
 BROADCAST_BYTES = 250 << 20  # of one message that makes models or buffers equal
@@ -42,6 +43,8 @@ class ParallelStrategy(Strategy):
     """
 
     is_distributed = True
+    # Seconds without a sign of life after which a process is given up, None: never. Set it before a run.
+    watchdog_timeout: float | None = WATCHDOG_TIMEOUT
 
     def __init__(
         self,
@@ -145,6 +148,7 @@ class ParallelStrategy(Strategy):
                 backend=self.backend,
                 timeout=self.timeout,
                 device=self.root_device if self.root_device.type == "cuda" else None,
+                watchdog_timeout=self.watchdog_timeout,
             )
 
     def teardown(self) -> None:

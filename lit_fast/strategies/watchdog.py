@@ -25,7 +25,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from lit_fast.errors import RankFailedError, SIGTERMException
+from lit_fast.errors import JobRequeued, RankFailedError, SIGTERMException
 from lit_fast.strategies.members import Member, how_it_ended
 
 INTERVAL = 1.0  # seconds between two signs of life
@@ -162,7 +162,8 @@ class Watchdog:
     def report(self, error: BaseException, phase: str = "") -> None:
         """Tell the others that this rank ends because of `error`.
 
-        What comes from outside is not told: a failed collective (`explain_failure` asks who it was), Ctrl-C, SIGTERM.
+        What comes from outside is not told: a failed collective (`explain_failure` asks who it was), Ctrl-C, SIGTERM,
+        a job that is queued again.
 
         Args:
             phase: what this rank was doing, as in "while training".
@@ -171,7 +172,7 @@ class Watchdog:
             return
         with self._lock:
             self._taken = True
-        self._interrupted = isinstance(error, (KeyboardInterrupt, SIGTERMException))
+        self._interrupted = isinstance(error, (KeyboardInterrupt, SIGTERMException, JobRequeued))
         if self._interrupted or isinstance(error, RankFailedError):
             return
         what = f"failed{phase and ' '}{phase}: {type(error).__name__}: {_first_line(error)}"
@@ -243,7 +244,8 @@ class Watchdog:
                 self._say_bye(INTERRUPTED if self._interrupted else limit)
         finally:
             self._stopped.set()
-            self._hear(self._store)
+            if self.verdict is None or self.verdict.rank != 0:  # else the store may hang with its host
+                self._hear(self._store)
             _running.pop(os.getpid(), None)
             if self.verdict is not None:
                 faulthandler.cancel_dump_traceback_later()

@@ -13,11 +13,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from new_process import NewProcess
 from ranks import free_port
 
+import lit_fast
+from lit_fast.callbacks import ModelCheckpoint
+from lit_fast.demos.boring_classes import BoringModel, RandomDataset
+
 pytestmark = pytest.mark.dist
 PROGRAM = Path(__file__).parents[1] / "ring_program.py"
+FIT = PROGRAM.with_name("failing_fit_program.py")
 MUST_END = 30.0  # seconds after a failure, as promised
 
 
@@ -57,13 +63,14 @@ class Job:
 
 
 @contextmanager
-def job(world_size: int, victim: int, how: str, timeout: float = 20.0) -> Iterator[Job]:
+def job(world_size: int, victim: int, how: str, *more: object, program: Path = PROGRAM) -> Iterator[Job]:
     place = {
         "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     processes = [
-        NewProcess(PROGRAM, victim, how, timeout, env={**place, "RANK": str(rank)}) for rank in range(world_size)
+        NewProcess(program, victim, how, *more, env={**place, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(world_size)
     ]
     try:
         yield Job(processes)
@@ -76,7 +83,7 @@ def job(world_size: int, victim: int, how: str, timeout: float = 20.0) -> Iterat
 
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_killed_rank_is_named(victim: int) -> None:
-    with job(2, victim, "kill") as ranks:
+    with job(2, victim, "kill", 20) as ranks:
         failed = ranks.wait_until_running(victim)
         other = 1 - victim
         seconds = ranks.ended(other, failed)
@@ -96,7 +103,7 @@ def test_a_killed_rank_is_named(victim: int) -> None:
     [("raise", "failed while training: ValueError: one rank only"), ("exit", "ended while training while the others")],
 )
 def test_a_rank_that_raises_is_named_with_its_error(victim: int, how: str, reason: str) -> None:
-    with job(2, victim, how) as ranks:
+    with job(2, victim, how, 20) as ranks:
         failed = ranks.wait_until_running(victim)
         seconds = ranks.ended(1 - victim, failed)
         assert reason in ranks.named(1 - victim)
@@ -106,7 +113,7 @@ def test_a_rank_that_raises_is_named_with_its_error(victim: int, how: str, reaso
 
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_rank_that_ends_without_a_word_is_named(victim: int) -> None:
-    with job(2, victim, "end") as ranks:
+    with job(2, victim, "end", 20) as ranks:
         failed = ranks.wait_until_running(victim)
         seconds = ranks.ended(1 - victim, failed)
         assert f"rank {victim} (host " in ranks.named(1 - victim)
@@ -116,7 +123,7 @@ def test_a_rank_that_ends_without_a_word_is_named(victim: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_stopped_rank_is_named_within_thirty_seconds(victim: int) -> None:
-    with job(2, victim, "stop") as ranks:
+    with job(2, victim, "stop", 20) as ranks:
         failed = ranks.wait_until_running(victim)
         seconds = ranks.ended(1 - victim, failed)
         assert "a signal (SIGSTOP) or a debugger holds its process" in ranks.named(1 - victim)
@@ -124,11 +131,49 @@ def test_a_stopped_rank_is_named_within_thirty_seconds(victim: int) -> None:
 
 
 def test_a_stopped_rank_with_a_shorter_limit() -> None:
-    with job(3, 1, "stop", timeout=3.0) as ranks:
+    with job(3, 1, "stop", 3) as ranks:
         failed = ranks.wait_until_running(1)
         print([ranks.ended(rank, failed) for rank in (0, 2)])
         for rank in (0, 2):
             assert "rank 1 (host" in ranks.named(rank) and "SIGSTOP" in ranks.named(rank)
+
+
+# -- a Trainer
+
+
+def usable(folder: Path) -> None:
+    """The last checkpoint before the failure is whole, and a fit in one process goes on from it."""
+    last = max(folder.glob("*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    assert last.name == "step=20.ckpt"
+    trainer = lit_fast.Trainer(
+        accelerator="cpu", devices=1, max_steps=22, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}"),
+    )  # fmt: skip
+    trainer.fit(BoringModel(), torch.utils.data.DataLoader(RandomDataset(32, 10**6), batch_size=2), ckpt_path=last)
+    assert trainer.global_step == 22
+
+
+@pytest.mark.parametrize(
+    ("how", "victim", "reason"),
+    [
+        ("kill", 1, "has ended without a word|was killed by SIGKILL"),
+        ("kill", 0, "has ended without a word|was killed by SIGKILL"),
+        ("raise", 1, "failed in trainer.fit: ValueError: one rank only"),
+        pytest.param("stop", 0, r"a signal \(SIGSTOP\) or a debugger holds its process", marks=pytest.mark.slow),
+        pytest.param("stop", 1, r"a signal \(SIGSTOP\) or a debugger holds its process", marks=pytest.mark.slow),
+    ],
+)
+def test_a_fit_whose_rank_fails_is_ended_and_can_go_on(how: str, victim: int, reason: str, tmp_path: Path) -> None:
+    with job(2, victim, how, tmp_path, 1, program=FIT) as ranks:
+        failed = ranks.wait_until_running(victim)
+        other = 1 - victim
+        seconds = ranks.ended(other, failed)
+        assert re.match(
+            rf"rank {victim} \(host .*, pid {ranks.processes[victim].pid}\) .*({reason})", ranks.named(other)
+        )
+        assert "on_exception: RankFailedError" in ranks.processes[other]._outputs[0].read_text()
+        print(f"{how} in rank {victim} of a fit: {seconds:.1f} s")
+    usable(tmp_path)
 
 
 # -- two machines
@@ -180,14 +225,17 @@ def unplug(second: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["plain", "torchrun"])
-def test_a_host_that_is_unplugged_is_named(launcher: str, tmp_path: Path) -> None:
-    arguments = [str(PROGRAM), "-1", "unplugged", "20"]
+@pytest.mark.parametrize("program", [PROGRAM, FIT], ids=["ring", "fit"])
+def test_a_host_that_is_unplugged_is_named(program: Path, launcher: str, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    arguments = [str(program), "-1", "unplugged", *(["20"] if program is PROGRAM else [str(checkpoints), "2"])]
     with two_hosts() as hosts, ExitStack() as stack:
         outputs, processes = [], []
         for rank, host in enumerate(hosts):
             env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
             if launcher == "plain":
                 env |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500"}
+                env |= {"LOCAL_RANK": "0", "NODE_RANK": str(rank)}
                 command = [*host, sys.executable, *arguments]
             else:
                 run = ["--nnodes=2", f"--node-rank={rank}", "--nproc-per-node=1", "--master-addr=10.77.0.1"]
@@ -211,8 +259,12 @@ def test_a_host_that_is_unplugged_is_named(launcher: str, tmp_path: Path) -> Non
                     seconds[rank] = time.monotonic() - since
             assert time.monotonic() < since + MUST_END, [path.read_text() for path in outputs]
             time.sleep(0.05)
-        print(f"unplugged ({launcher}): {seconds}")
+        print(f"unplugged ({program.stem}, {launcher}): {seconds}")
         assert all(process.returncode for process in processes)
         first, second = (path.read_text() for path in outputs)
         assert re.search(r"^lit_fast: rank 0 .* ends: rank 1 \(host host-b, pid \d+\) gave no sign of", first, re.M)
         assert re.search(r"^lit_fast: rank 1 .* ends: rank 0 \(host host-a, pid \d+\) the store at", second, re.M)
+    if program is FIT:
+        saved = [int(path.stem.partition("=")[2]) for path in checkpoints.glob("*.ckpt")]
+        state = torch.load(checkpoints / f"step={max(saved)}.ckpt", weights_only=True)
+        assert state["global_step"] == max(saved) >= 20
