@@ -139,6 +139,8 @@ class Attributes(Runtime):
         if stop and self._shared is not None:
             self._shared.wish(Wish.STOP)
             return
+        if self._shared is not None:
+            self._shared.fulfilled(Wish.STOP)
         self._should_stop = stop
         self._progress.boundary = NOW
 

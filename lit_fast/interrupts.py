@@ -108,7 +108,7 @@ class Interrupts:
             self._requeue(number)
         self._terminated = number == signal.SIGTERM
         saves = self.state.fn == TrainerFn.FITTING and not self.sanity_checking
-        path = finding.interrupt_path(self._trainer) if saves else None
+        path = self.strategy.of_first(lambda: finding.interrupt_path(self._trainer)) if saves else None
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)

@@ -45,7 +45,11 @@ class LogSync:
     @property
     def steps(self) -> bool:
         """Whether all know that steps are logged so. The same answer everywhere, between two steps."""
-        return self.strategy.control is not None and self.strategy.control.knows(Wish.SYNC_LOGS)
+        control = self.strategy.control
+        if control is None:
+            return False
+        control.settle()
+        return control.knows(Wish.SYNC_LOGS)
 
     # -- one message
 

@@ -32,6 +32,7 @@ from lit_fast.progress import NOW
 from lit_fast.rank_zero import WarningCache, rank_zero_info
 from lit_fast.schedule import ASK_OTHERS, Schedule
 from lit_fast.step import closure, inline
+from lit_fast.strategies.control import Wish
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -201,6 +202,7 @@ class FitLoop(Schedule, Restarted):
             rank_zero_info("Trainer.fit stopped: there are no training batches.")
             return
         self._begin_data()
+        trainer._agree()
         if self._finished():
             return self._say_why()
         if progress.stage == "epoch_end":  # resumed from a checkpoint that was written in the last hooks of an epoch
@@ -423,6 +425,8 @@ class FitLoop(Schedule, Restarted):
         if self._validation_is_due(stopping):
             self.epoch_loop.val_loop.run_in_fit(release_gradients=not window_open)
             self.last_validation = time.monotonic()
+            if trainer._shared is not None:
+                trainer._shared.fulfilled(Wish.VALIDATE)
             trainer._agree()
             stopping = trainer._should_stop and self._may_stop()
         if not window_open:
@@ -484,6 +488,8 @@ class FitLoop(Schedule, Restarted):
             if config.interval == interval and done % config.frequency == 0:
                 metrics = trainer.callback_metrics
                 value = metrics.get(config.monitor or "")
+                if trainer._shared is not None:  # learning rates must not differ
+                    value = trainer.strategy.broadcast(None if value is None else value.cpu())
                 if value is not None:
                     trainer._scheduler_step(config)(value)
                 elif config.strict:

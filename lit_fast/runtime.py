@@ -71,11 +71,13 @@ class Runtime(Interrupts):
         self._should_stop, self._interrupt, self._terminated = False, None, False
         if fn == TrainerFn.FITTING:
             self._settle_limits()
+        self._same_versions()
         if self._profiler is not None:
             self._profiler.start()
         if self._actions is not None:
             self._actions._lightning_module = self._module
-            self._actions.setup(stage=fn.value, log_dir=self.log_dir)
+            rank = self.strategy.global_rank if self.strategy.world_size > 1 else None
+            self._actions.setup(stage=fn.value, local_rank=rank, log_dir=self.log_dir)
         self._metric_log.begin_run(stage.value, self.strategy)
 
     def _use_device(self, device: torch.device) -> None:
@@ -126,7 +128,7 @@ class Runtime(Interrupts):
         self._attach_model_callbacks(module)
         for owner in (self.datamodule, module):
             if owner is not None:
-                owner.prepare_data()
+                self._prepare_data(owner)
         if self.datamodule is not None:
             self._hook(self.datamodule, "setup")(self.state.fn)
         for callback in self.callbacks:
@@ -138,12 +140,27 @@ class Runtime(Interrupts):
             self._layer_sync.apply(module)
             self._at_run_end.callback(self._layer_sync.revert, module)
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
-        path = self._ckpt_path = finding.find(self._trainer, ckpt_path)
+        path = self._ckpt_path = self.strategy.of_first(lambda: finding.find(self._trainer, ckpt_path))
         if path is None:
             return None
         checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
         checkpoint_state.restore_model(self._trainer, checkpoint, path)
         return checkpoint
+
+    def _prepare_data(self, owner: Any) -> None:
+        """Once on each machine, or once at all; nobody goes on before it is done."""
+        strategy = self.strategy
+        if strategy.global_rank == 0 or (owner.prepare_data_per_node and strategy.local_rank == 0):
+            owner.prepare_data()
+        strategy.barrier("prepare_data")
+
+    def _same_versions(self) -> None:
+        """Loggers that number their folders: all processes take the number that the first one has found."""
+        numbered = [logger for logger in self.loggers if is_kind(logger, "FolderLogger")]
+        if numbered and self.strategy.world_size > 1:
+            found = self.strategy.of_first(lambda: [logger.version for logger in numbered])
+            for logger, version in zip(numbered, found, strict=True):
+                logger.use_version(version)
 
     def _attach_model_callbacks(self, module: LightningModule) -> None:
         for callback in self.callbacks:

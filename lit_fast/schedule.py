@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lit_fast.errors import MisconfigurationException
 from lit_fast.plan import Plans
 from lit_fast.progress import NOW
+from lit_fast.strategies.control import Wish
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -87,8 +88,8 @@ class Schedule:
         if self.max_steps != -1:
             candidates.append(after_steps(max(1, self.max_steps - progress.global_step)))
         interval = self.val_check_batch
-        if trainer.enable_validation and interval is None:
-            return NOW  # the clock decides, after every batch
+        if trainer.enable_validation and interval is None and self._looks_at_clock:
+            return NOW  # after every batch
         if trainer.enable_validation and isinstance(interval, int):
             counted = self._validation_count()
             candidates.append(done + interval - counted % interval - 1)
@@ -135,12 +136,27 @@ class Schedule:
         if stopping:
             return True
         if self.val_check_batch is None:
-            seconds = self.trainer.config.val_check_seconds
-            return seconds is not None and time.monotonic() - self.last_validation >= seconds
+            return self._validation_time_is_up()
         interval = self.trainer.config.val_check_interval
         if self.val_check_batch == math.inf or (isinstance(interval, float) and interval == 1.0):
             return self.progress.is_last_batch
         return self._validation_count() % int(self.val_check_batch) == 0
+
+    @property
+    def _looks_at_clock(self) -> bool:
+        """Whether this process decides by its clock; of several the first one does, and the others hear of it."""
+        shared = self.trainer._shared
+        return shared is None or self.trainer.is_global_zero or shared.knows(Wish.VALIDATE)
+
+    def _validation_time_is_up(self) -> bool:
+        trainer, shared = self.trainer, self.trainer._shared
+        seconds = trainer.config.val_check_seconds
+        is_up = seconds is not None and time.monotonic() - self.last_validation >= seconds
+        if shared is None:
+            return is_up
+        if is_up and trainer.is_global_zero:
+            shared.wish(Wish.VALIDATE)
+        return shared.knows(Wish.VALIDATE)
 
     # -- the end
 

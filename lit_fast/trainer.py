@@ -351,7 +351,7 @@ class Trainer(Attributes):
             self._use_data(datamodule, **{f"{names.data}_dataloader": dataloaders})
             self._prepare_evaluation(module, names.stage, self._best_if_no_model(given, ckpt_path), weights_only)
             results = loop.run()
-            if loop.verbose:
+            if loop.verbose and self.is_global_zero:
                 print_results(results, names.stage)
             self._tear_down(module)
         return results
@@ -439,7 +439,9 @@ class Trainer(Attributes):
         return "\n".join([self.fit_loop.plans.explain(), *self._explain_run()])
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print, above the progress bar where there is one."""
+        """Print, above the progress bar where there is one; from one process of each machine."""
+        if self.local_rank != 0:
+            return
         bar = self.progress_bar_callback
         if bar is not None and hasattr(bar, "print"):
             bar.print(*args, **kwargs)

@@ -12,8 +12,10 @@ import torch
 
 from lit_fast.checkpoint import rng
 from lit_fast.data.combined import CombinedLoader
+from lit_fast.errors import MisconfigurationException
 from lit_fast.plan import Plans
 from lit_fast.states import TrainerFn
+from lit_fast.strategies.control import Wish
 
 if TYPE_CHECKING:
     from lit_fast.callbacks.callback import Callback
@@ -44,6 +46,21 @@ class Trial:
         loop = self.trainer._evaluation
         loop.run()
         self._loaders = None if loop.combined is None else loop.combined.flattened
+
+    def run_alone(self, steps: int) -> None:
+        """`run`, in which the processes say nothing to each other, since any of them may fail by itself."""
+        strategy = self.trainer.strategy
+        if strategy.shards_gradients:
+            raise MisconfigurationException(
+                f"Strategy {strategy.strategy_name!r} shares every step out over the processes, so they cannot search "
+                f"for a batch size apart from each other. Search with strategy='ddp', or set the batch size."
+            )
+        control, strategy.control = strategy.control, None
+        try:
+            with strategy.block_backward_sync():
+                self.run(steps)
+        finally:
+            strategy.control = control
 
     def fit(self, callbacks: Sequence[Callback] = (), epoch: int = 0, **options: Any) -> None:
         """Run the fit loop.
@@ -123,6 +140,8 @@ def trying(trainer: Trainer) -> Iterator[Trial]:
         for restore in put_back:
             restore()
         rng.restore(random)
+        if trainer.strategy.control is not None:
+            trainer.strategy.control.fulfilled(Wish.STOP)  # the run's inside
     if trial.reloads_data and trainer.fit_loop.loader is not None:
         trainer.fit_loop.loader = None
         trainer.fit_loop.setup_data()

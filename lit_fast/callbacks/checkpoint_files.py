@@ -76,12 +76,17 @@ class CheckpointFiles(Checkpoint):
 
     def _versioned_name(self, metrics: dict[str, Tensor], trainer: Any, own: str, filename: str | None = None) -> str:
         """A name that is free, or that of the file `own`, which may be overwritten."""
-        filepath = self.format_checkpoint_name(metrics, filename)
-        version = self.STARTING_VERSION
-        while self._enable_version_counter and filepath != own and self.file_exists(filepath, trainer):
-            filepath = self.format_checkpoint_name(metrics, filename, ver=version)
-            version += 1
-        return filepath
+
+        def free_name() -> str:
+            filepath = self.format_checkpoint_name(metrics, filename)
+            version = self.STARTING_VERSION
+            while self._enable_version_counter and filepath != own and self.file_exists(filepath, trainer):
+                filepath = self.format_checkpoint_name(metrics, filename, ver=version)
+                version += 1
+            return filepath
+
+        found: str = trainer.strategy.of_first(free_name)  # others would look while the first one writes
+        return found
 
     def _resolve_ckpt_dir(self, trainer: Any) -> str:
         if self.dirpath is not None:

@@ -152,10 +152,12 @@ class EarlyStopping(Callback):
 
     def _run_early_stopping_check(self, trainer: Any) -> None:
         logs = trainer.callback_metrics
-        if trainer.fast_dev_run or not self._validate_condition_metric(logs):
+        if trainer.fast_dev_run:
             return
-        should_stop, reason = self._evaluate_stopping_criteria(torch.as_tensor(logs[self.monitor]).squeeze())
-        if should_stop:
+        should_stop, reason = False, None
+        if self._validate_condition_metric(logs):
+            should_stop, reason = self._evaluate_stopping_criteria(torch.as_tensor(logs[self.monitor]).squeeze())
+        if trainer.strategy.reduce_boolean_decision(should_stop, all=False):
             trainer.should_stop = True
             self.stopped_epoch = trainer.current_epoch
             self.stopping_reason_message = reason

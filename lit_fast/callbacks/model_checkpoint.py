@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lit_fast.callbacks.checkpoint_files import CheckpointFiles, local_path
 from lit_fast.errors import MisconfigurationException
+from lit_fast.rank_zero import rank
+from lit_fast.strategies.control import Wish
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +180,7 @@ class ModelCheckpoint(CheckpointFiles):
     # -- when to save
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        self.dirpath = self.__resolve_ckpt_dir(trainer)
+        self.dirpath = trainer.strategy.broadcast(self.__resolve_ckpt_dir(trainer))
         if stage == "fit" and trainer.is_global_zero and self.save_top_k != 0 and os.path.isdir(self.dirpath):
             resumed = getattr(trainer, "ckpt_path", None)
             inside = resumed is not None and Path(self.dirpath).absolute() in Path(resumed).absolute().parents
@@ -191,14 +193,10 @@ class ModelCheckpoint(CheckpointFiles):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         due = self._every_n_train_steps >= 1 and trainer.global_step % self._every_n_train_steps == 0
         if self._train_time_interval is not None:
-            now = time.monotonic()
-            since = now if self._last_time_checked is None else self._last_time_checked
-            if now - since >= self._train_time_interval.total_seconds():
-                self._last_time_checked = now
-                due = True
+            due = self._time_is_up(trainer, self._train_time_interval.total_seconds())
         if not due or self._should_skip_saving_checkpoint(trainer):
             return
-        metrics = self._monitor_candidates(trainer)
+        metrics = self._agreed_candidates(trainer)
         if self.monitor is not None and (self.monitor not in metrics or self._validation_is_next(trainer)):
             self._defer_save_until_validation = True  # so that the score belongs to these weights
             return
@@ -216,7 +214,7 @@ class ModelCheckpoint(CheckpointFiles):
             # also where epochs save at their own end: Lightning 2.6 drops a deferred save there, and a run
             # of one epoch with a validation metric and `every_n_train_steps` ends without a checkpoint
             self._defer_save_until_validation = False
-            self._save_all(trainer, self._monitor_candidates(trainer))
+            self._save_all(trainer, self._agreed_candidates(trainer))
         elif not self._should_save_on_train_epoch_end(trainer):
             self._save_at_epoch_end(trainer)
 
@@ -232,8 +230,23 @@ class ModelCheckpoint(CheckpointFiles):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.save_last and not self._last_checkpoint_saved and not trainer.fast_dev_run:
-            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._save_last_checkpoint(trainer, self._agreed_candidates(trainer))
             self._remove_obsolete(trainer)
+
+    def _time_is_up(self, trainer: Any, interval: float) -> bool:
+        """By the clock of the first process; the others hear of it with the gradients of the next step."""
+        now = time.monotonic()
+        is_up = now - (now if self._last_time_checked is None else self._last_time_checked) >= interval
+        control = trainer.strategy.control
+        if control is not None:
+            if is_up and trainer.is_global_zero:
+                control.wish(Wish.SAVE)
+            is_up = control.knows(Wish.SAVE) and trainer.strategy.broadcast(is_up)
+            if is_up:
+                control.fulfilled(Wish.SAVE)
+        if is_up:
+            self._last_time_checked = now
+        return is_up
 
     def _should_skip_saving_checkpoint(self, trainer: Any) -> bool:
         return (
@@ -268,7 +281,7 @@ class ModelCheckpoint(CheckpointFiles):
         self._remove_obsolete(trainer)
 
     def _save_at_epoch_end(self, trainer: Any) -> None:
-        metrics = self._monitor_candidates(trainer)
+        metrics = self._agreed_candidates(trainer)
         if self._every_n_epochs >= 1 and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
             self._save_topk_checkpoint(trainer, metrics)
         saved_now = self._last_global_step_saved == trainer.global_step
@@ -280,6 +293,15 @@ class ModelCheckpoint(CheckpointFiles):
         metrics = {name: _snapshot(value) for name, value in trainer.callback_metrics.items()}
         for name, value in (("epoch", trainer.current_epoch), ("step", trainer.global_step)):
             metrics[name] = metrics[name].int() if name in metrics else torch.tensor(value)
+        return metrics
+
+    def _agreed_candidates(self, trainer: Any) -> dict[str, Tensor]:
+        """Of several processes those of the first one, so that all decide alike and use the same names."""
+        if trainer.strategy.world_size == 1:
+            return self._monitor_candidates(trainer)
+        trainer._metric_log.share_step()
+        here = self._monitor_candidates(trainer)
+        metrics: dict[str, Tensor] = trainer.strategy.broadcast({name: value.cpu() for name, value in here.items()})
         return metrics
 
     def check_monitor_top_k(self, trainer: Any, current: Tensor | None = None) -> bool:
@@ -396,6 +418,8 @@ class ModelCheckpoint(CheckpointFiles):
             if self.dirpath is None:
                 raise MisconfigurationException("ModelCheckpoint.to_yaml() has no directory yet; pass `filepath`.")
             filepath = os.path.join(self.dirpath, "best_k_models.yaml")
+        if rank() != 0:
+            return
         from lit_fast.loggers.utilities import write_yaml
 
         write_yaml(filepath, {path: score.item() for path, score in self.best_k_models.items()})

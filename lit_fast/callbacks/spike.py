@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lit_fast.callbacks.callback import Callback
@@ -69,11 +70,12 @@ class LossSpikes:
         """
         value = float(loss.detach())  # whether to go on is decided on the host: it waits for the device here
         spike = batch_idx >= self.warmup and self._is_spike(value)
-        fabric.strategy.barrier()
-        if fabric.strategy.reduce_boolean_decision(spike, all=False):
+        seen = torch.tensor([spike, not math.isfinite(value)], dtype=torch.float32)  # one message for both questions
+        spikes, others = fabric.strategy.reduce(seen, reduce_op="sum").tolist()
+        if spikes:
             self._write_bad_batches(batch_idx, write=fabric.global_rank == 0)
             raise TrainingSpikeException(batch_idx)
-        if self.finite_only or fabric.strategy.reduce_boolean_decision(math.isfinite(value), all=True):
+        if self.finite_only or not others:
             self.running.append(value)
             self.last_val = value
 

@@ -137,7 +137,7 @@ class Timer(Callback):
     def _check_time_remaining(self, trainer: Any) -> None:
         assert self._duration is not None
         elapsed = self.time_elapsed()
-        if elapsed >= self._duration:
+        if elapsed >= self._duration and trainer.is_global_zero:  # one clock decides; the other processes hear of it
             trainer.should_stop = True
             if self._verbose:
                 log.info("Training time of %s is up: stopping.", timedelta(seconds=int(elapsed)))

@@ -96,6 +96,10 @@ class FolderLogger(Logger):
             self._version = next_version(self.root_dir)
         return self._version
 
+    def use_version(self, version: int | str) -> None:
+        """Write there; with several processes all use the number that the first one has found free."""
+        self._version = version
+
     @property
     def save_dir(self) -> str:
         return self._save_dir

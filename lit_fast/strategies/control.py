@@ -28,6 +28,7 @@ class Wish(IntEnum):
     REQUEUE = 3  # the signal by which a cluster says that the job is to be queued again
     VALIDATE = 4
     SYNC_LOGS = 5  # some process logs steps with sync_dist: all take part where a row is due
+    SAVE = 6  # the first process's clock says that a checkpoint is due
 
     @classmethod
     def of_signal(cls, number: int) -> Wish:
@@ -65,7 +66,6 @@ class Control:
 
     def knows(self, wish: Wish) -> bool:
         """Whether all processes have heard of it. Between two steps the answer is the same in all of them."""
-        self.settle()
         return wish in self._asked
 
     # -- with the gradients
@@ -113,6 +113,7 @@ class Control:
             self.agreed(new)
 
     def fulfilled(self, wish: Wish) -> None:
-        """It was done and may be wished again."""
+        """It was done and may be wished again. Every process must call this at the same step."""
+        self.settle()  # the last step's gradients carried it once more
         self._wishes[wish] = 0.0
         self._asked.discard(wish)

@@ -159,7 +159,7 @@ class DDPStrategy(ParallelStrategy):
 
     def _take_part(self) -> None:
         """A process whose `training_step` returned no loss still takes part in what the others send."""
-        if not self._reduced and self.buckets is not None:
+        if not self._reduced and self.buckets is not None and not self._blocked:
             self.buckets.begin()
             self.buckets.finish()
         self._reduced = False
@@ -186,6 +186,8 @@ class DDPStrategy(ParallelStrategy):
             return step
 
         def with_buffers(*args: Any) -> Any:
+            if self._blocked:
+                return step(*args)
             broadcast_coalesced(self.group, [b.detach() for b in module.buffers()], BROADCAST_BYTES, 0)
             return step(*args)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
@@ -199,11 +199,6 @@ class ParallelStrategy(Strategy):
         self.bind_backward(through_plugin, reduces=True)(closure_loss)
         return closure_loss
 
-    @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:
-        """Inside, backward gathers gradients in this process only."""
-        yield
-
     # -- collectives
 
     def barrier(self, name: str | None = None) -> None:
@@ -216,6 +211,19 @@ class ParallelStrategy(Strategy):
         objects = [obj]
         dist.broadcast_object_list(objects, src, device=torch.device("cpu"))
         return objects[0]
+
+    def of_first(self, function: Callable[[], Any]) -> Any:
+        result: Any = None
+        error: Exception | None = None
+        if self.is_global_zero:
+            try:
+                result = function()
+            except Exception as raised:
+                error = raised
+        result, told = self.broadcast((result, error))
+        if told is not None:
+            raise error or told
+        return result
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         if self.world_size == 1 or not isinstance(tensor, Tensor):

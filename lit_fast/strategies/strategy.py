@@ -221,6 +221,11 @@ class Strategy:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self.load_optimizer_state(optimizer, state)
 
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Inside, backward gathers gradients in this process only."""
+        yield
+
     # -- collectives: the identity in one process
 
     def barrier(self, name: str | None = None) -> None:
@@ -229,6 +234,10 @@ class Strategy:
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """The object that process `src` gave, in every process."""
         return obj
+
+    def of_first(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns in the first process, which alone calls it; its error is raised in all of them."""
+        return function()
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """The "mean", "sum", "min" or "max" over all processes' tensors, in every process."""

@@ -158,8 +158,11 @@ def _scale_batch_size(
     module = trainer.lightning_module
 
     def fits() -> bool:
+        return trainer.strategy.reduce_boolean_decision(fits_here())  # the smallest memory decides
+
+    def fits_here() -> bool:
         try:
-            trial.run(steps_per_trial)
+            trial.run_alone(steps_per_trial)
         except (RuntimeError, MemoryError) as error:
             if not is_oom_error(error):
                 raise

@@ -210,7 +210,7 @@ def _lr_find(
         trial.fit([watch], epoch=trainer.current_epoch, max_steps=num_training, limit_val_batches=num_training)
     if len(watch.losses) < num_training:
         log.info("The learning rate finder stopped after %d of %d steps.", len(watch.losses), num_training)
-    finder.results = {"lr": watch.lrs, "loss": watch.losses}
+    finder.results = trainer.strategy.broadcast({"lr": watch.lrs, "loss": watch.losses})  # one rate for all processes
     if update_attr:
         rate = finder.suggestion()
         if rate is not None:

@@ -50,7 +50,10 @@ class StandInTrainer(SimpleNamespace):
         loop.batch_progress = self
         self.fit_loop = SimpleNamespace(epoch_loop=loop)
         self.strategy = SimpleNamespace(
+            world_size=1,
+            control=None,
             broadcast=lambda value: value,
+            of_first=lambda function: function(),
             reduce_boolean_decision=lambda decision, all=True: decision,
             remove_checkpoint=lambda path: os.path.lexists(path) and os.remove(path),
             barrier=lambda: None,
