@@ -7,13 +7,13 @@ equal segments, one for each rank that keeps a part, each with its flags behind 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lit_fast import _core
+from lit_fast import _core, flat_by_torch
 
 Piece: TypeAlias = tuple[int, int, int, int]
 
@@ -113,6 +113,8 @@ def lay_out_buckets(
 class Packer:
     """Moves the gradients of one bucket into its flat memory, in one call and, on a GPU, one launch.
 
+    On a GPU that the core was not built for, torch does it with a few launches for each parameter.
+
     Args:
         params: the bucket's parameters, in the order of `BucketLayout.slots`; their shapes and strides stay.
         pieces: `BucketLayout.pieces`.
@@ -150,6 +152,7 @@ class Packer:
         core = _core.Packer(tuple(params), pieces, used_flags, size, names)
         self._params = tuple(params)
         self._pack = partial(core.pack, self._params)
+        self._by_torch = partial(flat_by_torch.pack, self._params, pieces, used_flags, names)
         self.ready: Callable[[], bool] = partial(core.ready, self._params)
         self._assign = partial(core.assign, self._params)
 
@@ -182,6 +185,8 @@ class Packer:
             KernelError: a gradient is sparse, of another dtype or device, or lies in memory otherwise than its
                 parameter. Nothing was written.
         """
+        if _lacks_kernels(out):
+            return self._by_torch(out, scale, aside, release)
         return self._pack(_stream(out), out, scale, aside, release)
 
     def assign(self, views: Sequence[Tensor], without: Sequence[int] = ()) -> None:
@@ -205,6 +210,8 @@ def unpack(flat_in: Tensor, flat_out: Tensor, scale: float = 1.0) -> None:
         >>> out
         tensor([0.5000, 1.5000])
     """
+    if _lacks_kernels(flat_out):
+        return flat_by_torch.unpack(flat_in, flat_out, scale)
     _core.unpack(flat_in, flat_out, scale, _stream(flat_out))
 
 
@@ -224,6 +231,8 @@ def sum_pieces(pieces: Tensor, out: Tensor, scale: float = 1.0) -> None:
         >>> out
         tensor([2., 3.])
     """
+    if _lacks_kernels(out):
+        return flat_by_torch.sum_pieces(pieces, out, scale)
     _core.sum_pieces(pieces, out, scale, _stream(out))
 
 
@@ -241,6 +250,8 @@ def squares(values: Sequence[Tensor], places: Sequence[int], partials: Tensor) -
     Raises:
         KernelError: another dtype, layout or device; a place outside `partials`. Nothing was written.
     """
+    if _lacks_kernels(partials):
+        return flat_by_torch.squares(values, places, partials, square_chunk())
     _core.squares(values, places, partials, _stream(partials))
 
 
@@ -260,6 +271,8 @@ def norm_of(partials: Tensor, grad_scale: float | Tensor = 1.0) -> Tensor:
         >>> norm_of(partials)
         tensor(5.)
     """
+    if _lacks_kernels(partials):
+        return flat_by_torch.norm_of(partials, grad_scale)
     stream = _stream(partials)
     if stream is None:
         norm = _core.norm_of(partials, float(grad_scale), None, None, None)
@@ -291,6 +304,15 @@ def first_indices(numels: Sequence[int]) -> list[int]:
 def square_chunk() -> int:
     """Elements that one partial sum of the gradients' norm is of (csrc/formulas/norm.h)."""
     return _core.square_chunk
+
+
+@cache
+def _built_for_cuda() -> bool:
+    return bool(_core.build_info()["cuda"])
+
+
+def _lacks_kernels(tensor: Tensor) -> bool:
+    return tensor.is_cuda and not _built_for_cuda()
 
 
 def _stream(tensor: Tensor) -> tuple[int, int] | None:
