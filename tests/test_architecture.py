@@ -30,7 +30,7 @@ FLOORS = [
     "module core_hooks precision strategies metrics log_rules log_slots log_sync backward callbacks loggers "
     "checkpoint data profiler config seed hparams export tuner model_summary accelerators flags",
     "optim distributed",
-    "ops flat flat_by_torch triton",  # the kernels that are written in Triton; ops hands them what the core has collected
+    "ops flat flat_by_torch triton",  # triton: kernels written in it; ops hands them what the core has collected
     "_core",
     "rank_zero not_built",
     "errors hooks states progress lazy",
