@@ -247,6 +247,7 @@ def test_a_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_submitit_itself(tmp_path: Path) -> None:
     """Two tasks on this machine, as a job of SLURM's has them."""
     pytest.importorskip("submitit", reason="pip install 'lit-fast[slurm]'")
