@@ -48,6 +48,7 @@ class SubprocessScriptLauncher(Launcher):
         self._exit_code = 0
         self._watchers: list[threading.Thread] = []
         self._ended = threading.Event()  # this process has come to its end
+        self._raised = False  # by an exception, which the interpreter has printed, and which says who failed
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -97,7 +98,8 @@ class SubprocessScriptLauncher(Launcher):
             return
         self.failure, self._exit_code = how_it_ended(rank, process.pid, code), code if code > 0 else 128 - code
         note_death(rank, code)
-        _say(f"{self.failure}; the whole run ends. What it wrote above, if anything, says why.")
+        if not self._raised:
+            _say(f"{self.failure}; the whole run ends. What it wrote above, if anything, says why.")
         if not self._ended.wait(launcher.GRACE_SECONDS):
             _leave(self._exit_code)
 
@@ -105,19 +107,19 @@ class SubprocessScriptLauncher(Launcher):
         """At the end of this process: the others end by themselves, or are made to where this one failed."""
         if os.getpid() != self._pid:  # a fork of this process inherits what is due at its end
             return
+        self._raised = getattr(sys, "last_value", None) is not None
         self._ended.set()
-        raised = getattr(sys, "last_value", None) is not None  # the error that the interpreter has just printed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # whoever waits for this rank hears that it is gone
         until = time.monotonic() + launcher.GRACE_SECONDS
         for watcher in self._watchers:
             watcher.join(max(0.0, until - time.monotonic()))
         running = [process.pid for process in self.procs if process.poll() is None]
-        if running and not raised and self.failure is None:
+        if running and not self._raised and self.failure is None:
             _say(f"this process is done and waits for the others of its run (pid {', '.join(map(str, running))}).")
             for watcher in self._watchers:
                 watcher.join()
-        if raised or self.failure is not None:
+        if self._raised or self.failure is not None:
             _leave(self._exit_code or 1)
 
 
