@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from lit_fast import ops
 from lit_fast.distributed.learning import BucketSizes, Learning, Members, dtype_of_gradient
+from lit_fast.distributed.wires import AllReduce, SumInFloat32, Wire
 from lit_fast.errors import MisconfigurationException
 
 RIDERS = 8  # numbers that the last bucket carries for `Riders`
@@ -49,11 +50,12 @@ class Bucket:
     ) -> None:
         self.members = members  # indices of its parameters, in the order of arrival
         self.params = params
+        self.layout = layout
         device = self.params[0].device
-        size = layout.size
-        self.wire = torch.zeros(size, dtype=wire, device=device)
+        self.wire = torch.zeros(layout.size, dtype=wire, device=device)
         grad_dtype = dtype_of_gradient(self.params[0])
-        self.flat = self.wire if wire == grad_dtype else torch.zeros(size, dtype=grad_dtype, device=device)
+        in_place = layout.segments == 1 and wire == grad_dtype
+        self.flat = self.wire if in_place else torch.zeros(layout.dense_size, dtype=grad_dtype, device=device)
         offsets = [offset for _, offset in layout.slots]
         self.views = [
             torch.as_strided(self.flat, p.size(), p.stride(), offset)
@@ -61,9 +63,18 @@ class Bucket:
         ]
         self.used = self.wire[layout.flag_offset : layout.last_flag_offset]
         self.riders = self.wire[layout.last_flag_offset : layout.last_flag_offset + RIDERS]
-        self.packer = ops.Packer(self.params, layout.pieces, layout.used_flags, size, names)
+        self.packer = ops.Packer(self.params, layout.pieces, layout.used_flags, layout.size, names)
         self.missing: list[int] = []
-        self.work: Any = None
+        self.exchange: Wire
+
+    def unpack(self) -> None:
+        """Where gradients do not travel in their own dtype: from the wire to where they are kept."""
+        if self.flat is self.wire:
+            return
+        for segment in range(self.layout.segments):
+            there, here = segment * self.layout.stride, segment * self.layout.segment
+            length = self.layout.segment
+            ops.unpack(self.wire[there : there + length], self.flat[here : here + length])
 
     @property
     def last(self) -> Parameter:
@@ -79,7 +90,8 @@ class GradientBuckets:
         params: those that are trained, in the order of registration, the same in every process.
         group: of torch.distributed.
         sizes: of the buckets; measured and chosen where None (`learning.py`).
-        wire_dtype: in which gradients travel; their own where None. In 16 bits they are summed in float32.
+        wire_dtype: in which gradients travel; their own where None, summed in that. One of 16 bits is summed
+            in float32 (`wires.py`).
         riders: what travels with them.
         names: of the parameters, for messages.
 
@@ -106,6 +118,9 @@ class GradientBuckets:
         self.wires = [wire_dtype or dtype_of_gradient(p) for p in self.params]
         self.world_size = dist.get_world_size(group)
         self.scale = 1.0 / self.world_size
+        self._second: Any = None  # a group for the second half of sums in float32
+        if wire_dtype is not None and wire_dtype.itemsize == 2:
+            self._second = dist.new_group(None if group is None else dist.get_process_group_ranks(group))
         self._hooks: list[Any] = []
         self._aside: list[Tensor | None] | None = None
         self._sent = 0  # buckets of the running backward whose collective has been started
@@ -117,16 +132,24 @@ class GradientBuckets:
     def lay_out(self, buckets: Members) -> None:
         """Have buckets of these members; the memory of those that were is let go of first."""
         self.buckets: list[Bucket] = []
+        segments = 1 if self._second is None else self.world_size
         for members in buckets:
             params, names = [self.params[index] for index in members], [self.names[index] for index in members]
             [layout] = ops.lay_out_buckets(
                 [p.numel() for p in params],
                 first_capacity=EVERYTHING,
                 capacity=EVERYTHING,
+                segments=segments,
                 flags=1,
                 last_flags=RIDERS if members is buckets[-1] else 0,
             )
-            self.buckets.append(Bucket(layout, members, params, names, self.wires[members[0]]))
+            bucket = Bucket(layout, members, params, names, self.wires[members[0]])
+            bucket.exchange = (
+                AllReduce(self.group)
+                if self._second is None
+                else SumInFloat32(self.group, self._second, bucket.wire, segments)
+            )
+            self.buckets.append(bucket)
 
     def _lay_out_anew(self) -> None:
         """As has been learned, from here on with a hook for each bucket."""
@@ -172,11 +195,11 @@ class GradientBuckets:
             raise MisconfigurationException(
                 f"{', '.join(again[:3])}{' and others' if len(again) > 3 else ''} got a second gradient in one "
                 f"backward, after the first had been sent: activation checkpointing with use_reentrant=True runs "
-                f"shared layers so. Set use_reentrant=False, or DDPStrategy(static_graph=True)."
+                f"shared layers so. Set use_reentrant=False, or Trainer(strategy='ddp_torch')."
             )
-        for bucket in self.buckets:
-            bucket.work.wait()
-            bucket.work = None
+        for number, bucket in enumerate(self.buckets):
+            bucket.exchange.finish(bucket.wire)
+            self._go_on(number + 1, wait=False)
             self._hand_out(bucket)
         if self.riders is not None:
             self.riders.alight(self.buckets[-1].riders)
@@ -189,6 +212,7 @@ class GradientBuckets:
         if bucket.missing:
             used = bucket.used.tolist()  # waits for a GPU, only where a gradient is missing here
             without = [place for place in bucket.missing if used[place] == 0.0]
+        bucket.unpack()
         bucket.packer.assign(bucket.views, without)
 
     def _send(self, bucket: Bucket) -> None:
@@ -196,7 +220,16 @@ class GradientBuckets:
         bucket.missing = bucket.packer.pack(bucket.wire, self.scale, aside)
         if self.riders is not None and bucket is self.buckets[-1]:
             self.riders.board(bucket.riders)
-        bucket.work = dist.all_reduce(bucket.wire, group=self.group, async_op=True)
+        bucket.exchange.start(bucket.wire)
+        self._go_on(0, wait=False)
+
+    def _go_on(self, first: int, wait: bool) -> None:
+        """Second halves of the buckets that have been sent, in their order."""
+        if self._second is None:
+            return
+        for bucket in self.buckets[first : self._sent]:
+            if not bucket.exchange.go_on(wait):
+                return
 
     # -- hooks
 
@@ -214,4 +247,9 @@ class GradientBuckets:
 
 def _after_accumulation(param: Parameter, hook: Callable[[Tensor], None]) -> Any:
     """Call `hook` whenever backward has written `param.grad`; the handle that it is removed by."""
-    return param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    required = param.requires_grad
+    param.requires_grad_(True)  # torch wants it now, and keeps the hook while it is switched off
+    try:
+        return param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        param.requires_grad_(required)

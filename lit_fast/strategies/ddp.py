@@ -154,6 +154,20 @@ class DDPStrategy(ParallelStrategy):
 
         return reducing
 
+    def note_rows(self) -> Iterator[tuple[str, str, str]]:
+        if self.world_size == 1:
+            return
+        dtype = str(self.wire_dtype).removeprefix("torch.")
+        wire = "" if self.wire_dtype is None else f", as {dtype} summed in float32"
+        yield "backward", "DDPStrategy", f"averaged over {self.world_size} processes, bucket by bucket{wire}"
+        if self._sends_buffers:
+            yield "training_step", "DDPStrategy", "first, buffers become those of the first process"
+
+    @property
+    def _sends_buffers(self) -> bool:
+        module = self.lightning_module
+        return self.broadcast_buffers and module is not None and next(module.buffers(), None) is not None
+
     def before_step(self) -> tuple[Callable[[], None], ...]:
         return (self._take_part,) if self.world_size > 1 else ()
 
@@ -182,7 +196,7 @@ class DDPStrategy(ParallelStrategy):
         """`training_step` behind the broadcast of buffers."""
         module = self.lightning_module
         assert module is not None, "no model is connected"
-        if self.world_size == 1 or not self.broadcast_buffers or next(module.buffers(), None) is None:
+        if self.world_size == 1 or not self._sends_buffers:
             return step
 
         def with_buffers(*args: Any) -> Any:

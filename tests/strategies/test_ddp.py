@@ -100,6 +100,101 @@ def torchs(steps: int, accumulate: int, bucket_cap_mb: float, net: dict[str, Any
     return losses, state
 
 
+def changing(steps: int) -> Any:
+    """Layers frozen and thawed in the run, a loss that one rank does not have; manual optimization that toggles."""
+    from lit_fast.callbacks import LambdaCallback
+
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+
+    class Lazy(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if rank == 1 and batch_idx % 5 == 2 else loss
+
+    def freeze(trainer: Any, module: Any) -> None:
+        module.head.requires_grad_(trainer.current_epoch % 2 == 0)
+        module.layers[5].requires_grad_(trainer.current_epoch % 2 == 1)
+
+    model = Lazy()
+    callback = LambdaCallback(on_train_epoch_start=freeze)
+    trainer = lit_fast.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp", max_epochs=4, limit_train_batches=steps // 4, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callback,
+    )  # fmt: skip
+    trainer.fit(model, share(rank, world))
+    text = trainer.explain()
+
+    class Manual(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            for optimizer in self.optimizers():
+                self.toggle_optimizer(optimizer)
+                loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+                self.untoggle_optimizer(optimizer)
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.AdamW(self.layers.parameters(), 1e-3)]
+
+    manual = Manual()
+    lit_fast.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp", max_steps=20, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    ).fit(manual, share(rank, world))  # fmt: skip
+    states = [{name: p.detach().clone() for name, p in each.state_dict().items()} for each in (model, manual)]
+    dist.barrier()
+    return text, states
+
+
+def changing_by_hand(steps: int) -> list[dict[str, Tensor]]:
+    """The same in one process: gradients of both ranks' batches, averaged; a rank without a loss has zeros."""
+    states = []
+    for manual in (False, True):
+        model, batches = Net(), [share(rank, 2) for rank in range(2)]
+        if manual:
+            optimizers = [
+                torch.optim.SGD(model.head.parameters(), 0.1),
+                torch.optim.AdamW(model.layers.parameters(), 1e-3, fused=True),
+            ]
+        else:
+            optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)]
+        epochs = [(0, range(10))] if manual else [(epoch, range(steps // 4)) for epoch in range(4)]
+        for epoch, indices in epochs:
+            if not manual:
+                model.head.requires_grad_(epoch % 2 == 0)
+                model.layers[5].requires_grad_(epoch % 2 == 1)
+            for index in indices:
+                for optimizer in optimizers:
+                    own = [p for group in optimizer.param_groups for p in group["params"]]
+                    sums: dict[Tensor, Tensor] = {}
+                    for rank in range(2):
+                        model.zero_grad()
+                        if manual or rank == 0 or index % 5 != 2:
+                            x, y = batches[rank][index]
+                            nn.functional.cross_entropy(model(x), y).backward()
+                        for p in own:
+                            if p.grad is not None:
+                                sums[p] = sums.get(p, torch.zeros_like(p)) + p.grad * 0.5
+                    for p in own:
+                        p.grad = sums.get(p)
+                    optimizer.step()
+        states.append({name: p.detach().clone() for name, p in model.state_dict().items()})
+    return states
+
+
+def test_what_changes_in_a_run() -> None:
+    expected = changing_by_hand(40)
+    for text, states in run_ranks(changing, 2, 40):
+        assert "averaged over 2 processes, bucket by bucket" in text
+        for state, other in zip(states, expected, strict=True):
+            assert all(torch.equal(state[name], other[name]) for name in other)
+
+
 def same(a: Any, b: Any) -> None:
     for (losses, weights), (other_losses, other_weights) in zip(a, b, strict=True):
         assert losses == other_losses
