@@ -59,7 +59,7 @@ class AcceleratorConnector(View):
 
     @property
     def cluster_environment(self) -> Any:
-        return getattr(self.trainer.strategy, "cluster_environment", None)
+        return self.trainer.strategy.cluster_environment
 
     @property
     def use_distributed_sampler(self) -> bool:

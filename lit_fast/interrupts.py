@@ -122,7 +122,7 @@ class Interrupts:
 
     def _requeuing_cluster(self) -> SLURMEnvironment | None:
         """The SLURM job that this is, where it is to be requeued before its time is over."""
-        cluster = getattr(self.strategy, "cluster_environment", None)
+        cluster = self.strategy.cluster_environment
         if cluster is None and srun_used():
             cluster = SLURMEnvironment()
         return cluster if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue else None

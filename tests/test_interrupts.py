@@ -15,6 +15,7 @@ from typing import Any
 import new_process
 import pytest
 import torch
+from new_process import NewProcess
 from torch.utils.data import DataLoader
 
 import lit_fast
@@ -22,7 +23,7 @@ from lit_fast.data import worker_signals
 from lit_fast.demos.boring_classes import BoringModel, RandomDataset
 from lit_fast.errors import JobRequeued, PossibleUserWarning
 from lit_fast.states import TrainerStatus
-from lit_fast.strategies.environments import SLURMEnvironment
+from lit_fast.strategies.environments import SLURMEnvironment, find_free_network_port
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "max_epochs": 1}
 QUIET |= {"enable_checkpointing": False, "enable_model_summary": False}
@@ -201,10 +202,8 @@ def test_an_array_job_and_another_signal(job: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "9")
     fit(Steps(), job, max_steps=1).save_checkpoint(job / "hpc_ckpt_8.ckpt")
-    trainer = lit_fast.Trainer(**QUIET, default_root_dir=job)
-    trainer.strategy.cluster_environment = SLURMEnvironment(requeue_signal=signal.SIGHUP)  # type: ignore[attr-defined]
     with pytest.raises(JobRequeued) as end:
-        trainer.fit(Steps(signal.SIGHUP))
+        fit(Steps(signal.SIGHUP), job, plugins=[SLURMEnvironment(requeue_signal=signal.SIGHUP)])
     assert end.value.code == 128 + signal.SIGHUP and (job / "hpc_ckpt_9.ckpt").exists()
     assert (job / "calls").read_text() == "requeue 4700_3\n"
 
@@ -235,3 +234,46 @@ def test_who_handles_that_signal_keeps_it(job: Path) -> None:
         signal.signal(signal.SIGUSR1, before)
     assert heard == [signal.SIGUSR1] * 2 and len(model.seen) == 6
     assert not list(job.glob("hpc*")) and not (job / "calls").exists()
+
+
+TASK = """
+    import os, signal, sys, torch
+    import lit_fast
+    from lit_fast.demos.boring_classes import BoringModel
+
+    class Model(BoringModel):
+        def training_step(self, batch, batch_idx):
+            print(batch_idx, flush=True)
+            if batch_idx == 2 and self.global_rank == int(sys.argv[1]):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return super().training_step(batch, batch_idx)
+
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    torch.set_num_threads(1)
+    lit_fast.Trainer(accelerator="cpu", devices=2, max_steps=6, default_root_dir=os.getcwd(), **quiet).fit(Model())
+"""
+
+
+@pytest.mark.dist
+def test_a_job_of_two_tasks_is_requeued_once(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the second task hears the signal; both end after the same step, and go on from the same file."""
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    for name in ("NTASKS", "NTASKS_PER_NODE"):
+        monkeypatch.setenv(f"SLURM_{name}", "2")
+    ends: list[list[int]] = []
+    batches: list[list[int]] = []
+    for attempt in range(2):
+        monkeypatch.setenv("MASTER_PORT", str(find_free_network_port()))
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempt))
+        tasks = []
+        for rank in ("0", "1"):
+            place = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+            tasks.append(NewProcess(TASK, 1 if attempt == 0 else -1, env=place))
+        done = [task.wait(60) for task in tasks]
+        ends.append([task.returncode for task in done])
+        batches += [[int(line) for line in task.stdout.splitlines() if line.isdecimal()] for task in done]
+    assert ends == [[128 + signal.SIGUSR1] * 2, [0, 0]], done[0].stderr + done[1].stderr
+    assert (job / "calls").read_text() == "requeue 4711\n"
+    assert [path.name for path in job.glob("*.ckpt")] == ["hpc_ckpt_1.ckpt"]
+    assert batches[0] == batches[1] and batches[2] == batches[3] and batches[0] + batches[2] == list(range(6))

@@ -10,6 +10,7 @@ import torch
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.strategies.environments import ClusterEnvironment
+from lit_fast.strategies.launchers import is_interactive
 from lit_fast.strategies.parallel import ParallelStrategy
 from lit_fast.strategies.single_device import SingleDeviceStrategy
 from lit_fast.strategies.strategy import Strategy
@@ -49,24 +50,25 @@ def choose_strategy(
         name = given.lower()
         several = len(devices) > 1 or num_nodes > 1
         if name == "auto":
-            name = "ddp" if several else "single_device"
+            name = ("ddp_notebook" if is_interactive() else "ddp") if several else "single_device"
         if name == "single_device":
             if several:
                 raise MisconfigurationException(
                     f"Trainer(strategy={given!r}) runs on one device, and devices={len(devices)}, "
                     f"num_nodes={num_nodes} were asked for: use strategy='ddp' or another parallel one, or devices=1."
                 )
-            return SingleDeviceStrategy(devices[0])
-        strategy = _named(given, name)
+            strategy: Strategy = SingleDeviceStrategy(devices[0])
+        else:
+            strategy = _named(given, name)
     elif isinstance(given, Strategy):
         strategy = given
     else:
         raise MisconfigurationException(
             f"Trainer(strategy={given!r}): allowed are a name ({_names()}) or a Strategy's object."
         )
+    if environment is not None:
+        strategy.cluster_environment = environment
     if isinstance(strategy, ParallelStrategy):
-        if environment is not None:
-            strategy.cluster_environment = environment
         strategy.place(devices, num_nodes)
     elif len(devices) > 1 or num_nodes > 1:
         raise MisconfigurationException(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lit_fast.optim.configure import LRSchedulerConfig
     from lit_fast.optim.lightning_optimizer import LightningOptimizer
     from lit_fast.strategies.control import Control
+    from lit_fast.strategies.environments import ClusterEnvironment
     from lit_fast.trainer import Trainer
 
 Backward = Callable[[Tensor], None]
@@ -63,6 +64,7 @@ class Strategy:
     rides = True  # whether what processes agree on travels with the gradients; else it is asked for between steps
     shards_gradients = False  # whether optimizers hold this process's part of the gradients alone
     root_device: torch.device
+    cluster_environment: ClusterEnvironment | None = None  # None on one device: nobody asked for one
     control: Control | None = None  # what several processes agree on
 
     def __init__(
