@@ -17,11 +17,8 @@ Packer::Packer(PyObject* params, const std::vector<Piece>& pieces,
     for (std::size_t i = 0; i < count; ++i) {
         TensorView view;
         std::string cause;
-        PyObject* object = item(params, i);
-        if (!torch_side().reader.plain(object)) {
-            throw KernelError(named(i) + " is a " + type_name(object) + ", not a plain tensor.");
-        }
-        if (!torch_side().reader.read(object, view, cause)) {
+        // Of any class: its memory is not touched, and its gradients must be plain.
+        if (!torch_side().reader.read(item(params, i), view, cause)) {
             throw KernelError(named(i) + " cannot be read: " + cause + ".");
         }
         if (!view.dense()) {

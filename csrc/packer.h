@@ -11,9 +11,9 @@ namespace lit_fast {
 
 class Packer {
   public:
-    // params: sequence of plain tensors, on one device. pieces: in which Piece::slot is a place in params; they hold
-    // every element once. used_flags: of each parameter, wire places that tell whether it had a gradient. size: wire
-    // elements of the bucket. names: of parameters, for messages; may be empty.
+    // params: sequence of tensors of any class, on one device. pieces: in which Piece::slot is a place in params; they
+    // hold every element once. used_flags: of each parameter, wire places that tell whether it had a gradient. size:
+    // wire elements of the bucket. names: of parameters, for messages; may be empty.
     Packer(PyObject* params, const std::vector<Piece>& pieces, const std::vector<std::vector<std::int64_t>>& used_flags,
            std::int64_t size, std::vector<std::string> names);
 

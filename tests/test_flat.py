@@ -286,6 +286,18 @@ def test_gradients_that_lie_in_the_bucket_are_scaled_there(target):
     assert same(out, expected_pack(layout, sums, 1.0, torch.float32))
 
 
+def test_parameters_of_any_class_have_plain_gradients(target):
+    class Named(Parameter):
+        pass
+
+    param = Named(torch.zeros(5))
+    packer, layout = packer_of([param])
+    (param * torch.arange(5.0)).sum().backward()
+    out = poisoned(layout.size, torch.float32)
+    assert packer.ready() and packer.pack(out, 2.0) == []
+    assert out[:5].tolist() == [0.0, 2.0, 4.0, 6.0, 8.0]
+
+
 def test_assign_gives_views_and_takes_gradients_away():
     params = [Parameter(torch.zeros(4)) for _ in range(3)]
     packer, layout = packer_of(params)

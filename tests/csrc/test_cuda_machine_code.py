@@ -127,3 +127,25 @@ def test_step_kernels_move_128_bits_and_compute_no_doubles(compiled):
         assert operations.count("STG.E.64") == narrow_stores, name
         # The table's words are of 64 bits, too: as many loads in every kernel.
         assert operations.count("LDG.E.64") == table + narrow_loads, name
+
+
+@pytest.mark.slow
+def test_bucket_kernels_move_128_bits_and_keep_all_in_registers(tmp_path):
+    """Each has one more way for what is not aligned, element by element."""
+    cubin = tmp_path / "buckets.cubin"
+    command = [tool("nvcc"), "-std=c++17", "-O3", "--fmad=false", "-arch=sm_90", "-cubin", "-Xptxas=-v", f"-I{CSRC}"]
+    source = str(CSRC / "cuda" / "buckets.cu")
+    built = subprocess.run([*command, source, "-o", str(cubin)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    reports = re.split(r"Compiling entry function '", built.stderr)[1:]
+    assert len(reports) == 3 + 9  # to each dtype; from each to each
+    for report in reports:
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= 40, report
+    run = subprocess.run([tool("cuobjdump"), "-sass", str(cubin)], capture_output=True, text=True, check=True)
+    codes = re.split(r"Function : ", run.stdout)[1:]
+    assert len(codes) == len(reports)
+    for code in codes:
+        operations = set(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", code))
+        assert {"LDG.E.128", "STG.E.128"} <= operations and not any("F64" in operation for operation in operations)
+        assert not {operation.split(".")[0] for operation in operations} & {"LDL", "STL", "LD", "ST", "DFMA", "DADD"}
