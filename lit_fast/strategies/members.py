@@ -62,7 +62,7 @@ class Member:
         stat = _stat(self.pid)
         if not stat or stat[19] != self.began:
             return "has ended without a word: killed, perhaps, or out of memory"
-        return how_it_ended(os.waitstatus_to_exitcode(int(stat[49]))) if stat[0] in "ZX" else None
+        return ending(os.waitstatus_to_exitcode(int(stat[49]))) if stat[0] in "ZX" else None
 
     def stopped(self) -> bool:
         """Whether a signal (SIGSTOP, Ctrl-Z) or a debugger holds it, as this machine shows it."""
@@ -70,18 +70,19 @@ class Member:
         return bool(stat) and stat[0] in "Tt"
 
 
-def how_it_ended(exit_code: int) -> str:
+def ending(exit_code: int) -> str:
     """An exit code in words; minus the number of the signal that ended a process, as `subprocess` has it.
 
-    >>> how_it_ended(-9), how_it_ended(3)
-    ('was killed by SIGKILL', 'ended with exit code 3')
+    >>> ending(-15), ending(3)
+    ('was killed by SIGTERM', 'ended with exit code 3')
     """
     if exit_code >= 0:
         return f"ended with exit code {exit_code}"
     try:
-        return f"was killed by {signal.Signals(-exit_code).name}"
+        name = signal.Signals(-exit_code).name
     except ValueError:  # a real-time signal has no name
-        return f"was killed by signal {-exit_code}"
+        name = f"signal {-exit_code}"
+    return f"was killed by {name}{' (out of memory, perhaps)' if -exit_code == signal.SIGKILL else ''}"
 
 
 def ranks(numbers: Iterable[int]) -> str:

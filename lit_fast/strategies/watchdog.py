@@ -25,8 +25,8 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from lit_fast.errors import JobRequeued, RankFailedError, SIGTERMException
-from lit_fast.strategies.members import Member, how_it_ended
+from lit_fast.errors import JobRequeued, ProcessGroupError, RankFailedError, SIGTERMException
+from lit_fast.strategies.members import Member, ending, ranks
 
 INTERVAL = 1.0  # seconds between two signs of life
 TIMEOUT = 20.0  # seconds of silence after which a rank is given up
@@ -422,8 +422,20 @@ class Watchdog:
             if self._interrupted:  # the others go on, and this rank does not
                 self._post(Verdict(self.rank, "was interrupted by Ctrl-C or SIGTERM"))
                 return
+            if isinstance(error, dist.DistStoreError) and self.verdict is None:
+                late = self._late(limit)
+                self.report(late)
+                raise late from None
             named = self.explain_failure(error)
             raise named from None if named is error else error
+
+    def _late(self, limit: timedelta) -> ProcessGroupError:
+        beats = self._store.multi_get([f"beat/{rank}" for rank in self._ranks])
+        late = ranks(rank for rank, beat in enumerate(beats) if beat != BYE)
+        return ProcessGroupError(
+            f"After {limit.total_seconds():.0f} s of waiting at the end of the run, {late} had not come there, and "
+            f"lived. Do all ranks run as many steps, and the same trainer.fit, validate, test and predict?"
+        )
 
     def _at_exit(self, pid: int) -> None:
         """The interpreter ends inside a run: by an exception that nobody reported, sys.exit, or the program's end."""
@@ -456,7 +468,7 @@ def note_death(rank: int, exit_code: int) -> None:
     watchdog = _running.get(os.getpid())
     if watchdog is not None and not watchdog._left:
         with suppress(RuntimeError):
-            watchdog._post(Verdict(rank, how_it_ended(exit_code)))
+            watchdog._post(Verdict(rank, ending(exit_code)))
 
 
 def is_failed_collective(error: BaseException) -> bool:

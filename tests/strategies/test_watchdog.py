@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from new_process import run
 
-from lit_fast.errors import RankFailedError, SIGTERMException
+from lit_fast.errors import ProcessGroupError, RankFailedError, SIGTERMException
 from lit_fast.strategies import watchdog
 from lit_fast.strategies.members import Member
 from lit_fast.strategies.watchdog import Silence, Watchdog, is_failed_collective, note_death
@@ -184,9 +184,19 @@ def test_a_death_that_a_launcher_saw() -> None:
         second.start()
         first.start()  # the launcher is in its process
         first._taken = second._taken = True
-        note_death(1, -9)
+        note_death(1, -15)
         until(lambda: first.verdict is not None and second.verdict is not None)
-        assert str(first.error()) == "rank 1 (host host-1, pid 101) was killed by SIGKILL"
+        assert str(first.error()) == "rank 1 (host host-1, pid 101) was killed by SIGTERM"
+
+
+def test_a_rank_that_does_not_come_to_the_end_is_named() -> None:
+    with watchdogs(timeout=None) as (first, second):
+        first.start()
+        second.start()
+        second._taken = True
+        with pytest.raises(ProcessGroupError, match=r"After 0 s of waiting at the end of the run, rank 1 had not come"):
+            first.leave(timedelta(seconds=0.2))
+        until(lambda: second.verdict is not None)
 
 
 def test_one_process_watches_nobody() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.rank_zero import rank_zero_info
+from lit_fast.strategies.members import ending
 
 # Seconds that the other processes have, after one failed, to notice and to end by themselves: to hear of it in a
 # collective, to run `on_exception`, to write a checkpoint. Then they are killed.
@@ -109,11 +110,4 @@ def die_with(parent: int) -> None:
 
 def how_it_ended(rank: int, pid: int | None, code: int) -> str:
     """A clause like "rank 1 (pid 42 on node3) was killed by SIGKILL", of an exit code, or minus a signal's number."""
-    if code >= 0:
-        what = f"ended with exit code {code}"
-    else:
-        name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-        what = f"was killed by {name}"
-        if -code == signal.SIGKILL:
-            what += " (out of memory, perhaps)"
-    return f"rank {rank} (pid {pid} on {socket.gethostname()}) {what}"
+    return f"rank {rank} (pid {pid} on {socket.gethostname()}) {ending(code)}"
