@@ -30,6 +30,7 @@ from lit_fast.calls import (
     without_index,
 )
 from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
+from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
@@ -176,7 +177,17 @@ class Binding:
         return plan
 
     def weigh(self) -> WindowWeights:
-        """From here on every loss comes with a weight: bind the plans anew, those too that are in somebody's hands."""
+        """From here on every loss comes with a weight: bind the plans anew, those too that are in somebody's hands.
+
+        Raises:
+            MisconfigurationException: there are several processes, and each knows its own weights alone.
+        """
+        if self.trainer.world_size > 1:
+            raise MisconfigurationException(
+                "training_step returned a 'weight' with its loss, in a window of several micro-batches: the mean of "
+                "several processes' windows by weight is not built. Return the loss alone, or set "
+                "accumulate_grad_batches=1."
+            )
         weights = self.weights = WindowWeights()
         for place, plan in self.placed.items():
             bound = self._bind_place(place)

@@ -47,11 +47,12 @@ class Stepping:
         kept = {id(adopted.optimizer): adopted for adopted in before.adopted} if before is not None else {}
         self.adopted: list[AdoptedOptimizer] = [kept.get(id(each)) or adopt(each) for each in trainer.optimizers]
         self._loss_scales: list[LossScale] = []  # one an optimizer, where the core steps it under a scaler
+        shared = trainer.strategy.shards_gradients
         if self.scaler is not None and is_torchs_own(self.scaler):
-            self._loss_scales = [LossScale(self.scaler, adopted) for adopted in self.adopted]
+            self._loss_scales = [LossScale(self.scaler, adopted, shared) for adopted in self.adopted]
         watched = self.gradients_are_watched()
         self.in_place_clipping = bool(trainer.gradient_clip_val) and watched
-        self.unscales_in_registers = self.scaler is not None and self._automatic and not watched
+        self.unscales_in_registers = self.scaler is not None and (self._automatic or shared) and not watched
         self.guard = self._bind_guard(before)
         self._guards = [self._guard_of(index) for index in range(len(self.adopted))]
         for adopted, guard in zip(self.adopted, self._guards, strict=True):

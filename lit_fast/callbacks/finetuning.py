@@ -151,7 +151,8 @@ class BaseFinetuning(Callback):
         for index, optimizer in enumerate(trainer.optimizers):
             if index not in self._internal_optimizer_metadata:
                 continue
-            before = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            held = trainer.strategy.param_groups(optimizer)
+            before = {id(parameter) for group in held for parameter in group["params"]}
             groups = self._apply_mapping_to_param_groups(self._internal_optimizer_metadata[index], parameters)
             optimizer.param_groups = groups
             # `setup` has frozen them anew
@@ -164,7 +165,7 @@ class BaseFinetuning(Callback):
         for index, optimizer in enumerate(trainer.optimizers):
             count = len(optimizer.param_groups)
             self.finetune_function(pl_module, trainer.current_epoch, optimizer)
-            self._store(pl_module, index, count, optimizer.param_groups)
+            self._store(pl_module, index, count, trainer.strategy.param_groups(optimizer))
 
     def state_dict(self) -> dict[str, Any]:
         return {"internal_optimizer_metadata": self._internal_optimizer_metadata}

@@ -60,7 +60,7 @@ class ShardedOptimizer:
         self.buckets: list[FlatBucket] = []
         self._shards: dict[Parameter, list[tuple[Parameter, Part]]] = {}  # of each of the model's, on this rank
         self._parts: dict[Parameter, list[Part]] = {}  # ... on all of them
-        self._known: set[Parameter] = set()
+        self._whole_of: dict[Parameter, Parameter] = {}  # of each shard
         self._partials = torch.zeros(0, dtype=torch.float64)
         self.take_in()
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
@@ -69,15 +69,18 @@ class ShardedOptimizer:
 
     def take_in(self) -> None:
         """Lay out what param groups hold of the model's: all at first, later what was added."""
-        groups, new = self.optimizer.param_groups, []
-        for number, group in enumerate(groups):
+        new: list[Parameter] = []
+        for number, params in enumerate(self.groups_of_whole()):
             if number == len(self.whole):
                 self.whole.append([])
-            added = [p for p in group["params"] if p not in self._known]
-            self.whole[number] += added
-            new += added
-        if not new:
-            return
+            new += params[len(self.whole[number]) :]
+            self.whole[number] = params
+        if new:
+            self._lay_out(new)
+        if any(p in self._parts for group in self.optimizer.param_groups for p in group["params"]):
+            self._show_shards()
+
+    def _lay_out(self, new: list[Parameter]) -> None:
         order = {p: (number, name) for number, (p, name) in enumerate(self._names().items())}
         for p in new:
             if p not in order or p in self._parts:
@@ -95,14 +98,22 @@ class ShardedOptimizer:
             for slot, p in enumerate(bucket.params):
                 self._parts[p] = [part for part in bucket.parts if part.slot == slot]
                 self._shards[p] = [(mine[part], part) for part in self._parts[p] if part in mine]
-            self._known.update(bucket.shards)
+            self._whole_of.update((shard, bucket.params[part.slot]) for part, shard in mine.items())
         self.buckets += buckets
         for p in new:
             entry = self.optimizer.state.pop(p, None)
             for shard, part in self._shards[p] if entry else ():
                 self.optimizer.state[shard] = {key: _cut(key, value, p, part) for key, value in entry.items()}
         self._count_chunks()
-        self._show_shards()
+
+    def groups_of_whole(self) -> list[list[Parameter]]:
+        """The model's parameters of each param group as it is now, those that were added at the end."""
+        held = []
+        for number, group in enumerate(self.optimizer.param_groups):
+            params = dict.fromkeys(self.whole[number] if number < len(self.whole) else ())
+            params.update(dict.fromkeys(self._whole_of.get(p, p) for p in group["params"]))
+            held.append(list(params))
+        return held
 
     def _show_shards(self) -> None:
         firsts = iter(ops.first_indices([p.numel() for p in self._in_order()]))

@@ -80,7 +80,7 @@ def step_by_shared_norm(
             guard.refuse(optimizer.param_groups)
             return
         if max_norm is not None:
-            coefficient = ops.clip_coefficient(total, max_norm)
+            coefficient = torch.clamp(torch.full_like(total, max_norm) / (total + 1e-6), max=1.0)  # the core's bits
             grad_scale = grad_scale * (coefficient.item() if total.is_cpu else coefficient)
         adopted.step(grad_scale=grad_scale)
 

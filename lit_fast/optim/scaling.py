@@ -45,10 +45,12 @@ class LossScale(Guard):
     Args:
         scaler: torch's own, see `is_torchs_own`.
         adopted: has this object as its guard, or steps through what has.
+        shared: whether other processes hold parts of the gradients, and here there may be none.
     """
 
-    def __init__(self, scaler: torch.amp.GradScaler, adopted: AdoptedOptimizer) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler, adopted: AdoptedOptimizer, shared: bool = False) -> None:
         super().__init__("skip")
+        self._shared = shared
         self.scaler, self.adopted = scaler, adopted
         self._kernels = kernels_for(adopted.device)[0]
 
@@ -70,7 +72,7 @@ class LossScale(Guard):
         scaler, optimizer = self.scaler, self.adopted.optimizer
         scale, _ = scaler._check_scale_growth_tracker("step")
         known = scaler._per_optimizer_states[id(optimizer)]
-        if known["stage"] is OptState.STEPPED or not _has_gradients(optimizer):
+        if known["stage"] is OptState.STEPPED or not (self._shared or _has_gradients(optimizer)):
             return scaler.step(optimizer)  # which raises
         if known["stage"] is OptState.READY and not self.in_registers:
             scaler.unscale_(optimizer)

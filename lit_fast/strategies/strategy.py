@@ -136,6 +136,10 @@ class Strategy:
         assert self.lightning_module is not None, "no model is connected"
         return self.lightning_module.named_parameters()
 
+    def param_groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """Its param groups, with the model's own parameters."""
+        return optimizer.param_groups
+
     def before_step(self) -> tuple[Callable[[], None], ...]:
         """What runs between the last backward of a window and the hooks before the optimizer's step."""
         return ()

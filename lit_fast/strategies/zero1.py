@@ -154,6 +154,13 @@ class ZeRO1Strategy(DDPStrategy):
         else:
             sharded.clip_by_norm(clip_val)
 
+    def param_groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        sharded = self._sharded.get(optimizer)
+        if sharded is None:
+            return super().param_groups(optimizer)
+        whole = sharded.groups_of_whole()
+        return [{**group, "params": params} for group, params in zip(optimizer.param_groups, whole, strict=True)]
+
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         for sharded in self._sharded.values():
             yield from sharded.named_shards()
