@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import lit_fast
+from lit_fast.precision import MixedPrecision
 
 pytestmark = pytest.mark.dist
 
@@ -106,13 +108,16 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+BY_VALUE = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+
+
 def test_two_ranks_have_the_bits_of_ddp() -> None:
     cases = [
         ({}, {"max_epochs": 2}, {}, 8),
         ({"bucket_cap_mb": 0.1, "first_bucket_mb": 0.01}, {"max_epochs": 2, "accumulate_grad_batches": 4}, {}, 10),
         ({}, {"max_epochs": 1}, {"optimizer": "SGD", "given": {"momentum": 0.9}}, 5),
-        ({}, {"max_epochs": 1, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}, {"optimizer": "Lion"}, 5),
-    ]  # fmt: skip
+        ({}, {"max_epochs": 1, **BY_VALUE}, {"optimizer": "Lion"}, 5),
+    ]
     assert run_ranks(both, 2, cases) == [[True] * len(cases)] * 2
 
 
@@ -208,3 +213,152 @@ def test_three_ranks_take_a_state_over_and_give_it_back(tmp_path: Any) -> None:
     run_ranks(resumed, 2, "zero1", path, True)
     [saved] = torch.load(path, weights_only=True)["optimizer_states"]
     assert saved["state"] and equal(run_ranks(loaded, 3, path)[0], saved)
+
+
+class Infinite(Net):
+    """One element of one layer's gradient is infinite in the third batch of the second rank."""
+
+    def on_after_backward(self) -> None:
+        for _, shard in self.trainer.strategy.named_parameters():
+            if self.global_step == 2 and places()[0] == 1 and shard.grad is not None:
+                shard.grad[-1] = torch.inf
+                return
+
+
+def left_out(options: dict[str, Any]) -> Any:
+    if options.pop("float16", False):
+        options["plugins"] = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+    model, trainer = Infinite(norm=False), trainer_of("zero1", {}, max_steps=5, **options)
+    before: list[dict[str, Tensor]] = []
+
+    class Watch(lit_fast.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            before.append(weights(model))
+
+    trainer.callbacks.append(Watch())
+    trainer.fit(model, share(0, 1, 5))
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    skipped = trainer.skipped_steps if scaler is None else scaler.get_scale()
+    return [equal(a, b) for a, b in pairwise(before)], skipped, weights(model)
+
+
+def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one() -> None:
+    for options, told in (({"nonfinite": "skip", "gradient_clip_val": 0.5}, 1), ({"float16": True}, 512.0)):
+        results = run_ranks(left_out, 2, options)
+        for same, skipped, weights in results:
+            assert same == [False, True, False, False] and skipped == told
+            assert equal(weights, results[0][2])
+
+
+def raises_everywhere() -> Any:
+    try:
+        left_out({"nonfinite": "raise"})
+    except lit_fast.errors.NonFiniteGradientError as error:
+        return str(error)
+
+
+def test_all_ranks_raise_where_one_has_a_gradient_that_is_not_finite() -> None:
+    first, second = run_ranks(raises_everywhere, 2)
+    assert "is not finite" in second and "The gradient of " in second and "not finite" in first
+
+
+class Manual(Net):
+    """Two optimizers, and a backward before each one's step."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(norm=False, **options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        first, second = self.optimizers()
+        for optimizer in (first, second):
+            optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        first.step()
+        second.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        second.step()
+        self.losses.append(loss.item())
+
+    def configure_optimizers(self) -> Any:
+        return [
+            torch.optim.SGD(self.layers.parameters(), lr=1e-2),
+            torch.optim.AdamW([*self.first.parameters(), *self.head.parameters()], lr=1e-2),
+        ]
+
+
+def manual(strategy: str) -> Any:
+    model = Manual()
+    trainer_of(strategy, {}, max_steps=8).fit(model, share(*places(), 8))
+    return model.losses, weights(model)
+
+
+def test_manual_optimization_steps_what_was_reduced() -> None:
+    ours, theirs = run_ranks(manual, 2, "zero1"), run_ranks(manual, 2, "ddp")
+    assert equal(ours, theirs)
+
+
+class Unfreezing(Net):
+    """The layers are frozen at first, and join the optimizer in the second epoch."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(norm=False, **options)
+        self.layers.requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.layers.requires_grad_(True)
+            self.trainer.optimizers[0].add_param_group({"params": list(self.layers.parameters())})
+        if self.current_epoch == 2:
+            self.head.requires_grad_(False)
+
+
+def unfreezing(strategy: str) -> Any:
+    model = Unfreezing()
+    trainer = trainer_of(strategy, {}, max_epochs=3)
+    trainer.fit(model, share(*places(), 4))
+    state = trainer.strategy.optimizer_state(trainer.optimizers[0])
+    return model.losses, weights(model), state if places()[0] == 0 else None
+
+
+def test_parameters_that_are_frozen_and_added_later_are_stepped_as_by_ddp() -> None:
+    ours, theirs = run_ranks(unfreezing, 2, "zero1"), run_ranks(unfreezing, 2, "ddp")
+    assert equal(ours, theirs)
+
+
+class Refused(Net):
+    def configure_optimizers(self) -> Any:
+        kind = self.options["kind"]
+        if kind == "Muon":
+            return lit_fast.optim.Muon([p for p in self.layers.parameters() if p.dim() == 2])
+        if kind == "foreign":
+            return torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+        home = lit_fast.optim if kind == "Lamb" else torch.optim
+        return getattr(home, kind)(self.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"loss": super().training_step(batch, batch_idx), "weight": 2.0}
+
+
+def refusals(kinds: list[str]) -> list[str]:
+    said = []
+    for kind in kinds:
+        window = 2 if kind == "AdamW" else 1
+        trainer = trainer_of("zero1", {}, max_steps=1, accumulate_grad_batches=window)
+        with pytest.raises(lit_fast.errors.MisconfigurationException) as error:
+            trainer.fit(Refused(norm=False, kind=kind), share(0, 1, 2))
+        said.append(str(error.value))
+    return said
+
+
+def test_what_needs_whole_tensors_is_refused_by_name() -> None:
+    [said, same] = run_ranks(refusals, 2, ["Muon", "Lamb", "LBFGS", "Adafactor", "foreign", "AdamW"])
+    assert said == same
+    for name, words in zip(["Muon", "Lamb", "LBFGS", "Adafactor"], said, strict=False):
+        assert f"cannot shard {name}" in words and "AdamW" in words and "strategy='ddp'" in words
+    assert "SGD holds a parameter of shape (3,) that is not in the model" in said[4]
+    assert "'weight'" in said[5]
