@@ -214,3 +214,20 @@ def test_100_steps_of_two_ranks_have_torchs_bits(options: Any, sizes: Any, net: 
     accumulate = options.get("accumulate_grad_batches", 1)
     steps = 100 if accumulate == 1 else 40
     same(run_ranks(ours, 2, steps, options, sizes, net), run_ranks(torchs, 2, steps, accumulate, 25, net))
+
+
+def distance(a: Any, b: Any) -> Tensor:
+    """Of the first rank's losses and of its weights: root mean squares of the differences."""
+    (losses, weights), (other_losses, other_weights) = a[0], b[0]
+    steps = torch.tensor(losses, dtype=torch.float64) - torch.tensor(other_losses, dtype=torch.float64)
+    moved = torch.cat([(weights[name].double() - other_weights[name].double()).flatten() for name in weights])
+    return torch.stack([steps.square().mean().sqrt(), moved.square().mean().sqrt()])
+
+
+@pytest.mark.slow
+def test_100_steps_of_four_ranks_are_as_near_to_torchs_as_those_are_to_themselves() -> None:
+    """With four addends a ring's order of summation, and so the last bit, depends on where buckets end."""
+    torch_25 = run_ranks(torchs, 4, 100, 1, 25, {}, timeout=120.0)
+    itself = distance(torch_25, run_ranks(torchs, 4, 100, 1, 0.004, {}, timeout=120.0))
+    assert (itself > 0).all()
+    assert (distance(torch_25, run_ranks(ours, 4, 100, {}, {}, {}, timeout=120.0)) <= 2 * itself).all()
