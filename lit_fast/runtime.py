@@ -49,6 +49,7 @@ class Runtime(Interrupts):
         _pending_metrics: dict[str, Any] | None
         _pending_rng: dict[str, Any] | None
         _ckpt_path: str | None
+        _weights_only: bool | None
         _ckpt_path_was_set: bool
 
         def __getattr__(self, name: str) -> Any: ...
@@ -140,10 +141,21 @@ class Runtime(Interrupts):
             self._layer_sync.apply(module)
             self._at_run_end.callback(self._layer_sync.revert, module)
         self.precision_plugin.convert_module(module)  # before weights are loaded: float64 ones lose nothing then
-        path = self._ckpt_path = self.strategy.of_first(lambda: finding.find(self._trainer, ckpt_path))
+        self._ckpt_path = self.strategy.of_first(lambda: finding.find(self._trainer, ckpt_path))
+        self._weights_only = weights_only
+        return None if self.strategy.restore_checkpoint_after_setup else self._restore_model(module)
+
+    def _set_up_strategy(self, module: LightningModule, checkpoint: Any) -> Any:
+        """Lay the model out; where it holds only a part of itself from here on, load the checkpoint only now."""
+        self.strategy.setup(self._trainer)
+        return self._restore_model(module) if self.strategy.restore_checkpoint_after_setup else checkpoint
+
+    def _restore_model(self, module: LightningModule) -> Any:
+        """The checkpoint that the run begins from, once the model has its weights; None where there is none."""
+        path = self._ckpt_path
         if path is None:
             return None
-        checkpoint = self.strategy.load_checkpoint(path, weights_only=weights_only)
+        checkpoint = self.strategy.load_checkpoint(path, weights_only=self._weights_only)
         checkpoint_state.restore_model(self._trainer, checkpoint, path)
         return checkpoint
 
@@ -190,7 +202,7 @@ class Runtime(Interrupts):
         """From the model on its device to a bound plan, right before the first epoch."""
         if self._progress.stage != "start":  # the last fit was interrupted: its epoch begins anew
             self._progress.stage = "start"
-        self.strategy.setup(self._trainer)
+        checkpoint = self._set_up_strategy(module, checkpoint)
         self._configure_optimizers(module)
         self._connect_precision(module)
         self.strategy.setup_optimizers(self._trainer)

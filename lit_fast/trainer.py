@@ -385,8 +385,7 @@ class Trainer(Attributes):
         self, module: LightningModule, stage: str, ckpt_path: Any, weights_only: bool | None
     ) -> None:
         """From `configure_callbacks` to a module on its device."""
-        self._prepare(module, stage, ckpt_path, weights_only)
-        self.strategy.setup(self)
+        self._set_up_strategy(module, self._prepare(module, stage, ckpt_path, weights_only))
         self._log_hyperparameters(module)
 
     def init_module(self, empty_init: bool | None = None) -> AbstractContextManager[None]:

@@ -63,7 +63,13 @@ def load_module(
 
 
 def load_weights(module: LightningModule, weights: Mapping[str, Any], path: Any, strict: bool) -> None:
-    """`load_state_dict` with an error that a person can act on; what does not match is named where it is allowed.
+    """`load_state_dict` after `check_weights`."""
+    check_weights(module, weights, path, strict)
+    module.load_state_dict(weights, strict=strict)
+
+
+def check_weights(module: LightningModule, weights: Mapping[str, Any], path: Any, strict: bool) -> None:
+    """An error that a person can act on where weights do not fit; what does not match is named where it is allowed.
 
     Raises:
         CheckpointError: shapes differ, or keys do and `strict` is set.
@@ -90,7 +96,6 @@ def load_weights(module: LightningModule, weights: Mapping[str, Any], path: Any,
         )
     if keys:
         warnings.warn(f"{path} is loaded into {type(module).__name__} in part: {'; '.join(keys)}.", stacklevel=3)
-    module.load_state_dict(weights, strict=strict)
 
 
 def _some(names: list[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from lit_fast.callbacks.gradient_accumulation_scheduler import GradientAccumulationScheduler
 from lit_fast.checkpoint import finding, rng
-from lit_fast.checkpoint.build import OURS, PICKLED, load_weights
+from lit_fast.checkpoint.build import OURS, PICKLED, check_weights
 from lit_fast.data.distributed import for_rank
 from lit_fast.data.position import count_only
 from lit_fast.errors import CheckpointError, MisconfigurationException
@@ -46,7 +46,7 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         "epoch": progress.epoch,
         "global_step": progress.global_step,
         "pytorch-lightning_version": LIGHTNING_FORMAT,
-        "state_dict": module.state_dict(),
+        "state_dict": trainer.strategy.lightning_module_state_dict(),
         "loops": trainer.fit_loop.epoch_loop.state_of_loops(),
     }
     if not weights_only:
@@ -190,7 +190,8 @@ def restore_model(trainer: Trainer, checkpoint: dict[str, Any], path: str) -> No
             f"missing. Pass a checkpoint written by a Trainer."
         )
     trainer._hook(module, "on_load_checkpoint")(checkpoint)
-    load_weights(module, checkpoint["state_dict"], path, module.strict_loading)
+    check_weights(module, checkpoint["state_dict"], path, module.strict_loading)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=module.strict_loading)
     datamodule = trainer.datamodule
     if datamodule is not None and type(datamodule).__qualname__ in checkpoint:
         datamodule.load_state_dict(checkpoint[type(datamodule).__qualname__])
