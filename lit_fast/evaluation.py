@@ -200,7 +200,7 @@ class StageLoop:
             starts, ends = tuple(map(hook_of, starts)), tuple(map(hook_of, ends))
         elif not _takes(step, "batch_idx", at_least=2):
             step = _without_index(step)
-        step = trainer.precision_plugin.bind(step, names.data)
+        step = trainer.strategy.bind_evaluation_step(trainer.precision_plugin.bind(step, names.data))
         if trainer._actions is not None:
             step = recorded(trainer._actions, trainer._strategy_action(names.step), step)
             loop = "_PredictionLoop" if names.stage == "predict" else "_EvaluationLoop"

@@ -158,7 +158,7 @@ assert len(copies) == 1, copies
         "from pytorch_lightning.loggers import CometLogger as Kind",
         "from pytorch_lightning.strategies import DDPStrategy as Kind",
         "from pytorch_lightning.strategies.ddp import DDPStrategy as Kind",
-        "from pytorch_lightning.strategies import FSDPStrategy as Kind",
+        "from pytorch_lightning.strategies import XLAStrategy as Kind",
     ],
 )
 def test_classes_that_are_not_built_can_be_asked_for(installed: None, line: str) -> None:

@@ -127,8 +127,10 @@ def save(payload: Mapping[str, Any], path: PathLike) -> None:
 def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bool = True) -> dict[str, Any]:
     """Read a checkpoint written by `save`, by Lightning or by `torch.save`, after checking every byte of it.
 
+    A sharded checkpoint, which is a directory, is read whole into CPU memory.
+
     Args:
-        path: File to read; or an open one that can seek, which stays open.
+        path: File to read, or directory; or an open file that can seek, which stays open.
         map_location: As for `torch.load`; the default puts every tensor into CPU memory.
         weights_only: True builds only tensors, containers, numbers, strings and allow-listed classes. False
             runs whatever code the file holds: only for a file whose maker one trusts. True narrows what a
@@ -153,6 +155,11 @@ def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bo
         source, given = _local_path(path), None
     else:
         source, given = str(getattr(path, "name", type(path).__name__)), path
+    if given is None and os.path.isdir(source):
+        from lit_fast.checkpoint import sharded
+
+        if sharded.is_sharded(source):
+            return sharded.load(source, weights_only)
     try:
         with contextlib.nullcontext(given) if given is not None else open(source, "rb") as file:
             _check_records(file, source)
@@ -166,11 +173,9 @@ def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bo
             f"there is no checkpoint {source!r}; give the path of an existing file, or None to start anew"
         ) from error
     except IsADirectoryError as error:
-        sharded = os.path.exists(os.path.join(source, ".metadata"))
-        kind = "a sharded checkpoint (a directory)" if sharded else "a directory"
         raise CheckpointError(
-            f"the checkpoint {source!r} is {kind}; give the path of a single file, which for a sharded one "
-            "is made by python -m torch.distributed.checkpoint.format_utils dcp_to_torch DIRECTORY FILE"
+            f"the checkpoint {source!r} is a directory, and not a sharded checkpoint, in which there is a file "
+            f"'.metadata'; give the path of a checkpoint"
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {source!r}: {error.strerror or error}") from error
@@ -259,13 +264,48 @@ def _sync_directory(directory: str) -> None:
         os.close(fd)
 
 
+def _temporary_name(directory: str, name: str) -> str:
+    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host"
+    # 255 bytes is the longest file name of the usual filesystems
+    stem = name.encode()[:120].decode(errors="ignore")
+    return os.path.join(directory, f".{stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.lit-tmp")
+
+
+def create_temporary_directory(target: str) -> tuple[str, int | None]:
+    """Make and lock a directory beside `target`, and its parents; those of dead processes of this host are removed.
+
+    Returns:
+        Its path, and a descriptor that holds the lock until it is closed.
+    """
+    directory, name = os.path.split(os.path.abspath(target))
+    _make_directories(directory)
+    if fcntl is None:
+        path = _temporary_name(directory, name)
+        os.mkdir(path)
+        return path, None
+    own = _TEMPORARY.match(os.path.basename(_temporary_name(directory, name)))
+    for entry in os.scandir(directory):
+        match = _TEMPORARY.match(entry.name)
+        if match and own and match["host"] == own["host"] and entry.is_dir(follow_symlinks=False):
+            with contextlib.suppress(OSError):
+                fd = os.open(entry.path, os.O_RDONLY)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(entry.path)
+                finally:
+                    os.close(fd)
+    path = _temporary_name(directory, name)
+    os.mkdir(path)
+    fd = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # no locks on this filesystem
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return path, fd
+
+
 def _create_temporary(directory: str, name: str) -> tuple[str, int]:
     """Make and lock a new file beside the target; the lock dies with the process: see `_sweep`."""
-    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host"
     while True:
-        # 255 bytes is the longest file name of the usual filesystems
-        stem = name.encode()[:120].decode(errors="ignore")
-        path = os.path.join(directory, f".{stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.lit-tmp")
+        path = _temporary_name(directory, name)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
         except FileExistsError:

@@ -25,6 +25,7 @@ from torch.optim import optimizer as torch_optimizer
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
 from lit_fast.optim.nonfinite import Guard, all_finite, check_nonfinite, guarded
+from lit_fast.optim.split import SplitStep, has_split, on_parts, why_not_split
 from lit_fast.optim.storage import (
     DEFAULTS,
     asks_for_storage,
@@ -221,6 +222,7 @@ class AdoptedOptimizer:
             or _PRE_HOOKS
             or _POST_HOOKS
             or not self.compiled
+            or self._asks_first
             or _profiler_enabled()
         ):
             return self._step_in_full(grad_scale, clip)
@@ -270,15 +272,24 @@ class AdoptedOptimizer:
         self._own_zero_grad = _function(optimizer.zero_grad) is not Optimizer.zero_grad
         self._core_step: ops.Step = _refuse
         self._skips_on_device = False
+        self._split = has_split(optimizer.param_groups)
+        self._asks_first = self._split and self.guard is not None  # all processes take the same steps
         self._bound_clipping = self._norm_type, self._per_group
         name = type(optimizer).__name__
         mapping, why_not = mapping_of(optimizer)
         if mapping is not None:
             stepper = mapping.stepper(self.device)
-            why_not = stepper.refusal(optimizer.param_groups)
             self._core_step = stepper.step
-            self._skips_on_device = stepper.skips_on_device
-            if self.guard is not None:
+            if self._split:
+                why_not = why_not_split(optimizer, mapping.formula)
+                if not why_not:
+                    with on_parts(optimizer.param_groups):
+                        why_not = stepper.refusal(optimizer.param_groups)
+                    self._core_step = SplitStep(stepper.step)
+            else:
+                why_not = stepper.refusal(optimizer.param_groups)
+                self._skips_on_device = stepper.skips_on_device
+            if self.guard is not None and not self._split:
                 check_nonfinite(self.guard.nonfinite, stepper.device)
                 self._core_step = guarded(stepper, self.guard)
             if self._per_group or self._norm_type != 2.0:
@@ -287,7 +298,8 @@ class AdoptedOptimizer:
         if self.compiled and mapping is not None:
             ways = dict.fromkeys(_given(group) for group in optimizer.param_groups)
             stored = "".join(f"; {way}" for way in ways if way)
-            self.reason = f"{name}: compiled step ({mapping.formula} on {stepper.where}{stored})"
+            parts = "; on this process's parts" if self._split else ""
+            self.reason = f"{name}: compiled step ({mapping.formula} on {stepper.where}{stored}{parts})"
         else:
             self.reason = f"{name}: its own step, because {why_not}"
 
@@ -342,7 +354,7 @@ class AdoptedOptimizer:
             self._bind()
         # Hooks and torch's own steps do not run for a step that is left out, so the host must know, whatever it costs;
         # before a clipping can hide it.
-        in_memory = not self.compiled or has_step_hooks(self.optimizer)
+        in_memory = not self.compiled or self._split or has_step_hooks(self.optimizer)
         if in_memory and isinstance(grad_scale, Tensor):
             ops.scale_gradients_(optimizer.param_groups, grad_scale)
             grad_scale = 1.0
@@ -423,7 +435,7 @@ class AdoptedOptimizer:
     def _rewrite(
         self, param_groups: ops.ParamGroups, grad_scale: float | Tensor, max_norm: float, clip_value: float
     ) -> Tensor | None:
-        if self.compiled:
+        if self.compiled and not self._split:
             try:
                 return ops.clip_gradients_(param_groups, grad_scale, max_norm, clip_value, self._norm_type)
             except KernelError as error:  # nothing was changed

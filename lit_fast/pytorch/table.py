@@ -101,13 +101,13 @@ _PLUGINS = {
 }
 _LATER_STRATEGIES = {
     "deepspeed": "DeepSpeedStrategy",
-    "fsdp": "FSDPStrategy",
-    "model_parallel": "ModelParallelStrategy",
     "single_xla": "SingleDeviceXLAStrategy",
     "xla": "XLAStrategy",
 }
 _STRATEGIES = {  # ours, by Lightning's modules
     "ddp": "DDPStrategy",
+    "fsdp": "FSDPStrategy",
+    "model_parallel": "ModelParallelStrategy",
     "parallel": "ParallelStrategy",
     "single_device": "SingleDeviceStrategy",
     "strategy": "Strategy",

@@ -8,6 +8,9 @@ from lit_fast import lazy, not_built
 
 _HOME = {
     "DDPStrategy": "ddp",
+    "FSDP2Strategy": "fsdp2",
+    "FSDPStrategy": "fsdp2",
+    "ModelParallelStrategy": "model_parallel",
     "ParallelStrategy": "parallel",
     "SingleDeviceStrategy": "single_device",
     "Strategy": "strategy",
@@ -15,12 +18,13 @@ _HOME = {
     "ZeRO1Strategy": "zero1",
 }
 _LATER = (
-    "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "SingleDeviceXLAStrategy", "XLAStrategy",
+    "DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy",
 )  # fmt: skip
 
 __all__ = [
     "DDPStrategy",
     "DeepSpeedStrategy",
+    "FSDP2Strategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "ParallelStrategy",

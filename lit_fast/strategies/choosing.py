@@ -30,7 +30,14 @@ for _name, (_kind, _file, _options) in list(STRATEGIES.items()):
             _file,
             {**_options, "find_unused_parameters": _unused},
         )
-STRATEGIES["zero1"] = ("ZeRO1Strategy", "zero1", {})
+STRATEGIES |= {
+    "zero1": ("ZeRO1Strategy", "zero1", {}),
+    "fsdp2": ("FSDP2Strategy", "fsdp2", {}),
+    "fsdp2_cpu_offload": ("FSDP2Strategy", "fsdp2", {"cpu_offload": True}),
+    "fsdp": ("FSDPStrategy", "fsdp2", {}),
+    "fsdp_cpu_offload": ("FSDPStrategy", "fsdp2", {"cpu_offload": True}),
+    "model_parallel": ("ModelParallelStrategy", "model_parallel", {}),
+}
 
 
 def choose_strategy(

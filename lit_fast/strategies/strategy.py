@@ -115,6 +115,10 @@ class Strategy:
         """`training_step` with what comes before each forward; `reduces` as in `bind_backward`."""
         return step
 
+    def bind_evaluation_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for a step of validation, test or prediction."""
+        return step
+
     def bind_backward(self, backward: Backward, reduces: bool) -> Backward:
         """Backward of a micro-batch; `reduces` in the last one of its window, whose gradients are stepped with."""
         return backward
