@@ -41,7 +41,7 @@ class WandbLogger(_Logger): ...
 
 
 class _Strategy(NotBuilt):
-    instead = "docs/distributed.md says which strategies there are; with 'ddp' every process has the whole model."
+    instead = "allowed are the strategies of docs/distributed.md; with 'ddp' every process has the whole model."
 
 
 class DataParallelStrategy(_Strategy): ...

@@ -151,13 +151,10 @@ assert len(copies) == 1, copies
     [
         "from lightning import Fabric as Kind",
         "from lightning.fabric import Fabric as Kind",
-        "from lightning.fabric.strategies import DDPStrategy as Kind",
         "from lightning.pytorch.loggers import WandbLogger as Kind",
         "from lightning.pytorch.loggers.wandb import WandbLogger as Kind",
         "from pytorch_lightning.loggers import MLFlowLogger as Kind",
         "from pytorch_lightning.loggers import CometLogger as Kind",
-        "from pytorch_lightning.strategies import DDPStrategy as Kind",
-        "from pytorch_lightning.strategies.ddp import DDPStrategy as Kind",
         "from pytorch_lightning.strategies import XLAStrategy as Kind",
     ],
 )

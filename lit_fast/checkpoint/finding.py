@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lit_fast.checkpoint import sharded
 from lit_fast.errors import CheckpointError, CheckpointNotFoundError, MisconfigurationException, PossibleUserWarning
 from lit_fast.states import TrainerFn
 from lit_fast.strategies.environments.slurm import srun_used
@@ -169,7 +170,10 @@ def _candidates(trainer: Trainer) -> Iterator[tuple[int, int, int, Path]]:
 def _resumable(path: Path, version: int) -> Iterator[tuple[int, int, int, Path]]:
     try:
         written = path.stat().st_mtime_ns
-        held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if sharded.is_sharded(path):
+            held = sharded.meta(path)
+        else:
+            held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         step = int(held["global_step"])
     except Exception as error:
         warnings.warn(f"ckpt_path='last' passes over {path}: it cannot be read ({error}).", stacklevel=5)

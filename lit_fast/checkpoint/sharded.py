@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -238,7 +239,9 @@ def load(
         )
     try:
         reader = _reader(path, weights_only)
-        state_dict_loader.load(flat, storage_reader=reader, planner=_planner(weights_only), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is meant: nothing is sent
+            state_dict_loader.load(flat, storage_reader=reader, planner=_planner(weights_only), no_dist=True)
     except CheckpointError:
         raise
     except Exception as error:  # torch answers damaged files with nearly any exception

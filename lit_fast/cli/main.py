@@ -12,6 +12,7 @@ from lit_fast.errors import LitFastError
 
 # Name, and what --help says. lit_fast/cli/<name>.py is imported when it is called.
 COMMANDS = {
+    "consolidate": "write a sharded checkpoint, which is a directory, as one file",
     "info": "what was built, what was chosen on this machine, and why",
     "launch": "run a program in several processes, on one machine or several, or as a job of SLURM's",
     "pretrain": "train a GPT on text, by default on the source of Python's standard library",
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="lit-fast",
         description="A compiled trainer core for PyTorch behind PyTorch Lightning's API.",
-        epilog="\n".join(["commands:", *(f"  {name:<10} {text}" for name, text in COMMANDS.items())]),
+        epilog="\n".join(["commands:", *(f"  {name:<11} {text}" for name, text in COMMANDS.items())]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"lit-fast {lit_fast.__version__}")
