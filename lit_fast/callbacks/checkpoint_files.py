@@ -106,8 +106,8 @@ class CheckpointFiles(Checkpoint):
         return {os.path.normpath(os.path.join(directory, name)) for name in names if pattern.fullmatch(name)}
 
     def file_exists(self, filepath: str | os.PathLike[str], trainer: Any) -> bool:
-        """Whether a checkpoint of that name is there already: the first process looks, for all."""
-        return bool(trainer.strategy.broadcast(os.path.lexists(filepath)))
+        """Whether a checkpoint of that name is there already."""
+        return os.path.lexists(filepath)
 
     def _should_remove_checkpoint(self, trainer: Any, previous: str, current: str) -> bool:
         """Whether `previous` may go: it was not overwritten, is in our directory, and was not resumed from."""
