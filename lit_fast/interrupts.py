@@ -112,6 +112,7 @@ class Interrupts:
         name = signal.Signals(number).name if number is not None else "interrupt"
         if path is not None:
             self.save_checkpoint(path)
+            self.strategy.barrier()  # a process that ends earlier may have the others ended by what started them
             rank_zero_only(self.print)(
                 f"{name} after step {self.global_step}: saved {os.fspath(path)}\n"
                 f"Go on from there with trainer.fit(model, ckpt_path={os.fspath(path)!r})."
@@ -135,6 +136,7 @@ class Interrupts:
         if not self.sanity_checking:
             path = self.strategy.broadcast(os.fspath(finding.requeue_path(self._trainer)))
             self.save_checkpoint(path)
+            self.strategy.barrier()
             done += f" saved {path};"
         if self.is_global_zero:
             try:

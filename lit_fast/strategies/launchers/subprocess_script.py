@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,9 @@ from lit_fast.strategies.environments import ClusterEnvironment
 from lit_fast.strategies.launchers import launcher
 from lit_fast.strategies.launchers.launcher import Launcher, die_with, how_it_ended, limit_threads, place
 from lit_fast.strategies.watchdog import note_death
+
+_TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM has ended after a step that all agreed on
+_SECONDS_TO_RAISE = 1.0  # that this process has to hear of a failure by itself, in a collective
 
 
 class SubprocessScriptLauncher(Launcher):
@@ -48,7 +52,7 @@ class SubprocessScriptLauncher(Launcher):
         self._exit_code = 0
         self._watchers: list[threading.Thread] = []
         self._ended = threading.Event()  # this process has come to its end
-        self._raised = False  # by an exception, which the interpreter has printed, and which says who failed
+        self._raised = False  # the function, or what came after it
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -65,7 +69,11 @@ class SubprocessScriptLauncher(Launcher):
         limit_threads(self.num_processes)
         if not self.cluster_environment.creates_processes_externally:
             self._start()
-        return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            self._raised = True
+            raise
 
     def kill(self, signum: int) -> None:
         for process in self.procs:
@@ -96,18 +104,23 @@ class SubprocessScriptLauncher(Launcher):
         code = process.wait()
         if code == 0 or self.failure is not None:
             return
-        self.failure, self._exit_code = how_it_ended(rank, process.pid, code), code if code > 0 else 128 - code
+        self._exit_code = code if code > 0 else 128 - code
+        if code == _TERMINATED:  # as this process is: it may be writing the checkpoint of all
+            return
+        self.failure = how_it_ended(rank, process.pid, code)
         note_death(rank, code)
-        if not self._raised:
+        self._ended.wait(_SECONDS_TO_RAISE)
+        if not self._raised:  # an error that this process ends by says it, too
             _say(f"{self.failure}; the whole run ends. What it wrote above, if anything, says why.")
         if not self._ended.wait(launcher.GRACE_SECONDS):
             _leave(self._exit_code)
 
     def _end(self) -> None:
-        """At the end of this process: the others end by themselves, or are made to where this one failed."""
+        """At the end of this process: the others end by themselves, or are made to where one failed."""
         if os.getpid() != self._pid:  # a fork of this process inherits what is due at its end
             return
-        self._raised = getattr(sys, "last_value", None) is not None
+        unhandled = getattr(sys, "last_value", None) is not None
+        self._raised |= unhandled
         self._ended.set()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # whoever waits for this rank hears that it is gone
@@ -115,11 +128,11 @@ class SubprocessScriptLauncher(Launcher):
         for watcher in self._watchers:
             watcher.join(max(0.0, until - time.monotonic()))
         running = [process.pid for process in self.procs if process.poll() is None]
-        if running and not self._raised and self.failure is None:
+        if running and not self._raised and not self._exit_code:
             _say(f"this process is done and waits for the others of its run (pid {', '.join(map(str, running))}).")
             for watcher in self._watchers:
                 watcher.join()
-        if self._raised or self.failure is not None:
+        if unhandled or self._exit_code:
             _leave(self._exit_code or 1)
 
 
