@@ -30,7 +30,6 @@ from lit_fast.calls import (
     without_index,
 )
 from lit_fast.data.loader_iterator import hook_of, step_of, takes_iterator
-from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.metrics import MetricLog, Table
 from lit_fast.module import LightningModule
@@ -93,6 +92,7 @@ class Binding:
         )
         self.rows: list[tuple[str, str, str]] = []  # (point, who asked, what it does), for explain()
         self.window: int = trainer.accumulate_grad_batches
+        self.several = trainer.strategy.world_size > 1
         self.weights: WindowWeights | None = before.weights if before is not None else None  # until there is one
         self.placed: dict[Place, StepPlan] = {}
         self.automatic = module.automatic_optimization
@@ -177,18 +177,8 @@ class Binding:
         return plan
 
     def weigh(self) -> WindowWeights:
-        """From here on every loss comes with a weight: bind the plans anew, those too that are in somebody's hands.
-
-        Raises:
-            MisconfigurationException: there are several processes, and each knows its own weights alone.
-        """
-        if self.trainer.world_size > 1:
-            raise MisconfigurationException(
-                "training_step returned a 'weight' with its loss, in a window of several micro-batches: the mean of "
-                "several processes' windows by weight is not built. Return the loss alone, or set "
-                "accumulate_grad_batches=1."
-            )
-        weights = self.weights = WindowWeights()
+        """From here on every loss comes with a weight: bind the plans anew, those too that are in somebody's hands."""
+        weights = self.weights = WindowWeights(self.trainer.strategy)
         for place, plan in self.placed.items():
             bound = self._bind_place(place)
             for field in fields(StepPlan):

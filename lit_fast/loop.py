@@ -220,6 +220,7 @@ class FitLoop(Schedule, Restarted):
                 recorded(trainer._actions, "run_training_epoch", self.run_epoch)()
             except (SkipEpoch, EndOfData):
                 progress.batch_idx -= 1  # that batch did not run
+                self._leave_together()
                 self._skip_rest_of_epoch()
             self._end_epoch()
             if self._finished():
@@ -384,6 +385,7 @@ class FitLoop(Schedule, Restarted):
             f"__len__, or set limit_train_batches.",
             stacklevel=2,
         )
+        self._leave_together()
         self._skip_rest_of_epoch()
         self._visit()
 
@@ -445,6 +447,21 @@ class FitLoop(Schedule, Restarted):
             progress.boundary = NOW
 
     # -- the end of an epoch
+
+    def _leave_together(self) -> None:
+        """Nothing is left of the epoch here. Others may be in a step, and wait for gradients: they are told with them.
+
+        Raises:
+            MisconfigurationException: in all processes, where some have another batch.
+        """
+        control, strategy, plans = self.trainer._shared, self.trainer.strategy, self.plans
+        reduces = plans is not None and plans.automatic and plans.trains
+        if control is None or not strategy.rides or not reduces:
+            return
+        control.wish(Wish.LEAVE)
+        for take_part in strategy.before_step():
+            take_part()
+        control.fulfilled(Wish.LEAVE)
 
     def _skip_rest_of_epoch(self) -> None:
         assert self.plans is not None

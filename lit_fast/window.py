@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lit_fast import step
@@ -29,6 +30,7 @@ from lit_fast.errors import MisconfigurationException
 
 if TYPE_CHECKING:
     from lit_fast.binding import Binding, StepPlan
+    from lit_fast.strategies.strategy import Strategy
 
 NOT_EVERY_WEIGHT = (
     "training_step returned a loss without a 'weight', and others of this fit came with one: what it weighs in its "
@@ -54,39 +56,77 @@ class WindowWeights:
     not 0; the factor N w_1 / sum(w_i) is left for the step. So gradients keep the size that they have without weights,
     as float16 needs, and equal weights give the bits of no weights.
 
+    With W processes both sums go over all of them. They need one reference in the place of w_1, the mean of their
+    first weights, which is found once. Their strategy makes gradients their mean over W, so that N W w / sum(w) is left
+    for the step: sum(w) is one number, sent between the window's last forward and backward, and read after that.
+
     Weights on a GPU stay there, and with them everything that is computed here.
+
+    Args:
+        strategy: of the processes, where there are several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, strategy: Strategy | None = None) -> None:
+        self.strategy = strategy if strategy is not None and strategy.world_size > 1 else None
+        self._reference: float | None = None  # of all processes
         self.begin()
 
     def begin(self) -> None:
         """A new window: there are no gradients."""
         self.length = 1
-        self.reference: float | Tensor | None = None  # w_1
+        self.reference: float | Tensor | None = self._reference  # w_1, or what stands for it
         self.total: float | Tensor = 0.0  # of w_i / w_1
         self.share: float | Tensor = 1.0  # of the micro-batch that runs
+        self._sum: tuple[Tensor, Any] | None = None  # `total` of all processes, and what has to be waited for
 
-    def losses(self, first: bool, length: int, divided: bool) -> Losses:
-        """What reads the losses of a micro-batch in a window of `length`; `divided` as in `losses_until_weighted`.
+    def losses(self, place: Place, divided: bool) -> Losses:
+        """What reads the losses of a micro-batch there; `divided` as in `losses_until_weighted`.
 
         Raises, when called:
             MisconfigurationException: a loss without a weight, or with one that is none.
         """
 
         def read(output: Any) -> tuple[Tensor, ...]:
-            if first:
+            if place.first:
                 self.begin()
-            loss, weight = loss_of(output), weight_of(output)
-            if loss is None or weighs_nothing(weight):
-                return ()
+            self.length = place.length
+            loss = loss_of(output)
+            weight = 0.0 if loss is None else weight_of(output)
             if weight is None:
                 raise MisconfigurationException(NOT_EVERY_WEIGHT)
-            divisor = self.add(weight, length)
-            self.share = 1.0 / divisor
-            return (loss / divisor if divided else loss,)
+            if self.strategy is not None and self.reference is None:
+                self.reference = self._reference = self._mean_weight(weight)
+            losses: tuple[Tensor, ...] = ()
+            if loss is not None and not weighs_nothing(weight):
+                divisor = self.add(weight, place.length)
+                self.share = 1.0 / divisor
+                losses = (loss / divisor if divided else loss,)
+            if place.last and self.strategy is not None:
+                self._ask_others()
+            return losses
 
         return read
+
+    def _mean_weight(self, weight: float | Tensor) -> float | None:
+        """Of those that processes have now, and are not 0; None where all are. Waits, once in a fit."""
+        assert self.strategy is not None
+        mine = torch.stack([torch.as_tensor(weight, dtype=torch.float64).cpu(), torch.tensor(float(weight > 0.0))])
+        total, count = self.strategy.reduce(mine.to(self.strategy.root_device), reduce_op="sum").tolist()
+        return float(total / count) if count else None
+
+    def _ask_others(self) -> None:
+        assert self.strategy is not None
+        total = torch.as_tensor(self.total, dtype=torch.float64, device=self.strategy.root_device).clone()
+        self._sum = total, dist.all_reduce(total, async_op=True)
+
+    def _mean_total(self) -> float | Tensor:
+        """`total`; of several processes the mean."""
+        if self.strategy is None or self._sum is None:
+            return self.total
+        total, work = self._sum
+        work.wait()
+        mean = total / self.strategy.world_size
+        return mean.item() if mean.is_cpu else mean.to(torch.float32)
 
     def add(self, weight: float | Tensor, length: int) -> float | Tensor:
         """One more micro-batch, whose gradient counts one part in what is returned."""
@@ -110,9 +150,10 @@ class WindowWeights:
         """What makes the gradients that were gathered their weighted mean."""
         if self.reference is None:
             return 1.0
-        if isinstance(self.total, Tensor):
-            return torch.where(self.total != 0.0, self.length / self.total, 1.0)
-        return self.length / self.total
+        total = self._mean_total()
+        if isinstance(total, Tensor):
+            return torch.where(total != 0.0, self.length / total, 1.0)
+        return self.length / total if total else 1.0
 
     def average(self, parameters: Iterable[Tensor]) -> None:
         """Make the gradients their weighted mean, in place; what is gathered on top of it is weighted against it."""
@@ -120,7 +161,7 @@ class WindowWeights:
         if isinstance(factor, Tensor) or factor != 1.0:
             multiply_gradients(parameters, factor)
         if self.reference is not None:
-            self.reference, self.total = self.reference / factor, float(self.length)
+            self.reference, self.total, self._sum = self.reference / factor, float(self.length), None
 
     def step(self, step: Callable[..., Any]) -> Callable[[], Any]:
         """`step(grad_scale=...)` with the factor folded in: a number, or a tensor on the device that steps."""
@@ -185,12 +226,13 @@ def bind_backward(binding: Binding, place: Place) -> tuple[Losses, Callable[[Ten
     shown = losses_over(place.length)
     backward = engine_backward(1.0 if divided else 1.0 / place.length, trainer.config.device)
     losses: Losses
-    if place.length == 1:
+    if place.length == 1 and not binding.several:
         losses = read_losses
     elif binding.weights is None:
-        losses = losses_until_weighted(place.length, divided, lambda: _first_weight(binding, place))
+        divides = divided and place.length > 1
+        losses = losses_until_weighted(place.length, divides, lambda: _first_weight(binding, place))
     else:
-        losses = binding.weights.losses(place.first, place.length, divided)
+        losses = binding.weights.losses(place, divided)
         binding.rows.append(("backward", "training_step", "returns a weight with its loss, which makes that share"))
         shown, backward = whole_losses, backward if divided else binding.weights.backward
     if binding.plugin_backward:
@@ -227,7 +269,7 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
 
     With weights in the step's own pass over the gradients, unless somebody can look at them: then in place, before.
     """
-    weights = binding.weights if place.length > 1 else None
+    weights = binding.weights if place.length > 1 or binding.several else None
     inline = plan.run is step.inline
     if weights is None:
         if place.short:

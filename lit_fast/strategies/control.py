@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_fast.distributed.buckets import RIDERS
+from lit_fast.errors import MisconfigurationException
 
 
 class Wish(IntEnum):
@@ -29,6 +30,7 @@ class Wish(IntEnum):
     VALIDATE = 4
     SYNC_LOGS = 5  # some process logs steps with sync_dist: all take part where a row is due
     SAVE = 6  # the first process's clock says that a checkpoint is due
+    LEAVE = 7  # nothing is left of the epoch: all must say so at the same batch
 
     @classmethod
     def of_signal(cls, number: int) -> Wish:
@@ -107,10 +109,26 @@ class Control:
         self._take(votes)
 
     def _take(self, sums: Tensor) -> None:
-        new = [wish for wish, votes in zip(Wish, sums.tolist(), strict=False) if votes and wish not in self._asked]
+        heard = sums.tolist()
+        if not any(heard):
+            return
+        if heard[Wish.LEAVE]:
+            self._check_that_all_leave(heard[Wish.LEAVE])
+        new: list[Wish] = [wish for wish in Wish if heard[wish] and wish not in self._asked and wish is not Wish.LEAVE]
         if new:
             self._asked.update(new)
             self.agreed(new)
+
+    def _check_that_all_leave(self, votes: float) -> None:
+        world_size = dist.get_world_size()
+        if votes < world_size * (1 - 2**-7):  # as bfloat16 may have rounded them
+            mine = "this one too" if self.wished(Wish.LEAVE) else "not this one"
+            raise MisconfigurationException(
+                f"{votes:.0f} of {world_size} processes ({mine}) ended an epoch where the others had another batch: "
+                f"on_train_batch_start returned -1, or the data gave fewer batches than its length says, or a "
+                f"training_step(dataloader_iter) had read all of it. End it in all processes at the same batch; data "
+                f"of different lengths is cut by limit_train_batches."
+            )
 
     def fulfilled(self, wish: Wish) -> None:
         """It was done and may be wished again. Every process must call this at the same step."""

@@ -337,3 +337,31 @@ def test_searches_find_the_same_for_all() -> None:
     assert size == batch_size == 4
     assert len(results["lr"]) < 20  # the loss of one process stopped both
     assert steps == 32
+
+
+# -- the end of an epoch
+
+
+class Skips(Net):
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 3 and self.global_rank in self.ranks else None
+
+
+def leaves() -> Any:
+    together = trainer_of(max_epochs=2, accumulate_grad_batches=2)
+    together.fit(Skips((0, 1)), data(8), data(1))
+    alone = trainer_of(max_epochs=2)
+    with pytest.raises(lit_fast.errors.MisconfigurationException) as error:
+        alone.fit(Skips((1,)), data(8), data(1))
+    return together.global_step, together.current_epoch, str(error.value)
+
+
+def test_an_epoch_is_left_by_all_or_by_none() -> None:
+    first, second = run_ranks(leaves, 2)
+    assert first[:2] == second[:2] == (2, 2)
+    assert "1 of 2 processes (not this one)" in first[2] and "on_train_batch_start" in first[2]
+    assert "1 of 2 processes (this one too)" in second[2]
