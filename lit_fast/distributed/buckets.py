@@ -103,6 +103,8 @@ class GradientBuckets:
         buckets.finish()  # p.grad is the mean over all processes
     """
 
+    exchanges = True  # whether every process gets all sums
+
     def __init__(
         self,
         params: Sequence[Parameter],
@@ -119,7 +121,7 @@ class GradientBuckets:
         self.world_size = dist.get_world_size(group)
         self.scale = 1.0 / self.world_size
         self._second: Any = None  # a group for the second half of sums in float32
-        if wire_dtype is not None and wire_dtype.itemsize == 2:
+        if wire_dtype is not None and wire_dtype.itemsize == 2 and self.exchanges:
             self._second = dist.new_group(None if group is None else dist.get_process_group_ranks(group))
         self._hooks: list[Any] = []
         self._aside: list[Tensor | None] | None = None
@@ -198,8 +200,7 @@ class GradientBuckets:
                 f"shared layers so. Set use_reentrant=False, or Trainer(strategy='ddp_torch')."
             )
         for number, bucket in enumerate(self.buckets):
-            bucket.exchange.finish(bucket.wire)
-            self._go_on(number + 1, wait=False)
+            self._wait(number)
             self._hand_out(bucket)
         if self.riders is not None:
             self.riders.alight(self.buckets[-1].riders)
@@ -221,14 +222,20 @@ class GradientBuckets:
         if self.riders is not None and bucket is self.buckets[-1]:
             self.riders.board(bucket.riders)
         bucket.exchange.start(bucket.wire)
-        self._go_on(0, wait=False)
+        self._go_on(0)
 
-    def _go_on(self, first: int, wait: bool) -> None:
-        """Second halves of the buckets that have been sent, in their order."""
+    def _wait(self, number: int) -> None:
+        """Until the sums of that bucket are there."""
+        bucket = self.buckets[number]
+        bucket.exchange.finish(bucket.wire)
+        self._go_on(number + 1)
+
+    def _go_on(self, first: int) -> None:
+        """Second halves of the buckets that have been sent, in their order, as far as they can begin."""
         if self._second is None:
             return
         for bucket in self.buckets[first : self._sent]:
-            if not bucket.exchange.go_on(wait):
+            if not bucket.exchange.go_on(wait=False):
                 return
 
     # -- hooks

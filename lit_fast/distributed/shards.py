@@ -227,6 +227,7 @@ class GradientShards(GradientBuckets):
     """
 
     buckets: list[GradientShard]  # type: ignore[assignment]
+    exchanges = False
 
     def __init__(
         self,
@@ -271,6 +272,9 @@ class GradientShards(GradientBuckets):
         if self.riders is not None and bucket is self.buckets[-1]:
             self.riders.board(bucket.seats)
         bucket.send()
+
+    def _wait(self, number: int) -> None:
+        self.buckets[number].work.wait()
 
     def _hand_out(self, bucket: GradientShard) -> None:  # type: ignore[override]
         bucket.hand_out()
