@@ -133,7 +133,7 @@ def fitted(model: str, steps: int, strategy: str) -> Time:
     return data.step
 
 
-def two_processes(rounds: int) -> None:
+def two_processes(rounds: int, only: str) -> None:
     """What each of the two runs; the first one prints the figures."""
     import torch
     import torch.distributed as dist
@@ -141,7 +141,7 @@ def two_processes(rounds: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     figures: dict[str, dict[str, list[Time]]] = {}
-    for model in MODELS:
+    for model in filter(lambda name: only in name, MODELS):
 
         def measure(run: Callable[..., Time], *options: Any, model: str = model) -> Callable[[], Time]:
             def measured() -> Time:
@@ -159,7 +159,7 @@ def two_processes(rounds: int) -> None:
     os._exit(0)
 
 
-def step_rows(rounds: int) -> list[Row]:
+def step_rows(rounds: int, only: str = "") -> list[Row]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -176,7 +176,7 @@ def step_rows(rounds: int) -> list[Row]:
         }
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.ddp_step", "--worker", f"--rounds={rounds}"],
+                [sys.executable, "-m", "benchmarks.ddp_step", "--worker", f"--rounds={rounds}", f"--only={only}"],
                 env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=said,
                 stderr=said,
@@ -312,10 +312,13 @@ def added_rows(rounds: int) -> list[Row]:
 def main(argv: Sequence[str]) -> int:
     parser = harness.arguments(__doc__)
     parser.add_argument("--worker", action="store_true", help="one of the two processes")
+    parser.add_argument("--only", metavar="TEXT", default="", help="models whose name contains it")
     options = parser.parse_args(argv)
     if options.worker:
-        two_processes(options.rounds)
-    rows = step_rows(options.rounds) + added_rows(options.rounds)
+        two_processes(options.rounds, options.only)
+    rows = step_rows(options.rounds, options.only)
+    if options.only in "150 parameters":
+        rows += added_rows(options.rounds)
     return harness.finish("ddp_step", "A step of two processes", rows, options)
 
 
