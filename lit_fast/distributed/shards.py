@@ -197,16 +197,29 @@ class GradientShard:
         if any(grad is not None for grad in grads):
             self.before = [None if grad is None else grad.clone() for grad in grads]
 
-    def send(self) -> None:
+    @property
+    def exchange(self) -> GradientShard:
+        """How it travels (`distributed/wires.py`)."""
+        return self
+
+    def start(self, wire: Tensor) -> None:
+        if self.received is None:
+            self.work = _reduce_scatter(self.mean, wire, group=self.home.group, async_op=True)
+        else:  # Gloo moves bytes of every dtype
+            into, sent = self.received.view(-1).view(torch.uint8), wire.view(torch.uint8)
+            self.work = dist.all_to_all_single(into, sent, group=self.home.group, async_op=True)
+
+    def go_on(self, wait: bool) -> bool:
+        return True
+
+    def finish(self, wire: Tensor) -> None:
+        self.work.wait()
+        self.work = None
         if self.received is not None:
-            self.work = dist.all_to_all_single(self.received, self.by_rank, group=self.home.group, async_op=True)
-        else:
-            self.work = _reduce_scatter(self.mean, self.wire, group=self.home.group, async_op=True)
+            ops.sum_pieces(self.received, self.mean)
 
     def hand_out(self) -> None:
         """Give each shard its gradient; None where no rank has one."""
-        if self.received is not None:
-            ops.sum_pieces(self.received, self.mean)
         unused: set[int] = set()
         if self.missing:
             used = self.used.tolist()  # waits for a GPU, only where a gradient is missing here
@@ -244,7 +257,7 @@ class GradientShards(GradientBuckets):
         self.buckets = [GradientShard(home, [index_of.get(p) for p in home.params], wire_dtype) for home in homes]
         each_alone = BucketSizes(1, 1)  # so that the order of arrival is learned, and nothing else
         names = list(trained.values())
-        super().__init__(list(trained), group, sizes=each_alone, wire_dtype=wire_dtype, riders=riders, names=names)
+        super().__init__(list(trained), group, sizes=each_alone, riders=riders, names=names)
 
     def lay_out(self, buckets: Members) -> None:
         """What lies where is settled: learn only who comes last in its bucket, and which bucket is full first."""
@@ -271,7 +284,7 @@ class GradientShards(GradientBuckets):
         bucket.missing = bucket.packer.pack(bucket.wire, self.scale, aside)
         if self.riders is not None and bucket is self.buckets[-1]:
             self.riders.board(bucket.seats)
-        bucket.send()
+        bucket.start(bucket.wire)
 
     def _wait(self, number: int) -> None:
         self.buckets[number].work.wait()

@@ -98,6 +98,11 @@ def both(cases: list[Any]) -> list[bool]:
     ]
 
 
+def several(calls: list[Any]) -> list[Any]:
+    """Several functions in the same processes, one after the other."""
+    return [function(*args) for function, *args in calls]
+
+
 def equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor):
         return torch.equal(a, b)
@@ -168,10 +173,10 @@ def test_clipping_by_norm_has_the_same_bits_in_any_world_and_buckets() -> None:
     net = {"norm": False, "given": {"rounding": "stochastic", "state_dtype": "8bit"}}
     [alone] = run_ranks(by_the_core, 1, net)
     small = {"bucket_cap_mb": 0.1, "first_bucket_mb": 0.01}
-    for world, sizes in ((2, {}), (2, small), (4, small)):
-        results = run_ranks(same_batch, world, sizes, {}, net)
-        assert equal(results[0], alone)
-        assert all(equal(weights, alone[1]) for _, weights, _ in results)
+    for world, sizes in ((2, [{}, small]), (4, [small])):
+        results = run_ranks(several, world, [(same_batch, each, {}, net) for each in sizes])
+        assert all(equal(fit, alone) for fit in results[0])
+        assert all(equal(weights, alone[1]) for rank in results for _, weights, _ in rank)
 
 
 def resumed(strategy: str, path: str, save: bool) -> Any:
@@ -188,17 +193,19 @@ def resumed(strategy: str, path: str, save: bool) -> Any:
 
 def test_checkpoints_are_those_of_ddp_and_load_at_any_number_of_ranks(tmp_path: Any) -> None:
     ours, theirs = str(tmp_path / "zero1.ckpt"), str(tmp_path / "ddp.ckpt")
-    for strategy, path in (("zero1", ours), ("ddp", theirs)):
-        run_ranks(resumed, 2, strategy, path, True)
+    run_ranks(several, 2, [(resumed, "zero1", ours, True), (resumed, "ddp", theirs, True)])
     saved, as_ddp = (torch.load(path, weights_only=True) for path in (ours, theirs))
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert equal(saved[name], as_ddp[name])
     assert os.path.getsize(ours) < 1.1 * os.path.getsize(theirs)
-    ends = [
-        run_ranks(resumed, world, strategy, path, False)[0]
-        for world, strategy, path in ((2, "ddp", ours), (4, "zero1", ours), (2, "zero1", theirs))
-    ]
-    assert equal(ends[0], ends[1]) and equal(ends[0], ends[2])
+    in_two, in_four = (
+        [(resumed, "ddp", ours, False), (resumed, "zero1", theirs, False)],
+        [(resumed, "zero1", ours, False)],
+    )
+    [first, second], [third] = run_ranks(several, 2, in_two)[0], run_ranks(several, 4, in_four)[0]
+    assert equal(first, second) and equal(first, third)
+    [state] = saved["optimizer_states"]
+    assert state["state"] and equal(run_ranks(loaded, 3, ours)[0], state)
 
 
 def loaded(path: str) -> Any:
@@ -206,13 +213,6 @@ def loaded(path: str) -> Any:
     trainer.fit(model, share(0, 1, 5), ckpt_path=path)  # there is nothing left to do
     state = trainer.strategy.optimizer_state(trainer.optimizers[0])
     return state if places()[0] == 0 else None
-
-
-def test_three_ranks_take_a_state_over_and_give_it_back(tmp_path: Any) -> None:
-    path = str(tmp_path / "two.ckpt")
-    run_ranks(resumed, 2, "zero1", path, True)
-    [saved] = torch.load(path, weights_only=True)["optimizer_states"]
-    assert saved["state"] and equal(run_ranks(loaded, 3, path)[0], saved)
 
 
 class Infinite(Net):
@@ -243,11 +243,12 @@ def left_out(options: dict[str, Any]) -> Any:
 
 
 def test_all_ranks_leave_out_a_step_that_is_not_finite_on_one() -> None:
-    for options, told in (({"nonfinite": "skip", "gradient_clip_val": 0.5}, 1), ({"float16": True}, 512.0)):
-        results = run_ranks(left_out, 2, options)
-        for same, skipped, weights in results:
+    cases = [{"nonfinite": "skip", "gradient_clip_val": 0.5}, {"float16": True}]
+    results = run_ranks(several, 2, [(left_out, options) for options in cases])
+    for number, told in enumerate((1, 512.0)):
+        for same, skipped, weights in (rank[number] for rank in results):
             assert same == [False, True, False, False] and skipped == told
-            assert equal(weights, results[0][2])
+            assert equal(weights, results[0][number][2])
 
 
 def raises_everywhere() -> Any:
@@ -295,8 +296,8 @@ def manual(strategy: str) -> Any:
 
 
 def test_manual_optimization_steps_what_was_reduced() -> None:
-    ours, theirs = run_ranks(manual, 2, "zero1"), run_ranks(manual, 2, "ddp")
-    assert equal(ours, theirs)
+    for ours, theirs in run_ranks(several, 2, [(manual, "zero1"), (manual, "ddp")]):
+        assert equal(ours, theirs)
 
 
 class Unfreezing(Net):
@@ -326,8 +327,8 @@ def unfreezing(strategy: str) -> Any:
 
 
 def test_parameters_that_are_frozen_and_added_later_are_stepped_as_by_ddp() -> None:
-    ours, theirs = run_ranks(unfreezing, 2, "zero1"), run_ranks(unfreezing, 2, "ddp")
-    assert equal(ours, theirs)
+    for ours, theirs in run_ranks(several, 2, [(unfreezing, "zero1"), (unfreezing, "ddp")]):
+        assert equal(ours, theirs)
 
 
 class Refused(Net):
