@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pathlib
+import pickle
+import shutil
 from typing import Any
 
 import pytest
@@ -14,7 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import lit_fast
+from lit_fast.checkpoint import io, sharded
 from lit_fast.checkpoint.slices import by_name
+from lit_fast.cli.main import main
+from lit_fast.errors import CheckpointError
 from lit_fast.strategies import FSDP2Strategy, ModelParallelStrategy
 
 dist_test = pytest.mark.dist
@@ -172,3 +177,121 @@ def test_every_strategy_reads_every_other_at_every_size(writer: str, size: int, 
         pytest.skip("one process")
     every = [kind for kind in KINDS if kind != "single"]
     exchange(writer, size, {1: list(KINDS), 2: every, 3: every, 4: every}, tmp_path)
+
+
+# -- a directory that is whole or not there; in one process
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Written by this process alone, without DTensors."""
+    path = str(tmp_path_factory.mktemp("sharded") / "a.ckpt")
+    write_whole(path, 1.0)
+    return path
+
+
+def write_whole(path: str, value: float) -> None:
+    model = nn.Linear(3, 2)
+    nn.init.constant_(model.weight, value)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    names = {p: name for name, p in model.named_parameters()}
+    checkpoint = {
+        "state_dict": model.state_dict(), "optimizer_states": [by_name(optimizer, names)], "lr_schedulers": [],
+        "global_step": 7, "epoch": 1,
+    }  # fmt: skip
+    sharded.save(checkpoint, path, lambda value: value, 0, several=False)
+
+
+def test_it_has_lightnings_layout_and_loads_as_a_file_would(directory: str) -> None:
+    index = sharded._index(directory)
+    assert {place[0] for place in index.planner_data.values()} == {"state_dict", "optimizer_0"}
+    assert ("optimizer_0", "state", "weight", "exp_avg") in index.planner_data.values()
+    held = io.load(directory)
+    assert held["global_step"] == 7 and held["state_dict"].keys() == {"weight", "bias"}
+    state = held["optimizer_states"][0]
+    assert state["param_groups"][0]["params"] == [0, 1] and state["state"][0]["step"] == 1.0
+    model = nn.Linear(3, 2)
+    torch.optim.AdamW(model.parameters()).load_state_dict(state)
+
+
+def test_a_new_one_takes_the_place_of_the_old(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "a.ckpt")
+    io.save({"state_dict": {}}, path)  # a file of that name
+    for value in (1.0, 2.0):
+        write_whole(path, value)
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert io.load(path)["state_dict"]["weight"].mean() == pytest.approx(2.0, rel=1e-2)
+
+
+def test_one_that_cannot_be_written_leaves_the_old_one(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "a.ckpt")
+    write_whole(path, 1.0)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(io, "save", full)
+    with pytest.raises(CheckpointError, match=r"could not be written \(process 0: OSError.*No space left"):
+        write_whole(path, 2.0)
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+    assert io.load(path)["state_dict"]["weight"].mean() == pytest.approx(1.0, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.pt"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone"])
+def test_damage_is_told(directory: str, tmp_path: pathlib.Path, name: str, harm: str) -> None:
+    path = tmp_path / "b.ckpt"
+    shutil.copytree(directory, path)
+    data = bytearray((path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    if harm == "gone":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(data if harm == "flip" else data[: len(data) // 2])
+    with pytest.raises(CheckpointError, match=r"not whole|is a directory, and not a sharded checkpoint"):
+        io.load(path)
+
+
+def test_pickled_code_in_the_index_is_not_run(directory: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "b.ckpt"
+    shutil.copytree(directory, path)
+    (path / "commit.json").unlink()  # as in Lightning's
+    (path / ".metadata").write_bytes(pickle.dumps(print))
+    with pytest.raises(CheckpointError, match=r"\.metadata: it holds pickled code: builtins\.print"):
+        io.load(path)
+
+
+def test_consolidate(directory: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(tmp_path / "whole.ckpt")
+    assert main(["consolidate", directory, "--output-file", file]) == 0
+    assert "wrote" in capsys.readouterr().out
+    held, expected = io.load(file), io.load(directory)
+    assert os.path.isfile(file) and held.keys() == expected.keys()
+    assert torch.equal(held["state_dict"]["weight"], expected["state_dict"]["weight"])
+    assert main(["consolidate", directory, "--output-file", file]) == 1
+    assert main(["consolidate", str(tmp_path)]) == 1
+
+
+def keep(path: str) -> Any:
+    """ModelCheckpoint with directories: one is kept, "last" is a link; a second fit goes on from it."""
+    from lit_fast.callbacks import ModelCheckpoint
+
+    found: dict[str, Any] = {}
+    for steps in (2, 4):
+        callback = ModelCheckpoint(path, save_top_k=1, every_n_train_steps=1, save_last="link")
+        trainer, model = trainer_of("fsdp2", steps, callbacks=[callback], enable_checkpointing=True), Model()
+        trainer.fit(model, batches(), ckpt_path="last" if steps == 4 else None)
+        found[steps] = (len(model.losses), sorted(os.listdir(path)), os.path.realpath(os.path.join(path, "last.ckpt")))
+    return found
+
+
+@dist_test
+def test_model_checkpoint_keeps_links_and_removes_directories(tmp_path: pathlib.Path) -> None:
+    path = str(tmp_path / "kept")
+    for found in run_ranks(keep, 2, path, timeout=90.0):
+        assert found[2] == (2, ["epoch=0-step=2.ckpt", "last.ckpt"], os.path.join(path, "epoch=0-step=2.ckpt"))
+        losses, names, last = found[4]
+        assert losses == 2 and last == os.path.join(path, "epoch=0-step=4.ckpt")
+        assert "epoch=0-step=4.ckpt" in names and "epoch=0-step=3.ckpt" not in names
