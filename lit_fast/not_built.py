@@ -47,7 +47,11 @@ class _Strategy(NotBuilt):
 class DataParallelStrategy(_Strategy): ...
 
 
-class DeepSpeedStrategy(_Strategy): ...
+class DeepSpeedStrategy(_Strategy):
+    instead = (
+        "allowed are 'zero1' (states in parts) and 'fsdp2' (parameters, gradients and states in parts, and offload), "
+        "which need no other package."
+    )
 
 
 class SingleDeviceXLAStrategy(_Strategy): ...

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lit_fast import not_built
 from lit_fast.errors import MisconfigurationException
 from lit_fast.strategies.environments import ClusterEnvironment
 from lit_fast.strategies.launchers import is_interactive
@@ -86,6 +87,8 @@ def choose_strategy(
 
 
 def _named(given: str, name: str) -> Strategy:
+    if name.partition("_")[0] == "deepspeed":
+        not_built.DeepSpeedStrategy()
     if name not in STRATEGIES:
         close = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.6)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; allowed are {_names()}."
