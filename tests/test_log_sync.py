@@ -155,6 +155,6 @@ def metrics() -> dict[str, float]:
 
 def test_a_metric_object_asks_the_others_at_the_end_of_the_epoch() -> None:
     pytest.importorskip("torchmetrics")
-    first, second = run_ranks(metrics, 2)
+    first, second = run_ranks(metrics, 2, timeout=120.0)
     assert first["metric_epoch"] == second["metric_epoch"] == (10 + 300) / 16
     assert (first["metric_step"], second["metric_step"]) == (4.0, 40.0)

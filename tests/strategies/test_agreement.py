@@ -108,7 +108,7 @@ def _watch_writes(root: str, written: list[str]) -> None:
 def test_one_process_writes_and_all_know_where(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tensorboard")
     (tmp_path / "csv" / "version_3").mkdir(parents=True)
-    (_, first), (written, second) = run_ranks(everything_that_writes, 2, str(tmp_path))
+    (_, first), (written, second) = run_ranks(everything_that_writes, 2, str(tmp_path), timeout=120.0)
     assert written == []
     assert first == second
     (best, kept, last, log_dir), folders, results = first
