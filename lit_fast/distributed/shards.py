@@ -197,22 +197,14 @@ class GradientShard:
         if any(grad is not None for grad in grads):
             self.before = [None if grad is None else grad.clone() for grad in grads]
 
-    @property
-    def exchange(self) -> GradientShard:
-        """How it travels (`distributed/wires.py`)."""
-        return self
-
-    def start(self, wire: Tensor) -> None:
+    def send(self) -> None:
         if self.received is None:
-            self.work = _reduce_scatter(self.mean, wire, group=self.home.group, async_op=True)
+            self.work = _reduce_scatter(self.mean, self.wire, group=self.home.group, async_op=True)
         else:  # Gloo moves bytes of every dtype
-            into, sent = self.received.view(-1).view(torch.uint8), wire.view(torch.uint8)
+            into, sent = self.received.view(-1).view(torch.uint8), self.wire.view(torch.uint8)
             self.work = dist.all_to_all_single(into, sent, group=self.home.group, async_op=True)
 
-    def go_on(self, wait: bool) -> bool:
-        return True
-
-    def finish(self, wire: Tensor) -> None:
+    def wait(self) -> None:
         self.work.wait()
         self.work = None
         if self.received is not None:
@@ -284,10 +276,10 @@ class GradientShards(GradientBuckets):
         bucket.missing = bucket.packer.pack(bucket.wire, self.scale, aside)
         if self.riders is not None and bucket is self.buckets[-1]:
             self.riders.board(bucket.seats)
-        bucket.start(bucket.wire)
+        bucket.send()
 
     def _wait(self, number: int) -> None:
-        self.buckets[number].work.wait()
+        self.buckets[number].wait()
 
     def _hand_out(self, bucket: GradientShard) -> None:  # type: ignore[override]
         bucket.hand_out()
