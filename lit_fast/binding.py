@@ -39,7 +39,7 @@ from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.optim.nonfinite import unless_nonfinite
 from lit_fast.profiler.actions import recorded
 from lit_fast.stepping import Stepping
-from lit_fast.window import Place, WindowWeights, before_the_step, bind_backward, bind_mean
+from lit_fast.window import Place, WindowWeights, before_the_step, bind_backward, bind_mean, zero_for_none
 
 if TYPE_CHECKING:
     from lit_fast.progress import Progress
@@ -164,6 +164,7 @@ class Binding:
             bind_mean(self, plan, place)
             for take_part in self.trainer.strategy.before_step():
                 before_the_step(plan, plan.run is step.inline, take_part)
+                plan.returned_loss = zero_for_none(plan.returned_loss)
         if not place.last and self.automatic:
             plan.run = step.inline
             plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()

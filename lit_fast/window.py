@@ -305,6 +305,16 @@ def before_the_step(
     plan.returned_loss = mean_and_loss
 
 
+def zero_for_none(returned_loss: Callable[[Any], Tensor | None]) -> Callable[[Any], Tensor]:
+    """What a closure returns where others take the same step: a process without a loss must not leave it out alone."""
+
+    def loss_or_zero(output: Any) -> Tensor:
+        loss = returned_loss(output)
+        return torch.zeros(()) if loss is None else loss
+
+    return loss_or_zero
+
+
 def _stretch(binding: Binding) -> None:
     """The window is shorter than the shares of its micro-batches were made for."""
     length = binding.progress.batch_idx % binding.window + 1
