@@ -49,6 +49,16 @@ def _fresh_state() -> Iterator[None]:
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)
+    _leave_job()
+
+
+def _leave_job() -> None:
+    """This process is no rank of a job any more, where a test has made it one."""
+    group, ranks = (sys.modules.get(f"lit_fast.{name}") for name in ("strategies.process_group", "rank_zero"))
+    if group is not None:
+        group.disband()
+    if ranks is not None:
+        vars(ranks.rank_zero_only).pop("assigned", None)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ class RankFailed(AssertionError):
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 40.0, **env: str
 ) -> list[Any]:
-    """`function(*args)` in processes of ranks 0 .. world_size - 1; what each returned, by rank.
+    """`function(*args)` in processes of ranks 0 .. world_size - 1; what each returned, by rank. Prints what they print.
 
     LOCAL_RANK, RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, and `env` besides.
 
@@ -58,6 +58,8 @@ def run_ranks(
                 processes[rank].kill()
                 processes[rank].join()
         said = [_read(Path(folder, str(rank))) for rank in range(world_size)]
+        for rank in range(world_size):
+            print(_printed_by(Path(folder, str(rank))), end="")
     if late or any(process.exitcode for process in processes):
         lines = [
             f"rank {rank}: exit code {process.exitcode}{' (killed: too late)' if rank in late else ''}\n{error or ''}"
@@ -73,6 +75,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def _printed_by(path: Path) -> str:
+    printed = path.with_suffix(".out")
+    return printed.read_text() if printed.exists() else ""
+
+
 def _read(path: Path) -> tuple[Any, str | None]:
     return pickle.loads(path.read_bytes()) if path.exists() else (None, None)
 
@@ -83,6 +90,7 @@ def _begin(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    os.dup2(os.open(said.with_suffix(".out"), os.O_WRONLY | os.O_CREAT), 1)  # the server's is that of an earlier test
     import torch
 
     torch.set_num_threads(1)

@@ -59,7 +59,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"gradient_clip_val": float("nan")}, "gradient_clip_val=nan"),
     ({"gradient_clip_algorithm": "l2"}, "allowed are 'norm' and 'value'"),
     ({"precision": "int8"}, "precision='int8'.*unknown.*32-true"),
-    ({"num_nodes": 2}, "num_nodes=2.*several nodes are not built yet"),
+    ({"num_nodes": 2}, "num_nodes=2.*NODE_RANK, MASTER_ADDR, MASTER_PORT are not set"),
     ({"num_nodes": "two"}, "num_nodes='two'.*at least 1"),
     ({"fast_dev_run": -1}, "fast_dev_run=-1.*number of batches"),
     ({"fast_dev_run": "yes"}, "fast_dev_run='yes'"),
