@@ -72,7 +72,7 @@ def ours(steps: int, options: dict[str, Any], strategy_options: dict[str, Any], 
     return model.losses, {name: p.detach().clone() for name, p in model.state_dict().items()}
 
 
-def torchs(steps: int, accumulate: int, bucket_cap_mb: float, net: dict[str, Any]) -> Any:
+def torchs(steps: int, accumulate: int, bucket_cap_mb: float, net: dict[str, Any], clip: float = 0.0) -> Any:
     dist.init_process_group("gloo")
     world, rank = dist.get_world_size(), dist.get_rank()
     model = Net(**net)
@@ -90,6 +90,8 @@ def torchs(steps: int, accumulate: int, bucket_cap_mb: float, net: dict[str, Any
                 loss = nn.functional.cross_entropy(ddp(x), y)
                 losses.append(loss.item())
                 (loss / len(window)).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             done += 1
             if done == steps:
@@ -215,13 +217,15 @@ def same(a: Any, b: Any) -> None:
         ({}, {}, {}),
         ({}, {"bucket_cap_mb": 0.004, "first_bucket_mb": 0.001}, {"norm": True}),
         ({"accumulate_grad_batches": 3}, {"bucket_cap_mb": 0.004}, {"unused": True}),
+        ({"gradient_clip_val": 0.05}, {"bucket_cap_mb": 0.004}, {}),
     ],
-    ids=["plain", "small-buckets-norm", "accumulate-unused"],
+    ids=["plain", "small-buckets-norm", "accumulate-unused", "clipped"],
 )
 def test_100_steps_of_two_ranks_have_torchs_bits(options: Any, sizes: Any, net: Any) -> None:
     accumulate = options.get("accumulate_grad_batches", 1)
     steps = 100 if accumulate == 1 else 40
-    same(run_ranks(ours, 2, steps, options, sizes, net), run_ranks(torchs, 2, steps, accumulate, 25, net))
+    clip = options.get("gradient_clip_val", 0.0)
+    same(run_ranks(ours, 2, steps, options, sizes, net), run_ranks(torchs, 2, steps, accumulate, 25, net, clip))
 
 
 def distance(a: Any, b: Any) -> Tensor:
