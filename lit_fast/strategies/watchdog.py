@@ -133,6 +133,7 @@ class Watchdog:
         self._lock, self._beating = threading.Lock(), threading.Lock()
         self._decided, self._stopped = threading.Event(), threading.Event()
         self._taken = False  # whether the main thread ends by itself
+        self._under_way = False  # whether an exception has been sent to the main thread
         self._interrupted = False  # whether Ctrl-C or SIGTERM ends it
         self._asks = False  # whether its main thread waits to learn who made a collective fail
         self._heard = False
@@ -344,13 +345,20 @@ class Watchdog:
             error = self.error()
             # An exception of another thread has no arguments: its class knows them.
             named = type("RankFailedError", (RankFailedError,), {"__init__": lambda new: _as(new, error)})
+            self._under_way = True
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._main), ctypes.py_object(named))
 
     def _take(self) -> None:
         """The main thread knows, and has time for its hooks and its end."""
         with self._lock:
             self._taken = True
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._main), None)  # takes back what is under way
+            if self._under_way and threading.get_ident() == self._main:
+                # Let it come now, if it has not come yet. To take it back by setting NULL would leave CPython 3.11's
+                # evaluation loop looking for it for ever: every call slower, and one under `sys.setprofile` endless.
+                self._under_way = False
+                with suppress(RankFailedError):
+                    for _ in range(1000):
+                        pass
         if self.verdict is not None:
             self._end_within(ENDING)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from new_process import run
 from lit_fast.errors import ProcessGroupError, RankFailedError, SIGTERMException
 from lit_fast.strategies import watchdog
 from lit_fast.strategies.members import Member
-from lit_fast.strategies.watchdog import Silence, Watchdog, is_failed_collective, note_death
+from lit_fast.strategies.watchdog import Silence, Verdict, Watchdog, is_failed_collective, note_death
 
 BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:9431")
 
@@ -276,3 +277,29 @@ def test_an_interpreter_that_ends_inside_a_run_says_so(how: str, says: str) -> N
     until(lambda: ours.verdict is not None)
     assert str(ours.error()) == f"rank 1 (host host, pid 1) {says}"
     ours.leave()
+
+
+def test_a_verdict_leaves_the_interpreter_as_it_was() -> None:
+    """An exception that was sent to a thread and taken back would keep CPython 3.11 looking for it at every call."""
+    here = Member.here(0, 2)
+    dog = Watchdog(dist.HashStore(), 0, [here, here])
+    dog._main = threading.get_ident()
+    dog.verdict = Verdict(1, "was killed")
+    dog._end_within = lambda seconds: None  # type: ignore[method-assign]
+    for sent in (False, True):
+        if sent:
+            dog._taken = False
+            thread = threading.Thread(target=dog._raise_in_main)
+            try:
+                thread.start()
+                thread.join()
+            except RankFailedError:
+                pass  # it came before it was taken
+        assert isinstance(dog.explain_failure(dog.error()), RankFailedError)
+        called: list[str] = []
+        sys.setprofile(lambda frame, event, argument, called=called: called.append(event))
+        try:
+            (lambda: None)()
+        finally:
+            sys.setprofile(None)
+        assert "call" in called
