@@ -100,7 +100,6 @@ class DDPStrategy(ParallelStrategy):
                 f"option; TorchDDPStrategy (strategy='ddp_torch') hands every option of torch's "
                 f"DistributedDataParallel on."
             )
-        self._ddp_kwargs = ddp_kwargs
         self.wire_dtype = _COMPRESSED[hook] if hook is not None else _dtype(wire_dtype)
         given = (first_bucket_mb, bucket_cap_mb)
         sizes = [size if mb is None else int(mb * MEBIBYTE) for mb, size in zip(given, DEFAULT_SIZES, strict=True)]
