@@ -24,7 +24,7 @@ from benchmarks import harness
 from benchmarks.harness import ROOT, Row, Time
 
 QUICK = False
-UNTIMED = 8  # steps: buckets are settled after the fourth
+UNTIMED = 8  # steps: buckets are settled after the seventh
 MODELS = ("small GPT", "150 parameters")
 HAND, OURS, TORCHS = "torch DDP, loop by hand", "ours", "torch DDP under our Trainer"
 STEPS = {"small GPT": 12, "150 parameters": 30}

@@ -155,15 +155,12 @@ class GradientBuckets:
 
     def _lay_out_anew(self) -> None:
         """As has been learned, from here on with a hook for each bucket."""
-        assert self._next is not None and self._learning is not None
+        assert self._next is not None
         for hook in self._hooks:  # they hold buckets
             hook.remove()
         self.lay_out(self._next)
         self._next = None
         self._hooks = [_after_accumulation(bucket.last, self._full(n)) for n, bucket in enumerate(self.buckets)]
-        if self._learning.over:
-            self._learning.remove_hooks()
-            self._learning = None
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
@@ -207,6 +204,9 @@ class GradientBuckets:
         self._aside = None
         if self._learning is not None:
             self._next = self._learning.stop()
+            if self._learning.over:
+                self._learning.remove_hooks()
+                self._learning = None
 
     def _hand_out(self, bucket: Bucket) -> None:
         without: Sequence[int] = ()

@@ -1,12 +1,15 @@
 """What the first backwards tell about buckets: the order in which gradients arrive, and how much a bucket should hold.
 
 The first backward tells the order. Where nobody says how much a bucket holds, the next ones are timed, the link is
-measured, and from then on buckets end where the last one will have been sent first (`tuning.py`). What the first
-process of the group has found holds for all.
+measured, and from then on buckets end where the last one will have been sent first (`tuning.py`). That takes the
+processor to be free while the link is busy. On a CPU it is the processor that moves the bytes, so there the buckets so
+found are tried, and kept if backwards are faster for it. What the first process of the group has found holds for all.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +23,7 @@ from lit_fast.distributed.timing import Arrivals, measure_link
 from lit_fast.distributed.tuning import best_buckets
 
 MEBIBYTE = 1 << 20
-TIMED = 3  # backwards after the first one, which finds nothing in caches and allocates
+TIMED = 3  # backwards after the first one, which finds nothing in caches and allocates; again as many of a trial
 
 Members = list[list[int]]  # of each bucket: indices of parameters in the order of arrival, all of one dtype
 
@@ -53,25 +56,49 @@ class Learning:
         self.params, self.group, self.wires = params, group, wires
         self.sizes = sizes or DEFAULT_SIZES
         self._last = 1 if sizes is not None or torch.are_deterministic_algorithms_enabled() else 1 + TIMED
+        self._begun = 0.0
+        self._took: list[float] = []  # s, of each backward with its exchange
+        self._trial = False
         self._order = list(reversed(range(len(params))))  # of registration: a guess
         self._arrivals = Arrivals(params)
         self.remove_hooks = self._arrivals.remove_hooks
-        self.start = self._arrivals.start
 
     @property
     def over(self) -> bool:
         """Whether there is nothing more to learn."""
-        return self._arrivals.count >= self._last
+        return len(self._took) >= self._last
+
+    def start(self) -> None:
+        """Before a backward."""
+        self._arrivals.start()
+        self._begun = time.perf_counter()
 
     def stop(self) -> Members | None:
-        """After a backward that followed `start`: a new layout, if it told one. All processes call it."""
+        """After a backward that followed `start`, and its exchange: a new layout, if it told one. All processes call
+        it.
+        """
+        self._took.append(time.perf_counter() - self._begun)
         self._arrivals.stop()
-        if self._arrivals.count == 1:
+        if len(self._took) == 1:
             arrived = self._arrivals.order()
             seen = set(arrived)
             self._order = self._as_the_first([*arrived, *(index for index in self._order if index not in seen)])
             return self.filled()
-        return self._chosen() if self.over else None
+        if not self.over:
+            return None
+        if self._trial:
+            return None if self._was_faster() else self.filled()
+        chosen = self._chosen()
+        self.remove_hooks()
+        if self.params[0].device.type == "cpu" and chosen != self.filled():
+            self._trial = True
+            self._last += TIMED
+        return chosen
+
+    def _was_faster(self) -> bool:
+        """The trial, than what was before it."""
+        before, trial = (statistics.median(self._took[first : first + TIMED]) for first in (1, 1 + TIMED))
+        return bool(self._as_the_first([trial < before])[0])
 
     def filled(self) -> Members:
         """Buckets that are filled up to `sizes`."""

@@ -71,6 +71,26 @@ def test_what_the_link_and_backward_ask_for(group: SimulatedGroup, network: Netw
     assert all(parameter.grad.eq(1).all() for parameter in timed.model.parameters())
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_on_a_cpu_buckets_are_kept_if_they_are_faster(group: SimulatedGroup, faster: bool) -> None:
+    narrow = Network("narrow", bandwidth=1e7, base=1e-5, step=0.0, tree_step=1.0)
+    far = Network("far", bandwidth=1e12, base=0.03, step=0.0, tree_step=1.0)
+    timed = timed_backward()
+    buckets = GradientBuckets(list(timed.model.parameters()), None)
+    group.network = narrow
+    for _ in range(1 + TIMED):
+        backward(timed, buckets)
+    group.network = narrow if faster else far
+    tried = []
+    for _ in range(TIMED):
+        backward(timed, buckets)
+        tried.append(layout(buckets))
+    backward(timed, buckets)
+    assert len(tried[0]) > 1 and tried == [tried[0]] * TIMED
+    assert layout(buckets) == (tried[0] if faster else [[5, 4, 3, 2, 1, 0]])
+    assert buckets._learning is None
+
+
 def test_sizes_that_are_given_stay(group: SimulatedGroup) -> None:
     timed = timed_backward()
     sizes = BucketSizes(first=4 * EACH, rest=2 * 4 * EACH + 64)
@@ -129,7 +149,7 @@ def rank_by_rank(steps: int) -> tuple[list[list[list[int]]], bool]:
 
 @pytest.mark.dist
 def test_all_processes_have_the_same_buckets() -> None:
-    (one, right), (other, other_right) = run_ranks(rank_by_rank, 2, 4 + TIMED)
+    (one, right), (other, other_right) = run_ranks(rank_by_rank, 2, 4 + 2 * TIMED)
     assert one == other and right and other_right
     for buckets in one:
         assert sorted(chain(*buckets)) == list(range(14))
