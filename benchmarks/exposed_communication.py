@@ -279,7 +279,7 @@ def measure(model: str, network: str, ranks: int, rounds: int) -> list[Row]:
         contenders["torch DDP"] = Contender(timed, torch_step(timed)).warm_up(3)
         contenders["torch DDP at its best"], options = best_torch(model)
         timed = TimedBackward(gradients(model))
-        contenders["ours"] = Contender(timed, our_step(timed)).warm_up(9)
+        contenders["ours"] = Contender(timed, our_step(timed)).warm_up(6)
 
         def on(network: Any, one: Contender) -> Callable[[], float]:
             def run() -> float:

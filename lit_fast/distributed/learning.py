@@ -2,7 +2,7 @@
 
 The first backward tells the order. Where nobody says how much a bucket holds, the next ones are timed, the link is
 measured, and from then on buckets end where the last one will have been sent first (`tuning.py`). That takes the
-processor to be free while the link is busy. On a CPU it is the processor that moves the bytes, so there the buckets so
+processor to be free while the link is busy. With Gloo it is the processor that moves the bytes, so there the buckets so
 found are tried, and kept if backwards are faster for it. What the first process of the group has found holds for all.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lit_fast import ops
-from lit_fast.distributed.timing import Arrivals, measure_link
+from lit_fast.distributed.timing import Arrivals, measure_link, processor_moves_bytes
 from lit_fast.distributed.tuning import best_buckets
 
 MEBIBYTE = 1 << 20
@@ -90,7 +90,7 @@ class Learning:
             return None if self._was_faster() else self.filled()
         chosen = self._chosen()
         self.remove_hooks()
-        if self.params[0].device.type == "cpu" and chosen != self.filled():
+        if processor_moves_bytes(self.group, self.params[0].device) and chosen != self.filled():
             self._trial = True
             self._last += TIMED
         return chosen

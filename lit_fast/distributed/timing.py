@@ -87,7 +87,12 @@ def _seconds(begin: float, end: float) -> float:
     return end - begin
 
 
-def measure_link(group: Any, dtype: torch.dtype, device: torch.device, total: int, repeats: int = 3) -> Link:
+def processor_moves_bytes(group: Any, device: torch.device) -> bool:
+    """Whether a collective of tensors on `device` takes processor time from what computes there."""
+    return device.type == "cpu" and "gloo" in dist.get_backend_config(group)
+
+
+def measure_link(group: Any, dtype: torch.dtype, device: torch.device, total: int, repeats: int = 5) -> Link:
     """What an all-reduce of up to `total` bytes takes in `group`; every process of it calls this, after a backward.
 
     The first of a size, which may set up what the others find, does not count.

@@ -16,7 +16,6 @@ machines: Potts, Kovalyov 2000, "Scheduling with batching: a review".
 from __future__ import annotations
 
 import bisect
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -67,7 +66,7 @@ def fit_link(samples: Iterable[tuple[float, float]]) -> Link:
     """The link that measured collectives tell of.
 
     Args:
-        samples: (bytes, seconds) of collectives; of those of one size the median counts.
+        samples: (bytes, seconds) of collectives; of those of one size the fastest counts: what disturbs one only adds.
 
     Raises:
         ValueError: all are of one size.
@@ -84,7 +83,7 @@ def fit_link(samples: Iterable[tuple[float, float]]) -> Link:
         raise ValueError(f"A link is measured with collectives of two sizes or more; given were {sorted(seconds_of)}.")
     sizes = sorted(seconds_of)
     # Noise may make a larger one look faster.
-    times = accumulate((statistics.median(seconds_of[size]) for size in sizes), max)
+    times = accumulate((min(seconds_of[size]) for size in sizes), max)
     return Link(tuple(sizes), tuple(times))
 
 

@@ -40,7 +40,7 @@ class DDPStrategy(ParallelStrategy):
         start_method: "popen" runs the program once more for each process; "spawn", "fork" and "forkserver" run the
             Trainer's method in processes of Python's multiprocessing.
         bucket_cap_mb: mebibytes in a bucket; 25 where only the next one is given. Where neither is, the first
-            steps are measured, four or, on a CPU, seven, and buckets are as long as backward and the network want
+            steps are measured, four or, with Gloo, seven, and buckets are as long as backward and the network want
             them (`distributed/learning.py`).
         first_bucket_mb: mebibytes in the bucket that backward fills first; 1 where only `bucket_cap_mb` is given.
         broadcast_buffers: before each forward in training, buffers become those of the first process.

@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks import simulated_network
 from benchmarks.exposed_communication import SCALE, Gradient, TimedBackward
 from benchmarks.simulated_network import INSTANT, Network, SimulatedGroup
-from lit_fast.distributed import timing
+from lit_fast.distributed import learning, timing
 from lit_fast.distributed.buckets import GradientBuckets
 from lit_fast.distributed.learning import TIMED, BucketSizes
 
@@ -72,7 +72,10 @@ def test_what_the_link_and_backward_ask_for(group: SimulatedGroup, network: Netw
 
 
 @pytest.mark.parametrize("faster", [True, False])
-def test_on_a_cpu_buckets_are_kept_if_they_are_faster(group: SimulatedGroup, faster: bool) -> None:
+@mock.patch.object(learning, "processor_moves_bytes", return_value=True)
+def test_where_the_processor_moves_bytes_buckets_are_kept_if_they_are_faster(
+    _: mock.Mock, group: SimulatedGroup, faster: bool
+) -> None:
     narrow = Network("narrow", bandwidth=1e7, base=1e-5, step=0.0, tree_step=1.0)
     far = Network("far", bandwidth=1e12, base=0.03, step=0.0, tree_step=1.0)
     timed = timed_backward()
