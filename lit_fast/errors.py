@@ -74,6 +74,10 @@ class RankFailedError(LitFastError, RuntimeError):
         return type(self), (str(self), self.rank, self.host, self.pid)
 
 
+class ProfileError(LitFastError, ValueError):
+    """A profile could not be read, merged, or compared; the message names the file and what was wanted."""
+
+
 class TrainingSpikeException(LitFastError, RuntimeError):
     """The loss leapt away from its running mean (see SpikeDetection). Named as in Lightning."""
 

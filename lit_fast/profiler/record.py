@@ -1,0 +1,426 @@
+"""What a profile holds: the schema of the file that every process writes, and of `report.json`.
+
+A `Profile` is what one process recorded. Its size does not grow with the number of steps: durations are kept as
+histograms (`Distribution`), single steps only where they are among the slowest. `Report` is what is shown of one run:
+the profiles of all its processes, what they are compared with, and what was found.
+
+Fields that nobody measured are None or empty, never 0. Times are seconds, sizes bytes, rates a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_fast.errors import ProfileError
+
+SCHEMA, VERSION = "lit_fast.profile", 1
+SUBBUCKETS = 16  # of a power of two: durations are kept to 1/16 of themselves
+
+# Rows that add up to the wall time, in the order in which a step runs them. "idle" is a device that waits for its
+# host, where that can be told from host time; "unexplained" is wall time that no phase claims.
+PHASES = (
+    "data",  # waiting for the loader
+    "transfer",  # host to device
+    "forward",
+    "backward",
+    "communication",  # exposed: nothing else is done meanwhile
+    "optimizer",
+    "schedulers",
+    "hooks",
+    "logging",
+    "checkpoint",
+    "validation",
+    "idle",
+    "unexplained",
+)
+
+
+@dataclass
+class Distribution:
+    """Durations as counts on a fixed logarithmic grid, so that those of many steps, or processes, can be added.
+
+    `buckets` maps an index to a count (`bucket_of`). A duration of n ns has the index n below 2 * SUBBUCKETS; above,
+    SUBBUCKETS * e + (n >> e), with e such that n >> e has as many bits as SUBBUCKETS.
+    """
+
+    count: int = 0
+    total: float = 0.0
+    minimum: float = math.inf
+    maximum: float = 0.0
+    buckets: dict[int, int] = field(default_factory=dict)
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        self.count += count
+        self.total += seconds * count
+        self.minimum, self.maximum = min(self.minimum, seconds), max(self.maximum, seconds)
+        index = bucket_of(round(seconds * 1e9))
+        self.buckets[index] = self.buckets.get(index, 0) + count
+
+    def merge(self, other: Distribution) -> None:
+        self.count += other.count
+        self.total += other.total
+        self.minimum, self.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        for index, count in other.buckets.items():
+            self.buckets[index] = self.buckets.get(index, 0) + count
+
+    def quantile(self, q: float) -> float:
+        """The duration that a share `q` of all do not exceed, to 1/16 of itself; NaN where there are none.
+
+        Example:
+            >>> steps = Distribution()
+            >>> for milliseconds in range(1, 101):
+            ...     steps.add(milliseconds * 1e-3)
+            >>> 0.050 <= steps.quantile(0.5) <= 0.050 * 17 / 16
+            True
+        """
+        if not self.count:
+            return math.nan
+        wanted, seen = max(1, math.ceil(q * self.count)), 0
+        for index in sorted(self.buckets):
+            seen += self.buckets[index]
+            if seen >= wanted:
+                return min(max(bucket_end(index) * 1e-9, self.minimum), self.maximum)
+        return self.maximum
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else math.nan
+
+
+def bucket_of(nanoseconds: int) -> int:
+    """The histogram's index of a duration.
+
+    Example:
+        >>> [bucket_of(n) for n in (0, 15, 16, 31, 32, 34, 1000)]
+        [0, 15, 16, 31, 32, 33, 111]
+    """
+    exponent = max(nanoseconds.bit_length() - SUBBUCKETS.bit_length(), 0)
+    return SUBBUCKETS * exponent + (nanoseconds >> exponent)
+
+
+def bucket_end(index: int) -> int:
+    """The ns at which the next index begins."""
+    exponent = max(index // SUBBUCKETS - 1, 0)
+    return (index - SUBBUCKETS * exponent + 1) << exponent
+
+
+@dataclass
+class Header:
+    """What ran, where, and with what."""
+
+    started: str = ""  # ISO 8601, UTC
+    script: str = ""
+    commit: str | None = None
+    host: str = ""
+    pid: int = 0
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    device: str = ""  # "cpu" or a GPU's name
+    driver: str | None = None
+    processor: str = ""
+    cores: int = 0
+    versions: dict[str, str] = field(default_factory=dict)  # python, torch, lit_fast, cuda, triton
+    module: str = ""
+    parameters: int = 0
+    precision: str = ""
+    strategy: str = ""
+    optimizer: str = ""  # and who steps it
+    batch: str = ""  # shapes and dtypes of the first one
+    samples_per_step: float | None = None  # of this process
+    tokens_per_step: float | None = None
+    flops_per_step: float | None = None  # of the model's formulas, without recomputation
+    peak_flops: float | None = None  # FLOP/s that the utilization is taken of
+    peak_source: str | None = None
+    mode: str = "step"  # "step" or "deep"
+    notes: list[str] = field(default_factory=list)  # what could not be measured, and why
+
+
+@dataclass
+class Phase:
+    """One row of `PHASES`: all its time, and how it is spread over steps."""
+
+    name: str
+    seconds: float
+    calls: int
+    per_step: Distribution = field(default_factory=Distribution)
+
+
+@dataclass
+class Part:
+    """Something named inside a phase: a hook, a logger, a bucket."""
+
+    phase: str
+    name: str  # "[Callback]EarlyStopping.on_train_batch_end"
+    seconds: float
+    calls: int
+    where: str | None = None  # file:line
+    longest: float = 0.0
+
+
+@dataclass
+class SlowStep:
+    step: int
+    seconds: float
+    phases: dict[str, float] = field(default_factory=dict)
+    causes: list[str] = field(default_factory=list)  # "garbage collection 12 ms", "checkpoint", "recompiled"
+    at: float = 0.0  # s since the run began
+
+
+@dataclass
+class Sync:
+    """A place at which the host waited for a device, or read a tensor's value."""
+
+    where: str  # file:line
+    line: str  # the source there
+    calls: int
+    seconds: float | None = None
+
+
+@dataclass
+class Span:
+    """One interval of the timeline: of the last steps that were recorded."""
+
+    track: str  # "phases", "hooks", "collectives", "kernels"
+    name: str
+    begin: float  # s since the run began
+    seconds: float
+    step: int | None = None
+
+
+@dataclass
+class MemorySample:
+    at: float  # s since the step began
+    point: str  # where in the step: "forward", "backward", "optimizer", ...
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+    other: int = 0
+
+
+@dataclass
+class Memory:
+    over_step: list[MemorySample] = field(default_factory=list)
+    peak: int | None = None
+    peak_owner: str | None = None
+    reserved: int | None = None
+    allocator_retries: int | None = None
+    host_resident: int | None = None
+
+
+@dataclass
+class Reading:
+    """A sensor over the run: its mean, extremes, and how often it was read."""
+
+    name: str  # "power", "sm clock", "gpu utilization", "temperature", "cpu utilization"
+    unit: str
+    mean: float
+    minimum: float
+    maximum: float
+    count: int
+
+
+@dataclass
+class Device:
+    name: str = ""
+    readings: list[Reading] = field(default_factory=list)
+    energy: float | None = None  # J, from a counter
+    energy_seconds: float | None = None  # the window that this energy was spent in
+    throttled: dict[str, float] = field(default_factory=dict)  # s by reason
+    errors: dict[str, int] = field(default_factory=dict)  # ECC, NVLink, remapped rows
+
+
+@dataclass
+class Kernel:
+    name: str
+    calls: int
+    seconds: float
+    bytes: float | None = None
+    flops: float | None = None
+    headroom: float | None = None  # s a step above what the device's ceilings allow
+    bound: str | None = None  # "memory" or "compute": which ceiling
+
+
+@dataclass
+class Ceilings:
+    """What this very device reached in a measurement of its own."""
+
+    copy: float | None = None  # bytes/s, read and written
+    matmul: dict[str, float] = field(default_factory=dict)  # FLOP/s by dtype
+    how: str = ""
+
+
+@dataclass
+class Profile:
+    """What one process recorded."""
+
+    header: Header = field(default_factory=Header)
+    wall: float = 0.0
+    clock_check: float | None = None  # the same interval by the system's clock: they differ where that jumped
+    finished: bool = False  # False: written while the run went on, or it was killed
+    ended_by: str | None = None  # an exception's name
+    steps: Distribution = field(default_factory=Distribution)
+    phases: list[Phase] = field(default_factory=list)
+    overlapped: float | None = None  # s of communication behind other work; part of no row
+    parts: list[Part] = field(default_factory=list)
+    slowest: list[SlowStep] = field(default_factory=list)
+    syncs: list[Sync] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)
+    devices: list[Device] = field(default_factory=list)
+    kernels: list[Kernel] = field(default_factory=list)
+    ceilings: Ceilings = field(default_factory=Ceilings)
+    timeline: list[Span] = field(default_factory=list)
+    own_cost: float | None = None  # s a step that recording itself takes
+    warnings: list[str] = field(default_factory=list)
+
+    def phase(self, name: str) -> float:
+        """s of that row; 0 where it never ran."""
+        return sum(row.seconds for row in self.phases if row.name == name)
+
+    @property
+    def unexplained(self) -> float:
+        """The share of wall time that no phase claims."""
+        return self.phase("unexplained") / self.wall if self.wall else math.nan
+
+
+@dataclass
+class Compared:
+    """One row of a comparison: ours against a baseline, with a bootstrap's 95 % interval of the ratio."""
+
+    name: str  # a phase, or "step"
+    baseline: float  # s a step
+    ours: float
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass
+class Comparison:
+    against: str  # "eager", "lightning", or a file
+    rows: list[Compared] = field(default_factory=list)
+    windows: int = 0  # alternations
+    steps: int = 0  # a window
+    largest_loss_difference: float | None = None  # relative
+    loss_bound: float | None = None
+
+
+@dataclass
+class Finding:
+    """Something worth acting on, the weightiest first."""
+
+    title: str  # "The data loader keeps the step waiting"
+    detail: str  # figures
+    advice: str
+    where: str | None = None  # a line, a rank, a hook
+    seconds_per_step: float | None = None
+    rank: int | None = None
+
+
+@dataclass
+class Report:
+    """What is shown of a run."""
+
+    profiles: list[Profile] = field(default_factory=list)  # by rank
+    comparison: Comparison | None = None
+    findings: list[Finding] = field(default_factory=list)
+
+
+# -- JSON
+
+
+def to_json(value: Profile | Report) -> str:
+    """With the schema's name and version; numbers that JSON has no word for are null."""
+    kind = type(value).__name__.lower()
+    return json.dumps({"schema": SCHEMA, "version": VERSION, "kind": kind, **_plain(value)}, allow_nan=False)
+
+
+def write(value: Profile | Report, path: str | os.PathLike[str]) -> None:
+    """Whole or not at all: a reader never sees half of it, and a process killed here leaves the file before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(to_json(value))
+    beside.replace(path)
+
+
+def read(path: str | os.PathLike[str]) -> Profile | Report:
+    """What `write` wrote.
+
+    Raises:
+        ProfileError: the file is not there, is no JSON, or no profile of a version that this release reads.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ProfileError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise ProfileError(f"{path} is not JSON ({error}); a profile of lit_fast is wanted.") from error
+    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        raise ProfileError(
+            f"{path} is no profile of lit_fast: it has no 'schema': {SCHEMA!r}. Trainer(profiler='step') and `lit-fast "
+            f"profile` write one."
+        )
+    if data.get("version") != VERSION:
+        raise ProfileError(
+            f"{path} was written in version {data.get('version')} of the schema, and this release reads version "
+            f"{VERSION}: record it again, or read it with the release that wrote it ({_release(data)})."
+        )
+    kind: type[Profile] | type[Report] = Report if data.get("kind") == "report" else Profile
+    try:
+        made: Profile | Report = _made(kind, data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProfileError(f"{path} is damaged, or was edited: {type(error).__name__}: {error}.") from error
+    return made
+
+
+def _release(data: dict[str, Any]) -> str:
+    header = data.get("header") or {}
+    return f"lit_fast {(header.get('versions') or {}).get('lit_fast', 'of an unknown release')}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _made(kind: Any, value: Any) -> Any:
+    """`value`, as JSON has it, as an object of that type; fields that are unknown are left out."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        given = {f.name: _made(hints[f.name], value[f.name]) for f in dataclasses.fields(kind) if f.name in value}
+        return typing.cast(Any, kind)(**{name: item for name, item in given.items() if item is not _ABSENT})
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _made(next(a for a in arguments if a is not type(None)), value)
+    if value is None:
+        return _ABSENT  # a number that was not finite: the field's own default
+    if origin is list:
+        return [_made(arguments[0], item) for item in value]
+    if origin is dict:
+        return {arguments[0](key): _made(arguments[1], item) for key, item in value.items()}
+    if kind is float:
+        return float(value)
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+_ABSENT = object()
