@@ -348,8 +348,11 @@ def test_the_norm_is_finite_only_if_every_gradient_is(bad) -> None:
     assert not ops.gradient_norm(optimizer.param_groups).isfinite()
 
 
-@pytest.mark.parametrize("limits", [{}, {"max_norm": 0.5}, {"clip_value": 0.4}], ids=str)
-@pytest.mark.parametrize("case", [FAMILY[0], FAMILY[5], FAMILY[6]], ids=["AdamW", "SGD", "Lion"])
+@pytest.mark.parametrize(
+    ("case", "limits"),
+    [(FAMILY[0], {}), (FAMILY[0], {"max_norm": 0.5}), (FAMILY[5], {"clip_value": 0.4}), (FAMILY[6], {"max_norm": 0.5})],
+    ids=["AdamW", "AdamW-norm", "SGD-value", "Lion-norm"],
+)
 def test_steps_that_are_left_out_change_nothing_and_are_counted(case, limits) -> None:
     """As if they had not been: counters, momentum buffers that begin with zeros instead of the gradient included."""
     kind, options = case

@@ -3,6 +3,7 @@
 // steps known to the device only.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <deque>
 
 #include "cases.h"
@@ -321,7 +322,9 @@ void compare_norm_and_scale(const std::vector<Dtype>& dtypes, const std::vector<
 
 }  // namespace
 
-int main() {
+// One of so many storages is compared with all cases: 1 where nothing is given.
+int main(int argc, char** argv) {
+    const int every_nth = argc > 1 ? std::atoi(argv[1]) : 1;
     const std::vector<Size> long_ones = {
         {40000, 0}, {0, 0}, {1, 0}, {32768, 0}, {7, 0}, {32769, 1U << 20}, {13, 0}, {65539, (1ULL << 32) - 512}};
     const std::vector<Size> short_ones = {{300, 512}, {23, 0}, {1, 256}, {0, 0}, {256, 1ULL << 33}, {16, 0}, {77, 0}};
@@ -331,7 +334,7 @@ int main() {
     while (!all()[static_cast<std::size_t>(measured_case)].measured) ++measured_case;
     const std::vector<Storage> every = storages();
     // Each storage with cases that wander over all of them, and each case with the direct storages and the densest one.
-    for (int s = 0; s < static_cast<int>(every.size()); ++s) {
+    for (int s = 0; s < static_cast<int>(every.size()); s += every_nth) {
         const Storage& storage = every[static_cast<std::size_t>(s)];
         const bool direct = layout_of(storage, false) != Layout::staged;
         const bool densest = storage.state == Dtype::uint8 && storage.master == Master::remainder && storage.stochastic;
@@ -348,7 +351,7 @@ int main() {
         for (const int c : {0, measured_case}) compare_step(c, Storage{}, 0, many, step_on_device, 18);
         for (const Poisoned poisoned : {Poisoned::now, Poisoned::before}) {
             compare_step(0, Storage{}, 0, many, step_on_device, 18, poisoned);
-            for (int s = step_on_device ? 0 : 1; s < static_cast<int>(every.size()); s += 2) {
+            for (int s = step_on_device ? 0 : 1; s < static_cast<int>(every.size()); s += 2 * every_nth) {
                 const Storage& storage = every[static_cast<std::size_t>(s)];
                 compare_step(s % cases, storage, s, short_ones, step_on_device, 1 + s % 3, poisoned);
             }

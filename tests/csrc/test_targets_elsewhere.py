@@ -164,7 +164,8 @@ def test_neon_equals_scalar(objects, tmp_path):
 EMULATION = [*FLAGS, "-std=c++20", f"-I{HERE / 'cuda_emulation'}", "-Wno-unknown-pragmas"]
 
 
-def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path):
+@pytest.mark.parametrize("every_nth", [4, pytest.param(1, marks=pytest.mark.slow)], ids=["a quarter", "all"])
+def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path, every_nth):
     """The kernels' indexing, tables and arithmetic, without a GPU; what a GPU adds is tested where there is one."""
     need("g++")
     parts = [
@@ -174,7 +175,7 @@ def test_cuda_sources_run_as_cpp_equal_scalar(objects, tmp_path):
     ]
     program = str(tmp_path / "compare")
     subprocess.run(["g++", *EXTRA, *(str(part.result()) for part in parts), "-o", program], check=True)
-    run_program([program])
+    run_program([program, str(every_nth)])
 
 
 def test_cuda_buckets_run_as_cpp_equal_scalar_in_one_launch(objects, tmp_path):
