@@ -47,10 +47,10 @@ class Weighted(lit_fast.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=LR)
 
 
-def trained(weights: Any, window: int, skips: bool = False, **options: Any) -> list[Tensor]:
+def trained(weights: Any, window: int, skips: bool = False, strategy: str = "ddp", **options: Any) -> list[Tensor]:
     model = Weighted(weights, skips)
     trainer = lit_fast.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, accumulate_grad_batches=window, logger=False,
+        accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, accumulate_grad_batches=window, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, **options,
     )  # fmt: skip
@@ -66,6 +66,8 @@ def all_fits() -> dict[str, list[Tensor]]:
         "5": trained(WEIGHTS, 5),  # the last window is shorter
         "clipped": trained(WEIGHTS, 3, gradient_clip_val=0.2),
         "skipping": trained(WEIGHTS, 3, skips=True),
+        "zero1": trained(WEIGHTS, 3, strategy="zero1"),
+        "zero1 clipped": trained(WEIGHTS, 3, strategy="zero1", gradient_clip_val=0.2),
         "equal": trained(same, 3),
         "unweighted": trained(None, 3),
         "equal1": trained(same, 1),
@@ -99,6 +101,7 @@ def test_the_mean_is_weighted_over_all_processes() -> None:
         assert all(torch.equal(a, b) for a, b in zip(weights, second[name], strict=True)), name
     plain, clipped = by_hand(3), by_hand(3, 0.2)
     expected = {"1": by_hand(1), "3": plain, "5": by_hand(5), "clipped": clipped, "skipping": plain}
+    expected |= {"zero1": plain, "zero1 clipped": clipped}
     for name, weights in expected.items():
         for ours, exact in zip(first[name], weights, strict=True):
             # some 30 roundings of float32 in a step's gradients, at most 12 steps
