@@ -195,6 +195,9 @@ class Binding:
             for group in optimizer.param_groups:
                 yield from group["params"]
 
+    def multiply_gradients(self, factor: float | Tensor) -> None:
+        self.trainer.strategy.multiply_gradients(self.parameters(), factor)
+
     @property
     def _steps_inline(self) -> bool:
         return self.automatic and bool(self.trainer.optimizers)

@@ -47,13 +47,6 @@ class _Strategy(NotBuilt):
 class DataParallelStrategy(_Strategy): ...
 
 
-class DeepSpeedStrategy(_Strategy):
-    instead = (
-        "allowed are 'zero1' (states in parts) and 'fsdp2' (parameters, gradients and states in parts, and offload), "
-        "which need no other package."
-    )
-
-
 class SingleDeviceXLAStrategy(_Strategy): ...
 
 
@@ -80,9 +73,6 @@ class _Precision(NotBuilt):
 
 
 class BitsandbytesPrecision(_Precision): ...
-
-
-class DeepSpeedPrecision(_Precision): ...
 
 
 class FSDPPrecision(_Precision): ...

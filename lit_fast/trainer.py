@@ -150,7 +150,8 @@ class Trainer(Attributes):
             self._layer_sync = TorchSyncBatchNorm()
         config = resolve_config(**given)
         self.strategy = choose_strategy(strategy, config.devices, config.num_nodes, environment)
-        self.config = replace(config, device=self.strategy.root_device)
+        precision = self.strategy.precision_for(config.precision)
+        self.config = replace(config, device=self.strategy.root_device, precision=precision)
         self.strategy.accelerator, self.strategy.precision_plugin = self.config.accelerator, self.config.precision
         if checkpoint_io is not None:
             self.strategy.checkpoint_io = checkpoint_io

@@ -6,7 +6,7 @@ tokens}`: the first time that one does, everything here is bound anew for weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -155,11 +155,11 @@ class WindowWeights:
             return torch.where(total != 0.0, self.length / total, 1.0)
         return self.length / total if total else 1.0
 
-    def average(self, parameters: Iterable[Tensor]) -> None:
+    def average(self, multiply: Callable[[float | Tensor], None]) -> None:
         """Make the gradients their weighted mean, in place; what is gathered on top of it is weighted against it."""
         factor = self.factor()
         if isinstance(factor, Tensor) or factor != 1.0:
-            multiply_gradients(parameters, factor)
+            multiply(factor)
         if self.reference is not None:
             self.reference, self.total, self._sum = self.reference / factor, float(self.length), None
 
@@ -203,14 +203,6 @@ def whole_losses(output: Any) -> tuple[Tensor, ...]:
     return () if loss is None else (loss,)
 
 
-@torch.no_grad()
-def multiply_gradients(parameters: Iterable[Tensor], factor: float | Tensor) -> None:
-    """In place, without waiting for a factor on the device."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
-
-
 def bind_backward(binding: Binding, place: Place) -> tuple[Losses, Callable[[Tensor], None], Losses]:
     """What reads the losses, what runs backward from one, and what reads those that hooks and closures are given.
 
@@ -222,7 +214,7 @@ def bind_backward(binding: Binding, place: Place) -> tuple[Losses, Callable[[Ten
     module, trainer = binding.module, binding.trainer
     hooks = binding.automatic_hooks("on_before_backward")
     own = binding.overrides("backward")
-    divided = bool(binding.plugin_backward or own or hooks)
+    divided = bool(binding.plugin_backward or own or hooks or trainer.strategy.divides_losses)
     shown = losses_over(place.length)
     backward = engine_backward(1.0 if divided else 1.0 / place.length, trainer.config.device)
     losses: Losses
@@ -276,7 +268,9 @@ def bind_mean(binding: Binding, plan: StepPlan, place: Place) -> None:
             before_the_step(plan, inline, lambda: _stretch(binding))
         return
     if not inline or plan.on_before_optimizer_step or plan.clip or binding.stepping.gradients_are_watched():
-        before_the_step(plan, inline, lambda: weights.average(binding.parameters()), lambda: weights.reference is None)
+        before_the_step(
+            plan, inline, lambda: weights.average(binding.multiply_gradients), lambda: weights.reference is None
+        )
         row = (
             "on_before_optimizer_step",
             "weights",
@@ -318,4 +312,4 @@ def zero_for_none(returned_loss: Callable[[Any], Tensor | None]) -> Callable[[An
 def _stretch(binding: Binding) -> None:
     """The window is shorter than the shares of its micro-batches were made for."""
     length = binding.progress.batch_idx % binding.window + 1
-    multiply_gradients(binding.parameters(), binding.window / length)
+    binding.multiply_gradients(binding.window / length)

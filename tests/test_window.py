@@ -6,6 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lit_fast import window as window_module
 from lit_fast.errors import MisconfigurationException
 from lit_fast.optim import AdoptedOptimizer
 from lit_fast.precision import MixedPrecision
+from lit_fast.strategies import Strategy
 
 WEIGHTS = [3, 1, 7, 0, 5, 2, 9, 4, 4, 1, 8]  # windows of 4 and 3 end an epoch of these early
 
@@ -471,7 +473,7 @@ def test_nobody_waits_for_a_weight_on_the_device(monkeypatch: pytest.MonkeyPatch
     def step(self: AdoptedOptimizer, grad_scale: float | Tensor = 1.0) -> Any:
         if isinstance(grad_scale, Tensor):
             handed.append(grad_scale)
-            window_module.multiply_gradients(self.optimizer.param_groups[0]["params"], grad_scale)
+            Strategy().multiply_gradients(self.optimizer.param_groups[0]["params"], grad_scale)
             grad_scale = 1.0
         return by_number(self, grad_scale)
 
@@ -506,11 +508,12 @@ def test_shares_and_factor_make_the_weights(given_weights: list[float], twice: b
     kept = [float(weight) for weight in given_weights if weight]
     gradient = torch.zeros(len(kept), dtype=torch.float64, requires_grad=True)
     gradient.grad = torch.zeros(len(kept), dtype=torch.float64)
+    multiply = partial(Strategy().multiply_gradients, [gradient])
     for at, weight in enumerate(kept):
         gradient.grad[at] += 1.0 / weights.add(weight, len(given_weights))
         if twice and at == len(kept) // 2:
-            weights.average([gradient])
-    weights.average([gradient])
+            weights.average(multiply)
+    weights.average(multiply)
     expected = torch.tensor(kept, dtype=torch.float64)
     torch.testing.assert_close(gradient.grad, expected / expected.sum(), rtol=1e-13, atol=0.0)
     assert weights.factor() == pytest.approx(1.0, rel=1e-14)

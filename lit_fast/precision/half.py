@@ -13,6 +13,16 @@ from lit_fast.errors import MisconfigurationException
 from lit_fast.precision.precision import Precision, default_dtype
 
 
+def cast_floating(data: Any, dtype: torch.dtype) -> Any:
+    """A batch with its floating-point tensors cast, wherever in it they lie."""
+    from lit_fast.data.transfer import walk
+
+    def cast(item: Any) -> Any:
+        return item.to(dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
+
+    return walk(data, cast)
+
+
 class TruePrecision(Precision):
     """Weights, floating-point inputs and new tensors all of one dtype."""
 
@@ -22,13 +32,7 @@ class TruePrecision(Precision):
         return module.to(self.dtype)
 
     def convert_input(self, data: Any) -> Any:
-        """The batch with its floating-point tensors cast, wherever in it they lie."""
-        from lit_fast.data.transfer import walk
-
-        def cast(item: Any) -> Any:
-            return item.to(self.dtype) if isinstance(item, Tensor) and item.is_floating_point() else item
-
-        return walk(data, cast)
+        return cast_floating(data, self.dtype)
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
         return default_dtype(self.dtype)

@@ -62,19 +62,18 @@ _CHECKPOINT_IO = {
 }
 _LATER_PRECISIONS = {
     "bitsandbytes": "BitsandbytesPrecision",
-    "deepspeed": "DeepSpeedPrecision",
     "fsdp": "FSDPPrecision",
     "transformer_engine": "TransformerEnginePrecision",
     "xla": "XLAPrecision",
 }
 _PRECISIONS = {
-    **_from("precision", "DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision"),
+    **_from("precision", "DeepSpeedPrecision", "DoublePrecision", "HalfPrecision", "MixedPrecision", "Precision"),
     **_not_built(*_LATER_PRECISIONS.values()),
 }
 _OLD_PRECISIONS = {f"{name}Plugin": place for name, place in _PRECISIONS.items()}  # as they were called before 2.2
 _PRECISION_MODULES: dict[str, Entry] = {
     "": {**_PRECISIONS, **_OLD_PRECISIONS},
-    **{f".{name}": f"lit_fast.precision.{name}" for name in ("amp", "double", "half", "precision")},
+    **{f".{name}": f"lit_fast.precision.{name}" for name in ("amp", "deepspeed", "double", "half", "precision")},
     **{f".{module}": _not_built(name) for module, name in _LATER_PRECISIONS.items()},
 }
 _ENVIRONMENTS = {
@@ -100,12 +99,12 @@ _PLUGINS = {
     **_from("strategies.environments", "ClusterEnvironment"),
 }
 _LATER_STRATEGIES = {
-    "deepspeed": "DeepSpeedStrategy",
     "single_xla": "SingleDeviceXLAStrategy",
     "xla": "XLAStrategy",
 }
 _STRATEGIES = {  # ours, by Lightning's modules
     "ddp": "DDPStrategy",
+    "deepspeed": "DeepSpeedStrategy",
     "fsdp": "FSDPStrategy",
     "model_parallel": "ModelParallelStrategy",
     "parallel": "ParallelStrategy",

@@ -8,6 +8,7 @@ from lit_fast import lazy, not_built
 
 _HOME = {
     "DDPStrategy": "ddp",
+    "DeepSpeedStrategy": "deepspeed",
     "FSDP2Strategy": "fsdp2",
     "FSDPStrategy": "fsdp2",
     "ModelParallelStrategy": "model_parallel",
@@ -18,7 +19,7 @@ _HOME = {
     "ZeRO1Strategy": "zero1",
 }
 _LATER = (
-    "DeepSpeedStrategy", "SingleDeviceXLAStrategy", "XLAStrategy",
+    "SingleDeviceXLAStrategy", "XLAStrategy",
 )  # fmt: skip
 
 __all__ = [

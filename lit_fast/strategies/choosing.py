@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from lit_fast import not_built
 from lit_fast.errors import MisconfigurationException
 from lit_fast.strategies.environments import ClusterEnvironment
 from lit_fast.strategies.launchers import is_interactive
@@ -38,6 +37,16 @@ STRATEGIES |= {
     "fsdp": ("FSDPStrategy", "fsdp2", {}),
     "fsdp_cpu_offload": ("FSDPStrategy", "fsdp2", {"cpu_offload": True}),
     "model_parallel": ("ModelParallelStrategy", "model_parallel", {}),
+    "deepspeed": ("DeepSpeedStrategy", "deepspeed", {}),
+    "deepspeed_stage_1": ("DeepSpeedStrategy", "deepspeed", {"stage": 1}),
+    "deepspeed_stage_2": ("DeepSpeedStrategy", "deepspeed", {"stage": 2}),
+    "deepspeed_stage_2_offload": ("DeepSpeedStrategy", "deepspeed", {"stage": 2, "offload_optimizer": True}),
+    "deepspeed_stage_3": ("DeepSpeedStrategy", "deepspeed", {"stage": 3}),
+    "deepspeed_stage_3_offload": (
+        "DeepSpeedStrategy",
+        "deepspeed",
+        {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    ),
 }
 
 
@@ -87,8 +96,6 @@ def choose_strategy(
 
 
 def _named(given: str, name: str) -> Strategy:
-    if name.partition("_")[0] == "deepspeed":
-        not_built.DeepSpeedStrategy()
     if name not in STRATEGIES:
         close = difflib.get_close_matches(name, STRATEGIES, n=2, cutoff=0.6)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else f"; allowed are {_names()}."

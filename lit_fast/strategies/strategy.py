@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lit_fast.module import LightningModule
     from lit_fast.optim.configure import LRSchedulerConfig
     from lit_fast.optim.lightning_optimizer import LightningOptimizer
+    from lit_fast.precision import Precision
     from lit_fast.strategies.control import Control
     from lit_fast.strategies.environments import ClusterEnvironment
     from lit_fast.trainer import Trainer
@@ -63,6 +64,7 @@ class Strategy:
     handles_gradient_accumulation = False
     rides = True  # whether what processes agree on travels with the gradients; else it is asked for between steps
     shards_gradients = False  # whether optimizers hold this process's part of the gradients alone
+    divides_losses = False  # whether `bind_backward` wants losses that are divided by their window's length
     root_device: torch.device
     cluster_environment: ClusterEnvironment | None = None  # None on one device: nobody asked for one
     control: Control | None = None  # what several processes agree on
@@ -77,6 +79,10 @@ class Strategy:
         self.optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[LRSchedulerConfig] = []
         self._lightning_optimizers: list[LightningOptimizer] = []
+
+    def precision_for(self, given: Precision) -> Precision:
+        """The precision of its runs, where `given` is what the Trainer was asked for."""
+        return given
 
     @property
     def model(self) -> LightningModule | None:
@@ -134,6 +140,13 @@ class Strategy:
     def clip_gradients(self, optimizer: Optimizer, clip_val: float, algorithm: Any) -> None:
         """Clip an optimizer's gradients in place."""
         self.precision_plugin.clip_gradients(optimizer, clip_val, algorithm)
+
+    @torch.no_grad()
+    def multiply_gradients(self, parameters: Iterable[Tensor], factor: float | Tensor) -> None:
+        """Make gradients a window's mean, before the step; without waiting for a factor on the device."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names for whatever optimizers step."""

@@ -208,11 +208,6 @@ def test_names() -> None:
     assert not choose_strategy("fsdp", devices, 1, None).save_distributed_checkpoint  # as Lightning's by default
 
 
-def test_deepspeed_says_what_there_is_instead() -> None:
-    with pytest.raises(MisconfigurationException, match="DeepSpeedStrategy is not built yet; allowed are 'zero1'"):
-        choose_strategy("deepspeed_stage_2", [torch.device("cpu")], 1, None)
-
-
 def test_blocks_are_those_of_module_lists_or_of_a_policy() -> None:
     net = Net()
     assert _blocks(net, None) == list(net.blocks)
