@@ -314,6 +314,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--worker", action="store_true", help="one of the two processes")
     parser.add_argument("--only", metavar="TEXT", default="", help="models whose name contains it")
     options = parser.parse_args(argv)
+    options.no_save |= bool(options.only)  # a part is no run
     if options.worker:
         two_processes(options.rounds, options.only)
     rows = step_rows(options.rounds, options.only)

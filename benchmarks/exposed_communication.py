@@ -335,6 +335,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--paper", action="store_true", help="the arithmetic alone")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose model, network and ranks contain it")
     options = parser.parse_args(argv)
+    options.no_save |= bool(options.only)  # a part is no run
     rows: list[Row] = []
     if not options.paper:
         with one_thread():

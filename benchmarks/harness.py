@@ -265,27 +265,65 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
 
 def markdown(names: Sequence[str]) -> str:
-    """The last runs as one table for the README: every promise, and what Lightning gives beside it."""
-    lines = ["| | measured | promised |", "|---|---:|---:|"]
+    """The last runs as one table: every promise, and what Lightning gives beside it."""
+    lines = ["| | measured | promised | |", "|---|---:|---:|---|"]
     origins: list[str] = []
     for name in names:
         rows = latest(name)
         shown = [r for r in rows if r["limit"] or (r["case"].startswith("Lightning") and r["unit"] == "x")]
         if not shown:
             continue
-        lines.append(f"| **{name.replace('_', ' ')}** | | |")
-        lines += [f"| {r['case']} | {float(r['value']):.3g} {r['unit']} | {r['limit']} |" for r in shown]
-        first = rows[0]
-        beside = f", lightning {first['lightning']}" if first["lightning"] else ""
-        origins.append(
-            f"{name}: {first['hardware']}, torch {first['torch']}{beside}, {first['date'][:10]}, "
-            f"commit {first['commit'] or 'unknown'}"
-        )
+        lines.append(f"| **{name.replace('_', ' ')}** | | | |")
+        lines += [f"| {r['case']} | {_figure(r)} | {r['limit']} | {_missed(r)} |" for r in shown]
+        origins.append(_origin(name, rows[0]))
     return "\n".join([*lines, "", f"<sub>{'; '.join(origins)}</sub>"]) if origins else ""
 
 
-def write_readme(table: str, readme: Path = ROOT / "README.md") -> None:
-    """Put `table` between the two markers of the README."""
-    text = readme.read_text()
+def headlines(chosen: Sequence[tuple[str, str, str]]) -> str:
+    """A short table of `chosen` rows of the last runs, (benchmark, case, what it says), and how many promises hold.
+
+    Raises:
+        KeyError: the last run of a benchmark has no such case.
+    """
+    lines = ["| | measured | promised |", "|---|---:|---:|"]
+    origins: dict[str, str] = {}
+    for name, case, says in chosen:
+        rows = latest(name)
+        row = next((row for row in rows if row["case"] == case), None)
+        if row is None:
+            raise KeyError(f"the last run of {name} has no row {case!r}")
+        missed = f" ({_missed(row)})" if _missed(row) else ""
+        lines.append(f"| {says} | {_figure(row)} | {row['limit']}{missed} |")
+        origins[name] = _origin(name, rows[0])
+    return "\n".join([*lines, "", f"<sub>{'; '.join(origins.values())}</sub>"])
+
+
+def promises(names: Sequence[str]) -> tuple[int, int]:
+    """How many of the promises of the last runs are kept, of how many."""
+    limited = [row for name in names for row in latest(name) if row["limit"]]
+    return sum(not _missed(row) for row in limited), len(limited)
+
+
+def _figure(row: Mapping[str, str]) -> str:
+    return f"{float(row['value']):.3g} {row['unit']}"
+
+
+def _missed(row: Mapping[str, str]) -> str:
+    if not row["limit"]:
+        return ""
+    comparison, limit = row["limit"].split()
+    kept = Row(row["case"], float(row["value"]), row["unit"], (comparison, float(limit))).kept
+    return "" if kept else "missed"
+
+
+def _origin(name: str, row: Mapping[str, str]) -> str:
+    beside = f", lightning {row['lightning']}" if row["lightning"] else ""
+    commit = row["commit"] or "unknown"
+    return f"{name}: {row['hardware']}, torch {row['torch']}{beside}, {row['date'][:10]}, commit {commit}"
+
+
+def write_between(table: str, path: Path) -> None:
+    """Put `table` between the two markers of a page."""
+    text = path.read_text()
     before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+    path.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")

@@ -113,8 +113,31 @@ def test_the_table_lands_between_the_markers_of_the_readme(tmp_path: Path) -> No
     readme = tmp_path / "README.md"
     readme.write_text(f"top\n{harness.BEGIN}\nold\n{harness.END}\nbottom\n")
     for _ in range(2):
-        harness.write_readme("| new |", readme)
+        harness.write_between("| new |", readme)
         assert readme.read_text() == f"top\n{harness.BEGIN}\n| new |\n{harness.END}\nbottom\n"
+
+
+def test_the_readme_shows_chosen_rows_and_says_which_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"hardware": "h", "torch": "t", "lightning": "", "date": "2026-01-01 00:00", "commit": "abc", "unit": "x"}
+    rows = [
+        {**common, "case": "quick", "value": "0.4", "limit": "<= 0.5"},
+        {**common, "case": "slow", "value": "0.4", "limit": ">= 0.5"},
+        {**common, "case": "only said", "value": "7", "limit": ""},
+    ]
+    monkeypatch.setattr(harness, "latest", lambda name: rows)
+    table = harness.headlines([("b", "quick", "it is quick"), ("b", "slow", "it is slow")])
+    assert "| it is quick | 0.4 x | <= 0.5 |" in table and "| it is slow | 0.4 x | >= 0.5 (missed) |" in table
+    assert "b: h, torch t, 2026-01-01, commit abc" in table
+    assert harness.promises(["b"]) == (1, 2)
+    assert "| slow | 0.4 x | >= 0.5 | missed |" in harness.markdown(["b"])
+    with pytest.raises(KeyError, match="no row 'gone'"):
+        harness.headlines([("b", "gone", "")])
+
+
+def test_every_row_that_the_readme_shows_was_measured() -> None:
+    from benchmarks.__main__ import HEADLINES
+
+    assert harness.headlines(HEADLINES).count("\n| ") == len(HEADLINES)
 
 
 def test_the_table_of_optimizers_has_a_line_for_each_case() -> None:
