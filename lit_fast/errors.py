@@ -78,6 +78,11 @@ class ProfileError(LitFastError, ValueError):
     """A profile could not be read, merged, or compared; the message names the file and what was wanted."""
 
 
+class NotByHandError(ProfileError, AttributeError):
+    """A module reads something of its Trainer that a loop written by hand does not have. An AttributeError too, so
+    that `hasattr` and `getattr` with a default find it missing."""
+
+
 class TrainingSpikeException(LitFastError, RuntimeError):
     """The loss leapt away from its running mean (see SpikeDetection). Named as in Lightning."""
 

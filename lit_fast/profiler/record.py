@@ -295,14 +295,19 @@ class Profile:
 
 @dataclass
 class Compared:
-    """One row of a comparison: ours against a baseline, with a bootstrap's 95 % interval of the ratio."""
+    """One row of a comparison: ours against a baseline, with a bootstrap's 95 % interval of the ratio.
+
+    `ratio`, `low` and `high` are NaN where the baseline does nothing of the kind.
+    """
 
     name: str  # a phase, or "step"
     baseline: float  # s a step
     ours: float
-    ratio: float
-    low: float
-    high: float
+    ratio: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    baseline_windows: list[float] = field(default_factory=list)  # s a step, of each window
+    ours_windows: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -313,6 +318,7 @@ class Comparison:
     steps: int = 0  # a window
     largest_loss_difference: float | None = None  # relative
     loss_bound: float | None = None
+    notes: list[str] = field(default_factory=list)  # what was left out on either side, what differs
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 
 PHASES = (
     "data",
+    "transfer",
     "forward",
     "backward",
     "optimizer",
@@ -47,7 +48,7 @@ class StepProfiler:
 
     def start(self) -> None:
         """Begin the wall clock (and forget an earlier run)."""
-        self.__init__()  # type: ignore[misc]
+        StepProfiler.__init__(self)
         self._began = self._since = perf_counter()
 
     def stop(self) -> None:
