@@ -25,7 +25,7 @@ from lit_fast.errors import LitFastError, MisconfigurationException
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-    from lit_fast.cli.report import PretrainMonitor
+    from lit_fast.cli.pretrain_monitor import PretrainMonitor
     from lit_fast.data.tokens import TokenData
     from lit_fast.models.language_model import LanguageModel
     from lit_fast.trainer import Trainer
@@ -189,7 +189,7 @@ def build_trainer(
 ) -> tuple[Trainer, PretrainMonitor]:
     """A Trainer with checkpoints, a CSV log, the step profiler and the monitor."""
     from lit_fast.callbacks import ModelCheckpoint
-    from lit_fast.cli.report import PretrainMonitor
+    from lit_fast.cli.pretrain_monitor import PretrainMonitor
     from lit_fast.loggers import CSVLogger
     from lit_fast.profiler.throughput import compute_dtype, get_available_flops
     from lit_fast.trainer import Trainer
@@ -228,7 +228,7 @@ def report(
     val: Any,
 ) -> None:
     """Print what the run came to: losses against the bigram's, a sample, files, and where the time went."""
-    from lit_fast.cli.report import draw_loss_curve, phase_table
+    from lit_fast.cli.pretrain_monitor import draw_loss_curve, phase_table
     from lit_fast.models.bigram import Bigram, bits_per_byte
 
     phases, wall = trainer.profiler.phases(), trainer.profiler.wall

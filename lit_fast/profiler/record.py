@@ -10,6 +10,7 @@ Fields that nobody measured are None or empty, never 0. Times are seconds, sizes
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -165,6 +166,7 @@ class Part:
     calls: int
     where: str | None = None  # file:line
     longest: float = 0.0
+    bytes: float | None = None  # written or sent, where that is counted
 
 
 @dataclass
@@ -243,7 +245,7 @@ class Device:
 @dataclass
 class Kernel:
     name: str
-    calls: int
+    calls: int  # in the window
     seconds: float
     bytes: float | None = None
     flops: float | None = None
@@ -274,6 +276,7 @@ class Profile:
     overlapped: float | None = None  # s of communication behind other work; part of no row
     parts: list[Part] = field(default_factory=list)
     slowest: list[SlowStep] = field(default_factory=list)
+    window_steps: int | None = None  # steps that were looked at in depth: syncs, kernels and memory are of these
     syncs: list[Sync] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
     devices: list[Device] = field(default_factory=list)
@@ -334,12 +337,41 @@ class Finding:
 
 
 @dataclass
+class RankSummary:
+    """What a report keeps of each process, however many there are; some hundred bytes."""
+
+    rank: int
+    host: str = ""
+    device: str = ""
+    steps: int = 0
+    wall: float = 0.0
+    p50: float = math.nan  # s, of a step
+    p99: float = math.nan
+    longest: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)  # s by name
+    readings: list[Reading] = field(default_factory=list)  # of its own device, the first
+    throttled: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+    energy: float | None = None
+    peak: int | None = None
+    finished: bool = False
+    ended_by: str | None = None
+
+
+@dataclass
 class Report:
-    """What is shown of a run."""
+    """What is shown of a run.
+
+    Of a few processes every profile is here. Of more than `merge.WHOLE` there are those of rank 0, of the slowest and
+    of the fastest ranks; `ranks` always has all of them.
+    """
 
     profiles: list[Profile] = field(default_factory=list)  # by rank
     comparison: Comparison | None = None
     findings: list[Finding] = field(default_factory=list)
+    ranks: list[RankSummary] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)  # ranks without a file
+    problems: list[str] = field(default_factory=list)  # files that could not be read, and other doubts
 
 
 # -- JSON
@@ -407,12 +439,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@functools.cache  # evaluating them costs more than reading the object
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _made(kind: Any, value: Any) -> Any:
     """`value`, as JSON has it, as an object of that type; fields that are unknown are left out."""
     if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        given = {f.name: _made(hints[f.name], value[f.name]) for f in dataclasses.fields(kind) if f.name in value}
-        return typing.cast(Any, kind)(**{name: item for name, item in given.items() if item is not _ABSENT})
+        make = typing.cast(Any, kind)
+        given = {name: _made(hint, value[name]) for name, hint in _hints(make).items() if name in value}
+        return make(**{name: item for name, item in given.items() if item is not _ABSENT})
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _made(next(a for a in arguments if a is not type(None)), value)

@@ -12,7 +12,7 @@ import torch
 from new_process import NewProcess
 
 from lit_fast.cli.pretrain import main, parse, presets
-from lit_fast.cli.report import phase_rows
+from lit_fast.cli.pretrain_monitor import phase_rows
 from lit_fast.errors import MisconfigurationException
 from lit_fast.models import GPT, LanguageModel, Llama
 
