@@ -1,0 +1,171 @@
+"""One report of what all processes of a run have written, however many they were.
+
+Files are read twice: first all, one after another, of each only what every process is told of (`RankSummary`); then
+those of the few whose whole profile a report keeps. So memory does not grow with the length of the profiles.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_fast.errors import ProfileError
+from lit_fast.profiler import record
+from lit_fast.profiler.record import Profile, RankSummary, Report
+
+WHOLE = 8  # processes whose profiles are all kept; of more, EXTREMES of either end and rank 0
+EXTREMES = 3
+# Left out when a file is read for its summary: they make up most of it.
+BULKY = ("timeline", "kernels", "parts", "slowest", "syncs", "warnings")
+CLOCKS_DIFFER = 0.01  # of the wall time. They drift by 1e-4 at most; more is a clock that somebody has set.
+RANK_FILE = re.compile(r"rank-(\d+)\.json")
+
+
+def path_of(folder: str | os.PathLike[str], rank: int) -> Path:
+    """The file that the process of that rank writes."""
+    return Path(folder) / f"rank-{rank:05d}.json"
+
+
+def merge(folder: str | os.PathLike[str]) -> Report:
+    """The report of a folder with files `rank-00000.json`, ...; findings are not made yet.
+
+    A file that is damaged, foreign or of another version is left out, and `problems` says which and why; ranks that
+    should be there and are not are in `missing`.
+
+    Raises:
+        ProfileError: there is no such folder, or no profile in it can be read.
+
+    Example::
+
+        report = merge("lit_fast_profile")
+        print(len(report.ranks), "of", report.profiles[0].header.world_size)
+    """
+    folder = Path(folder)
+    paths = rank_files(folder)
+    summaries: dict[Path, RankSummary] = {}
+    problems: list[str] = []
+    started: dict[str, list[int]] = {}
+    world = 0
+    for path in paths:
+        try:
+            profile = _profile(path, without=BULKY)
+        except ProfileError as error:
+            problems.append(str(error))
+            continue
+        summaries[path] = summarize(profile)
+        world = max(world, profile.header.world_size)
+        started.setdefault(f"{profile.header.script} with {profile.header.world_size}", []).append(profile.header.rank)
+        problems += doubts(profile)
+    if not summaries:
+        raise ProfileError("\n".join([f"{folder} has no profile that can be read.", *problems]))
+    if len(started) > 1:
+        runs = "; ".join(f"{run} processes: {_some(ranks)}" for run, ranks in started.items())
+        problems.append(f"{folder} has files of several runs ({runs}): delete those of the older one.")
+    kept = [_profile(path) for path in kept_whole(summaries)]
+    ranks = sorted(summaries.values(), key=lambda summary: summary.rank)
+    return Report(
+        profiles=sorted(kept, key=lambda profile: profile.header.rank),
+        ranks=ranks,
+        missing=sorted(set(range(world)) - {summary.rank for summary in ranks}),
+        problems=problems,
+    )
+
+
+def of_profiles(profiles: Sequence[Profile]) -> Report:
+    """The report of profiles that are in memory already: those of a run that has just ended."""
+    problems = [doubt for profile in profiles for doubt in doubts(profile)]
+    return Report(profiles=list(profiles), ranks=[summarize(profile) for profile in profiles], problems=problems)
+
+
+def rank_files(folder: Path) -> list[Path]:
+    """Those of a folder, by rank.
+
+    Raises:
+        ProfileError: the folder is not there, or has none.
+    """
+    try:
+        paths = [path for path in folder.iterdir() if RANK_FILE.fullmatch(path.name)]
+    except OSError as error:
+        raise ProfileError(f"{folder} cannot be read: {error.strerror}. A folder of profiles is wanted.") from error
+    if not paths:
+        raise ProfileError(
+            f"{folder} has no rank-*.json: Trainer(profiler='step') writes them while a run goes on, by default into "
+            f"lit_fast_profile/ under its default_root_dir."
+        )
+    return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def summarize(profile: Profile) -> RankSummary:
+    device = profile.devices[0] if profile.devices else record.Device()
+    return RankSummary(
+        rank=profile.header.rank,
+        host=profile.header.host,
+        device=device.name or profile.header.device,
+        steps=profile.steps.count,
+        wall=profile.wall,
+        p50=profile.steps.quantile(0.5),
+        p99=profile.steps.quantile(0.99),
+        longest=profile.steps.maximum,
+        phases={row.name: row.seconds for row in profile.phases},
+        readings=device.readings,
+        throttled=device.throttled,
+        errors=device.errors,
+        energy=device.energy,
+        peak=profile.memory.peak,
+        finished=profile.finished,
+        ended_by=profile.ended_by,
+    )
+
+
+def doubts(profile: Profile) -> list[str]:
+    """What a reader should know before believing the figures of one process."""
+    who, found = f"rank {profile.header.rank}", list(profile.warnings)
+    if not profile.finished:
+        found.append(f"{who} has not ended its run, or was killed: its figures end at its last file.")
+    elif profile.ended_by:
+        found.append(f"{who} was ended by {profile.ended_by}.")
+    check = profile.clock_check
+    if check is not None and abs(check - profile.wall) > max(CLOCKS_DIFFER * profile.wall, 0.01):
+        found.append(
+            f"{who}: {profile.wall:.2f} s by the steady clock, on which all figures rest, were {check:.2f} s by the "
+            f"system's, which was set meanwhile, or the machine slept."
+        )
+    if not profile.steps.count:
+        found.append(f"{who} took no step.")
+    return found
+
+
+def own_work(summary: RankSummary) -> float:
+    """s a step that a process is busy: without what it waits for others, and without the first rank's own duties."""
+    waits = ("communication", "idle", "checkpoint", "logging")
+    seconds = summary.wall - sum(summary.phases.get(name, 0.0) for name in waits)
+    return seconds / max(1, summary.steps)
+
+
+def kept_whole(summaries: dict[Path, RankSummary]) -> list[Path]:
+    """The files of the ranks whose profiles are kept: all of a few, else rank 0 and the extremes of `own_work`."""
+    if len(summaries) <= WHOLE:
+        return list(summaries)
+    by_work = sorted(summaries, key=lambda path: own_work(summaries[path]))
+    first = min(summaries, key=lambda path: summaries[path].rank)
+    return list(dict.fromkeys([first, *by_work[:EXTREMES], *by_work[-EXTREMES:]]))
+
+
+def _profile(path: Path, without: Sequence[str] = ()) -> Profile:
+    found = record.read(path, without)
+    if not isinstance(found, Profile):
+        raise ProfileError(f"{path} is a report, and the profile of one process is wanted.")
+    return found
+
+
+def _some(ranks: Sequence[int], shown: int = 8) -> str:
+    """
+    >>> _some([3]), _some(list(range(20)), 3)
+    ('rank 3', 'ranks 0, 1, 2 and 17 more')
+    """
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    more = f" and {len(ranks) - shown} more" if len(ranks) > shown else ""
+    return f"ranks {', '.join(map(str, ranks[:shown]))}{more}"

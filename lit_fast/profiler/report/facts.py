@@ -1,0 +1,153 @@
+"""What a report says about a run in words, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from lit_fast.profiler import merge
+from lit_fast.profiler.record import PHASES, Phase, Profile, RankSummary, Report, SlowStep
+from lit_fast.profiler.report.units import count, rate, seconds, share, size
+
+
+def ranks(report: Report) -> list[RankSummary]:
+    return report.ranks or [merge.summarize(profile) for profile in report.profiles]
+
+
+def world_size(report: Report) -> int:
+    return max([len(ranks(report)) + len(report.missing), *(p.header.world_size for p in report.profiles)])
+
+
+def whose(report: Report) -> str:
+    """Whose figures the sections for one process show.
+
+    >>> whose(Report(profiles=[Profile()]))
+    'one process'
+    """
+    of = world_size(report)
+    return "one process" if of == 1 else f"rank {report.profiles[0].header.rank} of {of:,}"
+
+
+def header(report: Report) -> list[tuple[str, str]]:
+    """(name, text) of what ran, where, with what, how fast. What nobody knows is left out."""
+    profile = report.profiles[0]
+    head = profile.header
+    model = [head.module, count(head.parameters, "parameter") if head.parameters else "", head.precision, head.strategy]
+    hosts = {rank.host for rank in ranks(report) if rank.host}
+    where = f"{head.host}" if len(hosts) <= 1 else f"{len(hosts):,} hosts"
+    machine = [
+        head.device,
+        head.processor if head.device == "cpu" else "",
+        count(head.cores, "core") if head.cores else "",
+    ]
+    versions = [f"{name} {version}" for name, version in head.versions.items()]
+    rows = [
+        (
+            "run",
+            _joined([head.script, head.commit and f"commit {head.commit}", head.started.replace("+00:00", " UTC")]),
+        ),
+        ("model", _joined(model)),
+        ("optimizer", head.optimizer),
+        ("batch", head.batch),
+        ("device", _joined([*machine, where, head.driver and f"driver {head.driver}"])),
+        ("versions", _joined(versions)),
+        ("steps", _joined(speeds(report))),
+        ("utilization", _joined(utilization(profile))),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def speeds(report: Report) -> list[str]:
+    profile = report.profiles[0]
+    steps = profile.steps.count
+    said = [f"{count(steps, 'step')} in {seconds(profile.wall)}"]
+    if not steps or not profile.wall:
+        return said
+    a_second, processes = steps / profile.wall, world_size(report)
+    said.append(rate(a_second, "steps/s"))
+    for amount, unit in ((profile.header.samples_per_step, "samples/s"), (profile.header.tokens_per_step, "tokens/s")):
+        if amount:
+            said.append(rate(a_second * amount * processes, unit))
+    return said
+
+
+def utilization(profile: Profile) -> list[str]:
+    """MFU: the model's FLOPs (a formula, nothing recomputed) a second of wall time, over the device's peak."""
+    head = profile.header
+    if not head.flops_per_step or not profile.steps.count or not profile.wall:
+        return []
+    reached = head.flops_per_step * profile.steps.count / profile.wall
+    said = [f"{rate(reached, 'FLOP/s')} of the model's own"]
+    if head.peak_flops:
+        of = f" ({head.peak_source})" if head.peak_source else ""
+        said.append(f"MFU {share(reached / head.peak_flops)} of {rate(head.peak_flops, 'FLOP/s')}{of}")
+    return said
+
+
+def phase_rows(profile: Profile) -> list[Phase]:
+    """Those that took time, in the order of a step; names that the schema does not know before "unexplained"."""
+    place = {name: number for number, name in enumerate(PHASES)}
+    rows = [row for row in profile.phases if row.seconds]
+    return sorted(rows, key=lambda row: place.get(row.name, place["unexplained"] - 0.5))
+
+
+def cause(slow: SlowStep, profile: Profile) -> str:
+    """What a slow step was slow by: what was seen, else the phase that took most beyond its own median."""
+    if slow.causes:
+        return ", ".join(slow.causes)
+    usual = {row.name: row.per_step.quantile(0.5) if row.per_step.count else 0.0 for row in profile.phases}
+    beyond = {name: took - usual.get(name, 0.0) for name, took in slow.phases.items()}
+    most = max(beyond, key=lambda name: beyond[name], default=None)
+    return f"{most} {seconds(beyond[most])} longer" if most is not None and beyond[most] > 0.0 else ""
+
+
+def energy(report: Report) -> list[tuple[str, str]]:
+    """Of all devices that have a counter of energy, over the window that the counter was read for."""
+    profile = report.profiles[0]
+    measured = [(d.energy, d.energy_seconds) for d in profile.devices if d.energy and d.energy_seconds]
+    if not measured or not profile.steps.count or not profile.wall:
+        return []
+    watts = sum(joules / window for joules, window in measured)
+    a_step = watts * profile.wall / profile.steps.count
+    said = [
+        ("energy", f"{sum(joules for joules, _ in measured):,.0f} J in {seconds(fmean(w for _, w in measured))}"),
+        ("mean power", rate(watts, "W")),
+        ("a step", rate(a_step, "J")),
+    ]
+    if profile.header.tokens_per_step:
+        said.append(("a token", f"{1e3 * a_step / profile.header.tokens_per_step:.3g} mJ"))
+    elif profile.header.samples_per_step:
+        said.append(("a sample", f"{1e3 * a_step / profile.header.samples_per_step:.3g} mJ"))
+    return said
+
+
+def own_cost(profile: Profile) -> str:
+    if profile.own_cost is None:
+        return "What recording itself cost was not measured."
+    step = profile.wall / profile.steps.count if profile.steps.count else float("nan")
+    return f"Recording took {seconds(profile.own_cost)} a step ({share(profile.own_cost / step)})."
+
+
+def memory(profile: Profile) -> list[tuple[str, str]]:
+    found = profile.memory
+    rows = [
+        (
+            "peak",
+            size(found.peak) + (f", most of it {found.peak_owner}" if found.peak_owner else "") if found.peak else "",
+        ),
+        ("reserved", size(found.reserved) if found.reserved else ""),
+        ("allocator's retries", "" if found.allocator_retries is None else str(found.allocator_retries)),
+        ("host", size(found.host_resident) if found.host_resident else ""),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def absences(report: Report, shown: int = 12) -> list[str]:
+    """What is missing of a run of several processes."""
+    if not report.missing:
+        return []
+    names = ", ".join(map(str, report.missing[:shown])) + (", ..." if len(report.missing) > shown else "")
+    return [f"{count(len(report.missing), 'rank')} of {world_size(report):,} left no file: {names}."]
+
+
+def _joined(parts: list[str | None] | list[str]) -> str:
+    return ", ".join(part for part in parts if part)

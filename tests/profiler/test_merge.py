@@ -1,0 +1,128 @@
+"""Merging the files of all processes: thousands in bounded memory, and whatever else may lie in the folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import new_process
+import pytest
+from profiles import deep, profile
+
+from lit_fast.cli import report as command
+from lit_fast.errors import ProfileError
+from lit_fast.profiler.merge import EXTREMES, WHOLE, merge, of_profiles, path_of
+from lit_fast.profiler.record import Profile, Report, read, write
+
+
+def written(folder: Path, number: int, **of_rank_two: float) -> list[Profile]:
+    made = [profile(rank=rank, world_size=number, **(of_rank_two if rank == 2 else {})) for rank in range(number)]
+    for one in made:
+        write(one, path_of(folder, one.header.rank))
+    return made
+
+
+def test_few_profiles_are_kept_whole(tmp_path: Path) -> None:
+    made = written(tmp_path, 4)
+    report = merge(tmp_path)
+    assert report.profiles == made and report == of_profiles(made)
+    assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3] and not report.missing and not report.problems
+    assert report.ranks[3].phases["forward"] == pytest.approx(0.64) and report.ranks[3].host == "node-0"
+
+
+def test_of_many_those_of_rank_0_and_of_the_extremes(tmp_path: Path) -> None:
+    made = written(tmp_path, 40, forward=6e-3, communication=0.1e-3)
+    report = merge(tmp_path)
+    assert 2 in [one.header.rank for one in report.profiles] and report.profiles[0] == made[0]
+    assert WHOLE >= len(report.profiles) >= 2 * EXTREMES and len(report.ranks) == 40
+
+
+def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    written(tmp_path, 10)
+    report = merge(tmp_path)
+    write(report, tmp_path / "report.json")
+    assert read(tmp_path / "report.json") == report
+    assert merge(tmp_path) == report, "report.json is none of the ranks' files"
+
+
+def test_files_that_are_no_profile_are_told_and_left_out(tmp_path: Path) -> None:
+    written(tmp_path, 8)
+    path_of(tmp_path, 3).write_text(path_of(tmp_path, 3).read_text()[:5000])
+    path_of(tmp_path, 4).write_text('{"traceEvents": []}')
+    old = json.loads(path_of(tmp_path, 5).read_text())
+    path_of(tmp_path, 5).write_text(json.dumps({**old, "version": 0}))
+    path_of(tmp_path, 6).unlink()
+    write(Report(), path_of(tmp_path, 7))
+    (tmp_path / ".rank-00009.json.123").write_text("half")
+    report = merge(tmp_path)
+    assert [rank.rank for rank in report.ranks] == [0, 1, 2] and report.missing == [3, 4, 5, 6, 7]
+    for said, name in zip(report.problems, (3, 4, 5, 7), strict=True):
+        assert f"rank-0000{name}.json" in said
+    assert "is not JSON" in report.problems[0] and "version 0 of the schema" in report.problems[2]
+
+
+def test_runs_that_were_killed_or_raised(tmp_path: Path) -> None:
+    made = written(tmp_path, 3)
+    made[1].finished, made[2].ended_by = False, "OutOfMemoryError"
+    for one in made:
+        write(one, path_of(tmp_path, one.header.rank))
+    killed, raised = merge(tmp_path).problems
+    assert "rank 1 has not ended its run, or was killed" in killed and "rank 2 was ended by OutOfMemoryError" in raised
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    written(tmp_path, 4)
+    write(profile(rank=0, world_size=2), path_of(tmp_path, 0))
+    (told,) = merge(tmp_path).problems
+    assert "files of several runs" in told and "2 processes: rank 0" in told and "4 processes: ranks 1, 2, 3" in told
+
+
+def test_folders_without_a_profile(tmp_path: Path) -> None:
+    with pytest.raises(ProfileError, match="has no rank-"):
+        merge(tmp_path)
+    with pytest.raises(ProfileError, match="cannot be read: No such file"):
+        merge(tmp_path / "elsewhere")
+    path_of(tmp_path, 0).write_text("{")
+    with pytest.raises(ProfileError, match=r"(?s)no profile that can be read.*is not JSON"):
+        merge(tmp_path)
+
+
+def test_a_run_without_a_step(tmp_path: Path) -> None:
+    write(Profile(finished=True), path_of(tmp_path, 0))
+    assert merge(tmp_path).problems == ["rank 0 took no step."]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path / "in", 4, data=6e-3, communication=0.1e-3)
+    assert command.main([str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--no-html"]) == 0
+    said = capsys.readouterr().out
+    assert "rank 0 of 4" in said and "1. Rank 2 on node-0 is slower" in said
+    found = read(tmp_path / "out" / "report.json")
+    assert isinstance(found, Report) and found.findings[0].rank == 2
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.json"]
+
+
+THOUSAND = """
+    import resource, sys, time
+    from pathlib import Path
+    from lit_fast.cli import report
+    assert report.main([sys.argv[1], "--output", sys.argv[2], "--quiet"]) == 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(time.process_time(), peak)  # of one thread: the seconds of a machine that does nothing else
+"""
+
+
+def test_a_thousand_ranks_in_seconds_and_in_little_memory(tmp_path: Path) -> None:
+    """1,024 files of 100 KB, with what a deep profile on a GPU has."""
+    folder = tmp_path / "in"
+    for rank in range(8):
+        write(deep(profile(rank=rank, world_size=1024, spans=40)), path_of(folder, rank))
+    text = path_of(folder, 7).read_text()
+    for rank in range(8, 1024):
+        path_of(folder, rank).write_text(text.replace('"rank": 7', f'"rank": {rank}', 1))
+    assert os.path.getsize(path_of(folder, 1000)) > 50_000
+    done = new_process.output_of(THOUSAND, folder, tmp_path / "out")
+    seconds, peak = map(float, done.splitlines()[-1].split())
+    assert len(read(tmp_path / "out" / "report.json").ranks) == 1024  # type: ignore[union-attr]
+    assert seconds < 10.0 and peak < 1e9, f"{seconds:.1f} s, {peak / 1e6:.0f} MB"
