@@ -146,6 +146,7 @@ class Header:
     samples_per_step: float | None = None  # of this process
     tokens_per_step: float | None = None
     flops_per_step: float | None = None  # of the model's formulas, without recomputation
+    hardware_flops_per_step: float | None = None  # as run, with what activation checkpointing computes again
     peak_flops: float | None = None  # FLOP/s that the utilization is taken of
     peak_source: str | None = None
     mode: str = "step"  # "step" or "deep"
@@ -250,6 +251,8 @@ class Device:
 
 @dataclass
 class Kernel:
+    """Calls, seconds, bytes and FLOPs are sums over `steps` steps."""
+
     name: str
     calls: int  # in the window
     seconds: float
@@ -257,6 +260,7 @@ class Kernel:
     flops: float | None = None
     headroom: float | None = None  # s a step above what the device's ceilings allow
     bound: str | None = None  # "memory" or "compute": which ceiling
+    steps: int = 1
 
 
 @dataclass
