@@ -9,6 +9,7 @@
 #include "formulas/storage.h"
 #include "memory.h"
 #include "packer.h"
+#include "phase_clock.h"
 #include "stepper.h"
 #include "threads.h"
 
@@ -142,6 +143,59 @@ std::unique_ptr<lf::Packer> make_packer(const py::tuple& params, const std::vect
         [&] { return std::make_unique<lf::Packer>(params.ptr(), pieces, used_flags, size, std::move(names)); });
 }
 
+// (count, total, minimum, maximum, {index: count})
+py::tuple histogram_object(const lf::Histogram& histogram) {
+    py::dict buckets;
+    for (std::size_t index = 0; index < histogram.buckets.size(); ++index) {
+        if (histogram.buckets[index] > 0) buckets[py::int_(index)] = histogram.buckets[index];
+    }
+    return py::make_tuple(histogram.count, histogram.total, histogram.minimum, histogram.maximum, buckets);
+}
+
+// Everything in nanoseconds, see _core.pyi.
+py::dict clock_reading(lf::PhaseClock& clock) {
+    clock.settle();
+    py::list slots, per_step, slowest, interruptions;
+    for (const lf::ClockSlot& slot : clock.slots()) {
+        slots.append(py::make_tuple(slot.phase, slot.total, slot.calls, slot.longest));
+    }
+    for (const lf::Histogram& histogram : clock.per_step()) per_step.append(histogram_object(histogram));
+    for (const lf::SlowStep& slow : clock.slowest()) {
+        slowest.append(py::make_tuple(slow.step, slow.duration, slow.begin, slow.phases, slow.interruptions,
+                                      slow.longest_slot, slow.longest));
+    }
+    for (const lf::Nanoseconds total : clock.interruptions()) interruptions.append(total);
+    py::dict reading;
+    reading["wall"] = clock.wall();
+    reading["steps_begun"] = clock.steps_begun();
+    reading["slots"] = slots;
+    reading["steps"] = histogram_object(clock.steps());
+    reading["per_step"] = per_step;
+    reading["slowest"] = slowest;
+    reading["interruptions"] = interruptions;
+    return reading;
+}
+
+py::list clock_spans(const lf::PhaseClock& clock, std::int64_t steps) {
+    py::list spans;
+    const std::int64_t first = clock.steps_begun() - steps;
+    for (const lf::TimedSpan& span : clock.spans()) {
+        if (span.step < 0 || span.step < first) continue;
+        spans.append(py::make_tuple(span.slot, span.step, span.begin - clock.began(), span.duration));
+    }
+    return spans;
+}
+
+// A new object of one of the clock's types, for a slot that the clock has.
+template <class Make>
+py::object timed(const py::handle& owner, int slot, const Make& make) {
+    auto* clock = owner.cast<lf::PhaseClock*>();
+    lf::check(clock->has_slot(slot), "the clock has no such slot.");
+    PyObject* object = make(owner.ptr(), clock);
+    if (object == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(object);
+}
+
 py::dict formulas() {
     py::dict all;
     for (int i = 0; i < lf::kFormulaCount; ++i) {
@@ -272,6 +326,42 @@ PYBIND11_MODULE(_core, m) {
                           const std::vector<std::int64_t>& without) {
             python_errors([&] { return self.assign(params.ptr(), views.ptr(), without), 0; });
         });
+    py::class_<lf::PhaseClock>(m, "PhaseClock")
+        .def(py::init<int, int, int, int>())
+        .def("add_part", &lf::PhaseClock::add_part)
+        .def("start",
+             [](lf::PhaseClock& self, int slot) {
+                 lf::check(self.has_slot(slot), "the clock has no such slot.");
+                 self.start(slot);
+             })
+        .def("stop", &lf::PhaseClock::stop)
+        .def("end_step", &lf::PhaseClock::end_step)
+        .def("interrupted",
+             [](lf::PhaseClock& self, int kind, lf::Nanoseconds duration) {
+                 if (self.times_this_thread()) self.interrupted(kind, duration);
+             })
+        .def("wrap",
+             [](const py::handle& self, int slot, const py::handle& function) {
+                 return timed(self, slot, [&](PyObject* owner, lf::PhaseClock* clock) {
+                     return lf::timed_call(owner, clock, slot, function.ptr());
+                 });
+             })
+        .def("items",
+             [](const py::handle& self, int slot, const py::handle& iterator, bool steps, const py::handle& first) {
+                 lf::check(PyIter_Check(iterator.ptr()) != 0, "an iterator is wanted.");
+                 return timed(self, slot, [&](PyObject* owner, lf::PhaseClock* clock) {
+                     return lf::timed_items(owner, clock, slot, iterator.ptr(), steps, first.ptr());
+                 });
+             })
+        .def("block",
+             [](const py::handle& self, int slot) {
+                 return timed(self, slot, [&](PyObject* owner, lf::PhaseClock* clock) {
+                     return lf::timed_block(owner, clock, slot);
+                 });
+             })
+        .def("read", &clock_reading)
+        .def("spans", &clock_spans);
+    m.def("bucket_of", &lf::bucket_of);
     m.def("lay_out_buckets", &lay_out_buckets);
     m.def("unpack", [](const py::handle& from, const py::handle& out, double scale, const py::object& stream) {
         const StreamArgument on(stream);

@@ -229,20 +229,23 @@ class Binding:
     def _hooks(self, name: str, arguments: int) -> Bound:
         """Every live hook of that name, callbacks first, ready to be called with that many arguments of the hook's."""
         table = self.log.table(name, "train")
-        bound = [self.wrap("hooks", in_table(hook, self.log, table, arguments)) for hook in self._live_hooks(name)]
+        bound = [
+            self.trainer._timed(owner, name, in_table(hook, self.log, table, arguments))
+            for owner, hook in self._live_hooks(name)
+        ]
         if name in ("on_train_batch_start", "on_train_batch_end") and takes_iterator(self.module.training_step):
             return tuple(map(hook_of, bound))
         return tuple(bound)
 
-    def _live_hooks(self, name: str) -> Iterator[Callable[..., Any]]:
-        """Every live hook of that name, callbacks first, given what comes before a hook's own arguments."""
+    def _live_hooks(self, name: str) -> Iterator[tuple[Any, Callable[..., Any]]]:
+        """Every live hook of that name and its owner, callbacks first, given what comes before its own arguments."""
         for callback in self.trainer.callbacks:
             if name in callback.live_hooks(self.trainer):
                 self._note(name, type(callback).__name__, "callback")
-                yield partial(self.trainer._hook(callback, name), self.trainer, self.module)
+                yield callback, partial(self.trainer._method(callback, name), self.trainer, self.module)
         if self.overrides(name):
             self._note(name, type(self.module).__name__, "module")
-            yield self.trainer._hook(self.module, name)
+            yield self.module, self.trainer._method(self.module, name)
 
     def _bind_receive(self) -> Bound:
         """How a batch gets to the device; nothing at all on the CPU in full precision."""
@@ -251,7 +254,7 @@ class Binding:
             receivers = ()  # the step moves what it fetches
         for function in receivers:
             self._note("receive", "data", name_of(function))
-        bound = tuple(self.wrap("data", function) for function in receivers)
+        bound = tuple(self.wrap("transfer", function) for function in receivers)
         hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
         return (*bound, not_none) if bound and any(map(self.trainer._data_hook, hooks)) else bound
 
@@ -292,8 +295,8 @@ class Binding:
         optimizer = self.trainer.optimizers[0]
         before = self.log.table("on_before_zero_grad", "train")
         hooks = [
-            self.wrap("hooks", without_index(partial(hook, optimizer), self.log, before))
-            for hook in self._live_hooks("on_before_zero_grad")
+            self.trainer._timed(owner, "on_before_zero_grad", without_index(partial(hook, optimizer), self.log, before))
+            for owner, hook in self._live_hooks("on_before_zero_grad")
         ]
         if self.overrides("optimizer_zero_grad"):
             table = self.log.table("optimizer_zero_grad", "train")

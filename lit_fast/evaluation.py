@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -207,6 +207,9 @@ class StageLoop:
             limits, combined = self.max_batches, self.combined
             length = limits[index] if combined is None or combined.mode == "sequential" else combined.length
             batches = recorded_batches(trainer._actions, f"[{loop}].{names.data}_next", batches, length)
+        if trainer._profiler is not None:
+            step = trainer._profiler.wrap("validation", step, f"{names.step}{suffix}", getattr(module, names.step))
+            batches = trainer._profiler.wrap_items("validation", batches, f"{names.data} data{suffix}")
         table = log.table(names.step, names.stage, suffix)
         return BoundPass(suffix, (index,) if suffix else (), batches, receive, starts, step, table, ends)
 
@@ -319,8 +322,7 @@ class EvaluationLoop(StageLoop):
         trainer = self.trainer
         log = trainer._metric_log
         log.stage, log.epoch_end = self.names.stage, False
-        profiler = trainer._profiler
-        with self.no_grad(), profiler.phase("validation") if profiler is not None else nullcontext():
+        with self.no_grad(), trainer._in_phase("validation"):
             self.setup_data()
             return [] if self.skip else self._run()
 

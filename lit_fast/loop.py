@@ -304,10 +304,13 @@ class FitLoop(Schedule, Restarted):
             batches = islice(batches, max(0, total - start))
         if length is None:
             batches = self._knowing_the_last(self._together(batches))
-        if self.trainer.config.device.type != "cpu":
+        profiler, on_device = self.trainer._profiler, self.trainer.config.device.type != "cpu"
+        if profiler is not None and on_device:
+            batches = profiler.wrap_items("data", batches)
+        if on_device:
             batches = self.trainer._to_device_ahead(batches)
-        if self.trainer._profiler is not None:
-            return cast("Iterator[Any]", self.trainer._profiler.wrap_batches(batches))
+        if profiler is not None:
+            return cast("Iterator[Any]", profiler.wrap_batches(batches, "transfer" if on_device else "data"))
         left = None if total is None else total - start
         return recorded_batches(self.trainer._actions, "[_TrainingEpochLoop].train_dataloader_next", batches, left)
 
@@ -471,6 +474,8 @@ class FitLoop(Schedule, Restarted):
 
     def _end_epoch(self) -> None:
         trainer, progress = self.trainer, self.progress
+        if trainer._profiler is not None:
+            trainer._profiler.end_step()
         if self.plans is not None:
             self.plans.binding.stepping.check_gradients()
         trainer._metric_log.collect()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,8 +71,7 @@ class PredictionLoop(StageLoop):
         """All loaders once; returns the predictions where they are wanted."""
         trainer = self.trainer
         trainer._metric_log.stage = self.names.stage
-        profiler = trainer._profiler
-        with self.no_grad(), profiler.phase("prediction") if profiler is not None else nullcontext():
+        with self.no_grad(), trainer._in_phase("validation"):
             self.setup_data()
             return None if self.skip else self._run()
 

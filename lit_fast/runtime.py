@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -74,7 +74,8 @@ class Runtime(Interrupts):
             self._settle_limits()
         self._same_versions()
         if self._profiler is not None:
-            self._profiler.start()
+            self._profiler.start(self._trainer)
+            self._at_run_end.callback(self._profiler.stop)
         if self._actions is not None:
             self._actions._lightning_module = self._module
             rank = self.strategy.global_rank if self.strategy.world_size > 1 else None
@@ -240,8 +241,6 @@ class Runtime(Interrupts):
             self._stage = "train"
 
     def _end_fit(self, module: LightningModule) -> None:
-        if self._profiler is not None:
-            self._profiler.stop()
         self._call("on_fit_end")
         self._tear_down(module)
 
@@ -261,6 +260,8 @@ class Runtime(Interrupts):
     def _failed(self, error: BaseException) -> None:
         """An exception ends the run: whoever asked is told, and what was logged is written."""
         self.state.status = TrainerStatus.INTERRUPTED
+        if self._profiler is not None:
+            self._profiler.failed(error)
         if self.state.fn == TrainerFn.FITTING:
             self.fit_loop.note_exception(error)
         module = self._module
@@ -323,12 +324,28 @@ class Runtime(Interrupts):
             lines.append(f"  {'resume':<26} {'DataPosition':<24} {position.explain()}")
         return lines
 
-    # -- what a profiler of named actions is told
+    # -- what a profiler is told
 
     def _hook(self, owner: Any, name: str) -> Callable[..., Any]:
-        """A method of the module, the datamodule or a callback, as an action where a profiler records those."""
+        """A method of the module, the datamodule or a callback, by its name where a profiler records that."""
+        return self._timed(owner, name, self._method(owner, name))
+
+    def _method(self, owner: Any, name: str) -> Callable[..., Any]:
+        """The same, for whoever times it with what is bound around it."""
         method: Callable[..., Any] = getattr(owner, name)
         return method if self._actions is None else recorded(self._actions, self._action(owner, name), method)
+
+    def _timed(self, owner: Any, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which calls that method of `owner`, timed under its name where a profiler times the step."""
+        if self._profiler is None:
+            return function
+        part, of = self._action(owner, name), getattr(owner, name)
+        timed: Callable[..., Any] = self._profiler.wrap_hook(name, function, part, of)
+        return timed
+
+    def _in_phase(self, name: str, part: str | None = None) -> AbstractContextManager[None]:
+        """A block whose time belongs to a phase, where a profiler times the step."""
+        return nullcontext() if self._profiler is None else self._profiler.phase(name, part)
 
     def _action(self, owner: Any, name: str) -> str:
         if owner is self._module:
@@ -394,9 +411,9 @@ class Runtime(Interrupts):
             return call
 
         listening = (callback for callback in self.callbacks if name in callback.live_hooks(self))
-        bound = [bind(self._hook(callback, name), self, module) for callback in listening]
+        bound = [self._timed(c, name, bind(self._method(c, name), self, module)) for c in listening]
         if is_overridden(name, module, LightningModule):
-            bound.append(bind(self._hook(module, name)))
+            bound.append(self._timed(module, name, bind(self._method(module, name))))
         return tuple(bound)
 
     # -- data
@@ -490,16 +507,17 @@ class Runtime(Interrupts):
         """Send values to every logger, under `step`, a logged "step", or the number of optimizer steps taken."""
         if not metrics or not self.loggers:
             return
-        values = {name: to_float(value, name) for name, value in metrics.items()}
-        if step is None and "step" in values:
-            step = int(values.pop("step"))
-        elif step is None:
-            values.setdefault("epoch", self.current_epoch)
-            step = self.fit_loop.windows_completed()
-        with self._profiler.phase("logging") if self._profiler is not None else nullcontext():
+        with self._in_phase("logging"):
+            values = {name: to_float(value, name) for name, value in metrics.items()}
+            if step is None and "step" in values:
+                step = int(values.pop("step"))
+            elif step is None:
+                values.setdefault("epoch", self.current_epoch)
+                step = self.fit_loop.windows_completed()
             for logger in self.loggers:
-                logger.log_metrics(values, step=step)
-                logger.save()
+                with self._in_phase("logging", type(logger).__name__):
+                    logger.log_metrics(values, step=step)
+                    logger.save()
 
     def _log_hyperparameters(self, module: LightningModule) -> None:
         if not self.config.enable_autolog_hparams:

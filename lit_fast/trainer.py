@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -241,7 +241,7 @@ class Trainer(Attributes):
             warn_of_half_a_validation(self, module)
             checkpoint = self._prepare(module, "fit", ckpt_path, weights_only)
             self._begin_fit(module, checkpoint)
-            with torch.autograd.set_detect_anomaly(self.config.detect_anomaly):
+            with torch.autograd.set_detect_anomaly(self.config.detect_anomaly), self._in_phase("unexplained"):
                 self.fit_loop.run()
             self._end_fit(module)
 
@@ -419,7 +419,7 @@ class Trainer(Attributes):
         """
         if self._module is None:
             raise MisconfigurationException("save_checkpoint needs a model: call it during or after fit or validate.")
-        with self._profiler.phase("checkpoint") if self._profiler is not None else nullcontext():
+        with self._in_phase("checkpoint", str(filepath)):
             save = recorded(self._actions, "save_checkpoint", checkpoint_state.save)
             save(self, filepath, bool(weights_only), storage_options)
 

@@ -16,16 +16,20 @@ if TYPE_CHECKING:
 
 # The profiler's phases in the table's order; those of one name share a row, one not listed keeps its name.
 PHASES = {
+    "setup": "setup",
     "data": "data",
+    "transfer": "transfer",
     "forward": "forward",
     "backward": "backward",
+    "communication": "communication",
     "optimizer": "optimizer",
     "schedulers": "learning-rate schedule",
     "hooks": "hooks and logging",
     "logging": "hooks and logging",
     "checkpoint": "checkpoint",
     "validation": "validation",
-    "other": "other",
+    "idle": "idle",
+    "unexplained": "unexplained",
 }
 
 
@@ -106,7 +110,7 @@ def phase_rows(phases: Mapping[str, float], wall: float) -> list[tuple[str, floa
     """
     rows: dict[str, float] = {}
     for phase in [*PHASES, *(phase for phase in phases if phase not in PHASES)]:
-        if phase in phases:
+        if phases.get(phase):
             name = PHASES.get(phase, phase)
             rows[name] = rows.get(name, 0.0) + phases[phase]
     rest = wall - sum(rows.values())

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 WINDOWS = 20  # pairs that count; one before them warms up
 FEWEST = 5  # below, an interval says nothing
 DRAWS = 10_000  # of the bootstrap
-_OTHER = "other"  # what the clock calls time that no phase claims
 
 # Largest relative difference of losses. In 64 and 32 bits, of each step: both sides do the same arithmetic but for the
 # last bit of a root (torch's loops, optim/adopt.py), which training carries on. In 16 bits such a bit moves roundings,
@@ -63,8 +62,8 @@ class Borders(StepProfiler):
         """Called before a window; returns how many micro-batches it has."""
         raise NotImplementedError
 
-    def wrap_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        timed = super().wrap_batches(batches)
+    def wrap_batches(self, batches: Iterator[Any], phase: str = "data") -> Iterator[Any]:
+        timed = super().wrap_batches(batches, phase)
         while True:
             if not self.left:
                 self.left = self.visit()
@@ -329,7 +328,7 @@ def rows(
 
 
 def _by_name(window: Mapping[str, float], size: int) -> dict[str, float]:
-    named = {("unexplained" if name == _OTHER else name): seconds / size for name, seconds in window.items()}
+    named = {name: seconds / size for name, seconds in window.items()}
     return {**named, "step": sum(named.values())}
 
 

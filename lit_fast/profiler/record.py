@@ -16,7 +16,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,13 @@ from typing import Any
 from lit_fast.errors import ProfileError
 
 SCHEMA, VERSION = "lit_fast.profile", 1
+PIECE = 16  # items of a list that are made text at a time
 SUBBUCKETS = 16  # of a power of two: durations are kept to 1/16 of themselves
 
 # Rows that add up to the wall time, in the order in which a step runs them. "idle" is a device that waits for its
 # host, where that can be told from host time; "unexplained" is wall time that no phase claims.
 PHASES = (
+    "setup",  # what a run does before its first step and after its last, but for what has a row of its own
     "data",  # waiting for the loader
     "transfer",  # host to device
     "forward",
@@ -389,16 +391,39 @@ class Report:
 
 def to_json(value: Profile | Report) -> str:
     """With the schema's name and version; numbers that JSON has no word for are null."""
-    kind = type(value).__name__.lower()
-    return json.dumps({"schema": SCHEMA, "version": VERSION, "kind": kind, **_plain(value)}, allow_nan=False)
+    return "".join(_pieces(value))
 
 
-def write(value: Profile | Report, path: str | os.PathLike[str]) -> None:
-    """Whole or not at all: a reader never sees half of it, and a process killed here leaves the file before."""
+def _pieces(value: Profile | Report) -> Iterator[str]:
+    """The text in pieces, a long list in several."""
+    about = json.dumps({"schema": SCHEMA, "version": VERSION, "kind": type(value).__name__.lower()})
+    yield about[:-1]
+    for each in dataclasses.fields(value):
+        item = getattr(value, each.name)
+        yield f', "{each.name}": '
+        if isinstance(item, list):
+            for begin in range(0, len(item), PIECE):
+                text = json.dumps(_plain(item[begin : begin + PIECE]), allow_nan=False)
+                yield f"{', ' if begin else '['}{text[1:-1]}"
+            yield "]" if item else "[]"
+        else:
+            yield json.dumps(_plain(item), allow_nan=False)
+    yield "}"
+
+
+def write(value: Profile | Report, path: str | os.PathLike[str], between: Callable[[], object] | None = None) -> None:
+    """Whole or not at all: a reader never sees half of it, and a process killed here leaves the file before.
+
+    `between` is called between any two pieces of it, so that other threads need not wait for all.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(to_json(value))
+    with beside.open("w") as file:
+        for piece in _pieces(value):
+            file.write(piece)
+            if between is not None:
+                between()
     beside.replace(path)
 
 

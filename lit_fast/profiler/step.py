@@ -1,121 +1,262 @@
-"""Wall time by phase of the step. The plan's callables are wrapped when they are bound: switched off, it costs nothing.
+"""Where the wall time of a run goes, cheap enough to leave on. The plan's callables are wrapped when they are bound:
+switched off, it costs nothing.
 
-Phases nest (a checkpoint is written inside a hook): each moment belongs to the innermost one, so that the phases and
-the rest ("other") add up to the wall time exactly. Times are the host's; on a GPU they show what the host waited for.
+Each moment belongs to the innermost phase (a checkpoint written inside a hook is no time of the hook's), so that the
+phases add up to the wall time exactly. Times are the host's; on a GPU they show what the host waited for.
 """
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from time import perf_counter
-from typing import Any
+from contextlib import AbstractContextManager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-PHASES = (
-    "data",
-    "transfer",
-    "forward",
-    "backward",
-    "optimizer",
-    "schedulers",
-    "hooks",
-    "logging",
-    "checkpoint",
-    "validation",
-)
+from lit_fast import ops
+from lit_fast.profiler import header
+from lit_fast.profiler.causes import causes_of
+from lit_fast.profiler.record import PHASES, Distribution, Header, Part, Phase, Profile, SlowStep, Span
+from lit_fast.profiler.writer import PeriodicWriter
+
+if TYPE_CHECKING:
+    from lit_fast.trainer import Trainer
+
+UNEXPLAINED = PHASES[-1]
+COLLECTION, COMPILATION = "garbage collection", "compilation"
+STEPS_SHOWN = 64  # the last ones, on the timeline
+
+# Hooks whose time is not "hooks".
+HOOK_PHASES = {
+    "train_dataloader": "data",
+    "val_dataloader": "validation",
+    "test_dataloader": "validation",
+    "predict_dataloader": "validation",
+    "transfer_batch_to_device": "transfer",
+    "configure_gradient_clipping": "optimizer",
+    "optimizer_zero_grad": "optimizer",
+}
 
 
 class StepProfiler:
-    """Adds up the time of each phase, from the first phase that starts to `stop()`.
+    """Adds up the time of each phase of a run, and of every hook in it; spreads it over steps, and keeps the slowest.
+
+    What it records is of a fixed size, whatever the number of steps. A step is one batch: from where it is fetched to
+    where the next one is.
+
+    Args:
+        dirpath: where each process writes what it has recorded, as `rank-00000.json` (`profiler/record.py` says what
+            is in it): at the end of the run, and while it goes on. A fit writes there, other runs into a folder of
+            their name below. Nothing is written where it is None.
+        write_every: seconds between two such files; what a process had written is there after it was killed.
 
     Example::
 
         trainer = Trainer(max_steps=100, profiler="step")
         trainer.fit(model, loader)
         for phase, seconds in trainer.profiler.phases().items():
-            print(f"{phase:<12} {seconds:8.3f} s")
+            print(f"{phase:<14} {seconds:8.3f} s")
     """
 
-    def __init__(self) -> None:
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._calls = dict.fromkeys(PHASES, 0)
-        self._stack: list[str] = []
-        self._since = 0.0
-        self._began: float | None = None
-        self._ended: float | None = None
+    mode = "step"
+
+    def __init__(self, dirpath: str | os.PathLike[str] | None = None, write_every: float = 5.0) -> None:
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.write_every = write_every
+        self._renew()
+
+    def _renew(self) -> None:
+        self._clock = ops.PhaseClock(PHASES, (COLLECTION, COMPILATION))
+        self._where: dict[tuple[str, str], str] = {}  # file:line of parts
+        self._header = Header(mode=self.mode)
+        self._trainer: Trainer | None = None  # while it runs
+        self._first_batch: header.Batch | None = None
+        self._running = False
+        self._ended_by: str | None = None
+        self._system_clock = 0.0  # at the start; once it has ended, what has passed by it
+        self._writer: PeriodicWriter | None = None
+        self._watched: list[Callable[[], None]] = []  # undo what watches for interruptions
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its options: a copy, or one in another process, records a run of its own."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._renew()
 
     # -- measuring
 
-    def start(self) -> None:
-        """Begin the wall clock (and forget an earlier run)."""
-        StepProfiler.__init__(self)
-        self._began = self._since = perf_counter()
+    def start(self, trainer: Trainer | None = None) -> None:
+        """Begin the wall clock, on this thread, and forget an earlier run. What no phase claims is "setup" at first."""
+        self.stop()
+        self._header = Header(mode=self.mode, started=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        self._first_batch, self._ended_by, self._trainer = None, None, trainer
+        if trainer is not None:
+            header.begin(self._header, trainer)
+        if trainer is not None:
+            self._watch()
+        self._running, self._system_clock = True, time.time()
+        self._clock.start("setup" if trainer is not None else UNEXPLAINED)
+        if trainer is not None and self.dirpath is not None:
+            self._writer = PeriodicWriter(self.profile, self._path(trainer), self.write_every)
+            self._writer.start()
+
+    def _path(self, trainer: Trainer) -> Path:
+        assert self.dirpath is not None
+        run = "" if trainer.state.fn is None or trainer.state.fn.value == "fit" else trainer.state.fn.value
+        return self.dirpath / run / f"rank-{trainer.strategy.global_rank:05d}.json"
+
+    def failed(self, error: BaseException) -> None:
+        """An exception ends the run."""
+        self._ended_by = type(error).__name__
 
     def stop(self) -> None:
-        """End the wall clock."""
-        self._ended = perf_counter()
+        """End the wall clock, and write the file where one is wanted."""
+        if not self._running:
+            return
+        self._clock.stop()
+        self._running, self._system_clock = False, time.time() - self._system_clock
+        for undo in self._watched:
+            undo()
+        self._watched = []
+        if self._trainer is not None:
+            header.complete(self._header, self._trainer, self._first_batch)
+        self._trainer = self._first_batch = None
+        if self._writer is not None:
+            self._writer.end()
+            self._writer = None
 
-    def _enter(self, phase: str) -> None:
-        now = perf_counter()
-        if self._stack:
-            self._seconds[self._stack[-1]] += now - self._since
-        self._stack.append(phase)
-        self._calls[phase] += 1
-        self._since = now
+    def wrap(
+        self, phase: str, function: Callable[..., Any], part: str | None = None, of: Callable[..., Any] | None = None
+    ) -> Callable[..., Any]:
+        """`function`, its time added to `phase`, and to the part of that name. `of` is where the part is defined."""
+        if part is not None and (phase, part) not in self._where:
+            self._where[phase, part] = header.where(function if of is None else of)
+        return self._clock.wrap(phase, function, part)
 
-    def _leave(self) -> None:
-        now = perf_counter()
-        self._seconds[self._stack.pop()] += now - self._since
-        self._since = now
+    def wrap_hook(self, hook: str, function: Callable[..., Any], part: str, of: Callable[..., Any]) -> Any:
+        """`function`, which calls the hook `of`, named `hook`."""
+        return self.wrap(HOOK_PHASES.get(hook, "hooks"), function, part, of)
 
-    def wrap(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, its time added to `phase`."""
+    def phase(self, name: str, part: str | None = None) -> AbstractContextManager[None]:
+        """The time inside belongs to phase `name`, and to the part of that name.
 
-        def timed(*args: Any) -> Any:
-            self._enter(phase)
-            try:
-                return function(*args)
-            finally:
-                self._leave()
+        Raises:
+            ProfileError: there is no such phase; record.PHASES holds them.
+        """
+        return self._clock.block(name, part)
 
-        timed.__qualname__ = getattr(function, "__qualname__", phase)
-        return timed
+    def wrap_batches(self, batches: Iterator[Any], phase: str = "data") -> Iterator[Any]:
+        """The same batches; waiting for each one is "data", and begins a step."""
+        return self._clock.steps(phase, iter(batches), self._note_batch)
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """The time inside belongs to phase `name`."""
-        self._enter(name)
-        try:
-            yield
-        finally:
-            self._leave()
+    def wrap_items(self, phase: str, items: Iterator[Any], part: str | None = None) -> Iterator[Any]:
+        """The same items; waiting for each one belongs to `phase`."""
+        return self._clock.items(phase, iter(items), part)
 
-    def wrap_batches(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches; waiting for each one is "data"."""
-        fetch = self.wrap("data", batches.__next__)
-        while True:
-            try:
-                batch = fetch()
-            except StopIteration:
-                return
-            yield batch
+    def end_step(self) -> None:
+        """The last step of an epoch ends here: what comes before the next one is fetched is not of it."""
+        self._clock.end_step()
+
+    def _note_batch(self, batch: Any) -> None:
+        if self._trainer is not None and self._first_batch is None:
+            self._first_batch = header.Batch.of(batch)
+
+    def _watch(self) -> None:
+        """Notice what stops a step inside whatever it does: the garbage collector, torch.compile."""
+        clock, began = self._clock, [0, 0]
+
+        def collection(phase: str, info: dict[str, int]) -> None:
+            if phase == "start":
+                began[0] = time.perf_counter_ns()
+            else:
+                clock.interrupted(COLLECTION, time.perf_counter_ns() - began[0])
+
+        gc.callbacks.append(collection)
+        self._watched.append(lambda: gc.callbacks.remove(collection))
+        compiler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+        if compiler is None:  # nothing is compiled, or not yet
+            return
+
+        def begin(*_: Any) -> None:
+            began[1] = time.perf_counter_ns()
+
+        def end(*_: Any) -> None:
+            clock.interrupted(COMPILATION, time.perf_counter_ns() - began[1])
+
+        compiler.register_start_callback(begin)
+        compiler.register_end_callback(end)
+        self._watched += [lambda: compiler.remove_start_callback(begin), lambda: compiler.remove_end_callback(end)]
 
     # -- reading
 
     @property
     def wall(self) -> float:
         """Seconds from `start()` to `stop()`, or until now."""
-        if self._began is None:
-            return 0.0
-        return (self._ended if self._ended is not None else perf_counter()) - self._began
+        return self._clock.read().wall * 1e-9
 
     def phases(self) -> dict[str, float]:
-        """Seconds by phase; "other" is what no phase claims, so the values add up to `wall`."""
-        seconds = dict(self._seconds)
-        seconds["other"] = self.wall - sum(seconds.values())
-        return seconds
+        """Seconds by phase; "unexplained" is what no phase claims, so the values add up to `wall`."""
+        return {name: ns * 1e-9 for name, (ns, _) in self._clock.read().phases.items()}
 
     def step_costs(self) -> dict[str, float]:
-        """Microseconds a step, for the phases that ran."""
-        steps = self._calls["forward"]
-        return {name: s / steps * 1e6 for name, s in self._seconds.items() if steps and self._calls[name]}
+        """Microseconds a step, for the phases that ran in one."""
+        reading = self._clock.read()
+        steps = reading.steps.count
+        return {name: spread.total / steps * 1e-3 for name, spread in reading.per_step.items() if spread.count}
+
+    def profile(self) -> Profile:
+        """Everything that was recorded until now, also while the run goes on."""
+        reading, passed = self._clock.read(), self._system_clock
+        if self._running:
+            passed = time.time() - passed
+            if self._trainer is not None and self._first_batch is not None:
+                header.complete(self._header, self._trainer, self._first_batch)
+        typical = {name: _distribution(spread) for name, spread in reading.per_step.items()}
+        steps = _distribution(reading.steps)
+        profile = Profile(
+            header=self._header,
+            wall=reading.wall * 1e-9,
+            clock_check=passed if reading.wall else None,
+            finished=not self._running and self._ended_by is None and reading.wall > 0,
+            ended_by=self._ended_by,
+            steps=steps,
+            phases=[Phase(name, ns * 1e-9, n, typical[name]) for name, (ns, n) in reading.phases.items() if n or ns],
+            parts=[
+                Part(p.phase, p.name, p.total * 1e-9, p.calls, self._where.get((p.phase, p.name)), p.longest * 1e-9)
+                for p in reading.parts
+            ],
+            slowest=[
+                SlowStep(
+                    slow.step,
+                    slow.duration * 1e-9,
+                    {name: ns * 1e-9 for name, ns in slow.phases.items()},
+                    causes_of(slow, steps, typical),
+                    slow.begin * 1e-9,
+                )
+                for slow in reading.slowest
+            ],
+            timeline=[_span(span) for span in self._clock.spans(STEPS_SHOWN)],
+        )
+        if abs(passed - profile.wall) > 1.0 + 0.01 * profile.wall:
+            profile.warnings.append(
+                f"The system's clock jumped: {passed:.1f} s went by on it, {profile.wall:.1f} s by the steady clock, "
+                f"which all figures here are of. The machine slept, or its time was set."
+            )
+        return profile
+
+
+def _distribution(spread: ops.Spread) -> Distribution:
+    if not spread.count:
+        return Distribution()
+    return Distribution(spread.count, spread.total * 1e-9, spread.minimum * 1e-9, spread.maximum * 1e-9, spread.buckets)
+
+
+def _span(span: ops.SpanTime) -> Span:
+    track = "phases" if span.part is None else "hooks"
+    return Span(track, span.part or span.phase, span.begin * 1e-9, span.duration * 1e-9, span.step)

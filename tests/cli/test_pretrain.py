@@ -73,7 +73,7 @@ def test_trains_and_reports(text, tmp_path, capsys):
     monitor = saved["callbacks"]["PretrainMonitor"]
     assert [step for step, _ in monitor["val_curve"]] == [4]  # saved at the last step, before its validation
     rows = re.findall(r"│ ([a-z][^│]*?) +│ +(-?[\d.]+) │", said)
-    assert [name for name, _ in rows][:4] == ["data", "forward", "backward", "optimizer"]
+    assert [name for name, _ in rows][:5] == ["setup", "data", "forward", "backward", "optimizer"]
     assert rows[-1][0] == "total (wall)"
     # Every number is rounded to a thousandth of a second.
     assert sum(float(s) for _, s in rows[:-1]) == pytest.approx(float(rows[-1][1]), abs=0.0005 * len(rows))

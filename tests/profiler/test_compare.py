@@ -167,8 +167,8 @@ def test_the_bootstrap_finds_a_known_ratio() -> None:
 
 
 def test_rows_without_a_baseline_can_be_written_and_read(tmp_path: Any) -> None:
-    windows = [{"forward": 2.0, "hooks": 1.0, "other": 0.5}] * 5
-    made = rows(windows, [{"forward": 1.0, "other": 0.5}] * 5, 2, paired=True)
+    windows = [{"forward": 2.0, "hooks": 1.0, "unexplained": 0.5}] * 5
+    made = rows(windows, [{"forward": 1.0, "unexplained": 0.5}] * 5, 2, paired=True)
     assert [(row.name, row.ours, row.baseline) for row in made] == [
         ("forward", 1.0, 0.5), ("hooks", 0.5, 0.0), ("unexplained", 0.25, 0.25), ("step", 1.75, 0.75),
     ]  # fmt: skip

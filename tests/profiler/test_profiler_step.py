@@ -7,6 +7,7 @@ from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
 
+import pytest
 import torch
 from heart_models import QUIET, NoLength, Plain, batches, fitted, shuffled
 
@@ -24,12 +25,12 @@ def test_phases_sum_to_the_wall_time() -> None:
 
     made = fitted(Validates(), batches(20), [batches(2)], max_epochs=2, profiler="step", gradient_clip_val=1.0)
     phases = made.profiler.phases()
-    assert set(phases) == {*PHASES, "other"}
+    assert list(phases) == list(PHASES)
     assert abs(sum(phases.values()) - made.profiler.wall) <= 1e-9  # sums of doubles of a few seconds
     assert all(seconds >= 0.0 for seconds in phases.values())
     assert all(phases[name] > 0.0 for name in ("data", "forward", "backward", "optimizer", "hooks", "validation"))
     costs = made.profiler.step_costs()
-    assert costs["forward"] * 40 / 1e6 <= phases["forward"] * (1 + 1e-9)
+    assert costs["forward"] * 40 / 1e6 == pytest.approx(phases["forward"], rel=1e-12)
 
 
 def test_nested_phases_count_once() -> None:
@@ -57,7 +58,9 @@ def test_an_error_leaves_the_stack_right() -> None:
     for _ in range(2):
         with suppress(KeyError):
             profiler.wrap("forward", broken)()
-    assert profiler._stack == []
+    sleep(0.002)
+    profiler.stop()
+    assert profiler.phases()["forward"] < 0.002 <= profiler.phases()["unexplained"]
 
 
 def test_losses_are_the_same_with_and_without() -> None:

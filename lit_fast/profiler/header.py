@@ -1,0 +1,173 @@
+"""What ran, where, and with what: the header of a profile. Cheap: it starts no process and imports nothing heavy."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import platform
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lit_fast.profiler.record import Header
+from lit_fast.profiler.throughput import compute_dtype, get_available_flops
+
+if TYPE_CHECKING:
+    from lit_fast.trainer import Trainer
+
+SHOWN = 8  # tensors of a batch
+
+
+def begin(header: Header, trainer: Trainer) -> None:
+    """What is known as a run begins."""
+    import lit_fast
+
+    script = sys.argv[0] if sys.argv else ""
+    strategy, device, module = trainer.strategy, trainer.config.device, trainer._module
+    header.script, header.commit = script, commit_of(Path(script).resolve().parent) or commit_of(Path.cwd())
+    header.host, header.pid = socket.gethostname(), os.getpid()
+    header.rank, header.local_rank = strategy.global_rank, strategy.local_rank
+    header.world_size = strategy.world_size
+    header.processor, header.cores = processor(), len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count() or 0
+    header.versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lit_fast": lit_fast.__version__,
+    }
+    header.device = str(device.type)
+    if device.type == "cuda":
+        header.device = torch.cuda.get_device_name(device)
+        header.driver = driver()
+        header.versions["cuda"] = str(torch.version.cuda)
+        peak = get_available_flops(device, compute_dtype(str(trainer.precision)))
+        if peak is not None:
+            header.peak_flops, header.peak_source = float(peak), "the vendor's data sheet (profiler/throughput.py)"
+    if "triton" in sys.modules:
+        header.versions["triton"] = str(getattr(sys.modules["triton"], "__version__", ""))
+    header.module = type(module).__name__ if module is not None else ""
+    header.precision, header.strategy = str(trainer.precision), type(strategy).__name__
+
+
+def complete(header: Header, trainer: Trainer, batch: Batch | None) -> None:
+    """What is known once steps run: the model as it is trained, who steps it, the first batch."""
+    module, plans = trainer._module, trainer.fit_loop.plans
+    if batch is not None and not header.batch:
+        header.batch, header.samples_per_step = batch.text, batch.samples
+    if module is not None and not header.parameters:
+        header.parameters = sum(p.numel() for p in module.parameters() if not isinstance(p, _LAZY))
+    if plans is not None and plans.module is module and not header.optimizer:
+        adopted = plans.binding.stepping.adopted
+        header.optimizer = ", ".join(f"{type(each.optimizer).__name__} ({each.reason})" for each in adopted)
+
+
+_LAZY = torch.nn.parameter.UninitializedParameter
+_HAS_AFFINITY = hasattr(os, "sched_getaffinity")
+
+
+@dataclass
+class Batch:
+    """What is kept of the first batch."""
+
+    text: str  # shapes and dtypes
+    samples: float | None
+
+    @classmethod
+    def of(cls, batch: Any) -> Batch:
+        """Never an error, whatever a batch is.
+
+        Example:
+            >>> Batch.of([torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)])
+            Batch(text='float32[4, 8], int64[4]', samples=4.0)
+        """
+        tensors = list(_tensors(batch))
+        shown = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors[:SHOWN]]
+        if len(tensors) > SHOWN:
+            shown.append(f"and {len(tensors) - SHOWN} more")
+        samples = float(tensors[0].shape[0]) if tensors and tensors[0].dim() else None
+        return cls(", ".join(shown) or type(batch).__name__, samples)
+
+
+def _tensors(batch: Any, depth: int = 0) -> Iterable[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, Mapping) and depth < 4:
+        for item in batch.values():
+            yield from _tensors(item, depth + 1)
+    elif isinstance(batch, list | tuple) and depth < 4:
+        for item in batch:
+            yield from _tensors(item, depth + 1)
+
+
+def where(function: Callable[..., Any]) -> str:
+    """file:line of what is called in the end; "" where it has none (built-in, or compiled).
+
+    Example:
+        >>> where(where).rpartition(":")[0].endswith("header.py")
+        True
+    """
+    while True:
+        if isinstance(function, partial):
+            function = function.func
+        elif hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            break
+    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+
+
+def commit_of(folder: Path) -> str | None:
+    """What is checked out in the repository around `folder`, read from its files; None where there is none."""
+    try:
+        for parent in (folder, *folder.parents):
+            git = parent / ".git"
+            if git.is_file():  # a work tree beside the repository's own
+                git = (parent / git.read_text().partition("gitdir:")[2].strip()).resolve()
+            if git.is_dir():
+                return _head(git)
+    except (OSError, UnicodeDecodeError):
+        pass
+    return None
+
+
+def _head(git: Path) -> str | None:
+    head = (git / "HEAD").read_text().strip()
+    if not head.startswith("ref:"):
+        return head[:10] or None
+    name = head.partition("ref:")[2].strip()
+    common = git / "commondir"
+    folders = [git, *([(git / common.read_text().strip()).resolve()] if common.is_file() else [])]
+    for folder in folders:
+        if (folder / name).is_file():
+            return (folder / name).read_text().strip()[:10]
+        packed = folder / "packed-refs"
+        if packed.is_file():
+            found = re.search(rf"^([0-9a-f]+) {re.escape(name)}$", packed.read_text(), re.MULTILINE)
+            if found:
+                return found[1][:10]
+    return None
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def driver() -> str | None:
+    """The version of NVIDIA's kernel module."""
+    try:
+        found = re.search(r"Module\s+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found[1] if found else None
