@@ -16,6 +16,7 @@ COMMANDS = {
     "info": "what was built, what was chosen on this machine, and why",
     "launch": "run a program in several processes, on one machine or several, or as a job of SLURM's",
     "pretrain": "train a GPT on text, by default on the source of Python's standard library",
+    "profile": "where a program's fit spends its time, against a loop by hand, Lightning or an earlier run",
     "report": "where the time of a profiled run went, on all its processes",
     "run": "run a Python program written for Lightning, unedited",
 }

@@ -7,6 +7,7 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lit_fast import compat
 
@@ -25,12 +26,16 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if not options.module and not os.path.isfile(options.program):
         parser.error(f"there is no file {options.program!r}; for a module: lit-fast run -m {options.program}")
-    compat.install()
-    sys.argv = [options.program, *options.arguments]
-    if options.module:
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(options.program, run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(options.program)))
-        runpy.run_path(options.program, run_name="__main__")
+    execute(options.program, options.arguments, options.module)
     return 0
+
+
+def execute(program: str, arguments: Sequence[str], is_module: bool) -> dict[str, Any]:
+    """The program in this process, as its main one, with Lightning's names leading here; returns its globals."""
+    compat.install()
+    sys.argv = [program, *arguments]
+    if is_module:
+        sys.path.insert(0, os.getcwd())
+        return runpy.run_module(program, run_name="__main__", alter_sys=True)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(program)))
+    return runpy.run_path(program, run_name="__main__")

@@ -16,10 +16,9 @@ import copy
 import math
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import wraps
 from itertools import islice
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,44 +33,19 @@ from lit_fast.hooks import is_overridden
 from lit_fast.loggers.logger import DummyLogger
 from lit_fast.module import LightningModule
 from lit_fast.profiler.eager import EagerLoop, refuse
-from lit_fast.profiler.record import PHASES, Compared, Comparison
+from lit_fast.profiler.ratios import rows
+from lit_fast.profiler.record import Comparison, Finding, Header, Profile, Report
 from lit_fast.profiler.step import StepProfiler
+from lit_fast.profiler.windows import FEWEST, WINDOWS, Borders, a_step, seconds
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
-
-WINDOWS = 20  # pairs that count; one before them warms up
-FEWEST = 5  # below, an interval says nothing
-DRAWS = 10_000  # of the bootstrap
 
 # Largest relative difference of losses. In 64 and 32 bits, of each step: both sides do the same arithmetic but for the
 # last bit of a root (torch's loops, optim/adopt.py), which training carries on. In 16 bits such a bit moves roundings,
 # by 2^-8 of a value in bfloat16 and 2^-11 in float16, and training makes noise of them: single steps differ, means do
 # not, so the means of windows are compared.
 LOSS_BOUND, LOSS_BOUND_16_BITS = 1e-5, 2e-2
-
-
-class Borders(StepProfiler):
-    """Our side's clock, with a visitor between two steps wherever a window ends."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.left = 0  # micro-batches of the running window
-
-    def visit(self) -> int:
-        """Called before a window; returns how many micro-batches it has."""
-        raise NotImplementedError
-
-    def wrap_batches(self, batches: Iterator[Any], phase: str = "data") -> Iterator[Any]:
-        timed = super().wrap_batches(batches, phase)
-        while True:
-            if not self.left:
-                self.left = self.visit()
-            for batch in islice(timed, self.left):
-                self.left -= 1
-                yield batch
-            if self.left:  # the epoch ended within a window
-                return
 
 
 class Alternation(Borders):
@@ -87,6 +61,7 @@ class Alternation(Borders):
     def __init__(self, trainer: Trainer, other: Any, size: int, windows: int) -> None:
         super().__init__()
         self.trainer, self.make, self.size, self.windows = trainer, other, size, windows
+        self.device = trainer.config.device
         self.other: EagerLoop | None = None
         self.began: dict[str, float] | None = None
         self.ours: list[dict[str, float]] = []
@@ -99,7 +74,7 @@ class Alternation(Borders):
 
     def visit(self) -> int:
         if self.began is not None:
-            self.ours.append(_between(self.began, self._now(self)))
+            self.ours.append(a_step(self.began, seconds(self, self.device), self.size))
         done = len(self.ours)
         with_ours = rng.capture()
         while len(self.theirs) < self._due(done):
@@ -108,7 +83,7 @@ class Alternation(Borders):
         if done == self.windows:
             self.trainer.should_stop = True
             return 1  # the loop looks only after a step
-        self.began = self._now(self)
+        self.began = seconds(self, self.device)
         return self.size
 
     def _due(self, done: int) -> int:
@@ -120,20 +95,10 @@ class Alternation(Borders):
         if self.other is None:
             self.other = self.make()
             self.other.clock.start()
-        began = self._now(self.other.clock)
+        began = seconds(self.other.clock, self.device)
         deque(islice(self.other.steps, self.size), maxlen=0)
-        self.theirs.append(_between(began, self._now(self.other.clock)))
+        self.theirs.append(a_step(began, seconds(self.other.clock, self.device), self.size))
         self.random = rng.capture()
-
-    def _now(self, clock: StepProfiler) -> dict[str, float]:
-        """Seconds by phase so far, once the device has done what it was given."""
-        if self.trainer.config.device.type == "cuda":
-            torch.cuda.synchronize(self.trainer.config.device)
-        return clock.phases()
-
-
-def _between(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
-    return {name: seconds - before.get(name, 0.0) for name, seconds in after.items()}
 
 
 class Prepared:
@@ -219,7 +184,7 @@ class Prepared:
         few_bits = "16" in self.trainer.precision
         comparison = Comparison(
             "eager",
-            rows=rows(turns.ours[1:pairs], turns.theirs[1:pairs], size, paired=True),
+            rows=rows(turns.ours[1:pairs], turns.theirs[1:pairs], paired=True),
             windows=pairs - 1,
             steps=size,
             largest_loss_difference=largest_difference(losses, their_losses, size if few_bits else 1),
@@ -306,61 +271,82 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor], steps: 
     return float(torch.where(same, 0.0, torch.nan_to_num(difference, math.inf, math.inf)).max())
 
 
-# -- statistics
+# -- other baselines: not side by side, so each side is resampled by itself
+
+ONE_AFTER_THE_OTHER = (
+    "both were measured one after the other, not side by side: the interval knows nothing of what changed between them"
+)
 
 
-def rows(
-    ours: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]], size: int, paired: bool
-) -> list[Compared]:
-    """A row for each phase that ran on either side, and "step" for all of it.
+def against_lightning(report: Report, found: dict[str, Any], size: int) -> Comparison:
+    """The recorded fit against what `lightning_side.py` found, in windows of as many steps.
 
-    Args:
-        ours, baseline: seconds by phase, of each window of `size` steps.
-        paired: window i of both sides ran side by side.
+    Raises:
+        ProfileError: one of them is too short.
     """
-    sides = [[_by_name(window, size) for window in side] for side in (ours, baseline)]
-    made = []
-    for name in (*PHASES, "step"):
-        columns = [[window.get(name, 0.0) for window in side] for side in sides]
-        if any(any(column) for column in columns):
-            made.append(row(name, columns[0], columns[1], paired))
-    return made
+    notes = [ONE_AFTER_THE_OTHER, f"Lightning's side: {_listed(found['versions'])}"]
+    return _one_after_the_other("lightning", report.profiles[0].windows, found["windows"], size, notes)
 
 
-def _by_name(window: Mapping[str, float], size: int) -> dict[str, float]:
-    named = {name: seconds / size for name, seconds in window.items()}
-    return {**named, "step": sum(named.values())}
+def against_report(report: Report, earlier: Report | Profile, path: str, size: int) -> Comparison:
+    """The recorded fit against that of an earlier report.
 
-
-def row(name: str, ours: Sequence[float], baseline: Sequence[float], paired: bool) -> Compared:
-    """Medians over windows, and the ratio with its interval.
-
-    Example:
-        >>> made = row("step", [2.0, 2.2, 2.1, 2.0, 2.1], [1.0, 1.1, 1.0, 1.0, 1.1], paired=True)
-        >>> made.ratio, made.low <= made.ratio <= made.high
-        (2.0, True)
+    Raises:
+        ProfileError: it was not made by `lit-fast profile`, or is too short.
     """
-    made = Compared(name, median(baseline), median(ours), baseline_windows=list(baseline), ours_windows=list(ours))
-    if min(baseline) > 0.0:
-        made.ratio, made.low, made.high = bootstrap(ours, baseline, paired)
-    return made
+    before = earlier.profiles[0] if isinstance(earlier, Report) else earlier
+    if not before.windows:
+        raise ProfileError(
+            f"{path} holds no windows of steps to compare with: `lit-fast profile script.py --out DIR` writes a "
+            f"report.json that does."
+        )
+    notes = [ONE_AFTER_THE_OTHER, *differences(report.profiles[0].header, before.header)]
+    return _one_after_the_other(path, report.profiles[0].windows, before.windows, size, notes)
 
 
-def bootstrap(ours: Sequence[float], baseline: Sequence[float], paired: bool) -> tuple[float, float, float]:
-    """The ratio, and the 95 % percentile interval of it over resampled windows (Efron's bootstrap; seed 0).
+def _one_after_the_other(
+    against: str, ours: list[dict[str, float]], baseline: list[dict[str, float]], size: int, notes: list[str]
+) -> Comparison:
+    for windows, whose in ((ours, "this fit"), (baseline, against)):
+        if len(windows) <= FEWEST:
+            raise ProfileError(
+                f"There are {len(windows)} windows of {whose}; at least {FEWEST + 1} are needed for an interval. Train "
+                f"longer, or record fewer steps: --steps N."
+            )
+    made = rows(ours[1:], baseline[1:], paired=False)
+    return Comparison(against, made, windows=min(len(ours), len(baseline)) - 1, steps=size, notes=notes)
 
-    Paired: the median of the pairs' ratios. Otherwise: the ratio of the medians, each side resampled by itself.
-    """
-    generator = torch.Generator().manual_seed(0)
 
-    def drawn(values: Tensor) -> Tensor:
-        index = torch.randint(len(values), (DRAWS, len(values)), generator=generator)
-        return values[index].quantile(0.5, dim=1)
+def differences(ours: Header, before: Header) -> list[str]:
+    """What is not the same in two runs, so that their times may differ for it."""
+    said = []
+    for name in ("host", "processor", "cores", "device", "driver", "world_size", "module", "parameters", "precision",
+                 "strategy", "optimizer", "batch", "script", "commit"):  # fmt: skip
+        a, b = getattr(before, name), getattr(ours, name)
+        if a != b:
+            said.append(f"{name.replace('_', ' ')}: {a} then, {b} now")
+    for name in sorted({*before.versions, *ours.versions}):
+        if before.versions.get(name) != ours.versions.get(name):
+            said.append(f"{name}: {before.versions.get(name)} then, {ours.versions.get(name)} now")
+    return said
 
-    a, b = torch.tensor(ours, dtype=torch.float64), torch.tensor(baseline, dtype=torch.float64)
-    if paired:
-        ratio, ratios = float((a / b).quantile(0.5)), drawn(a / b)
-    else:
-        ratio, ratios = float(a.quantile(0.5) / b.quantile(0.5)), drawn(a) / drawn(b)
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return ratio, low, high
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def differing_losses(comparison: Comparison | None) -> list[Finding]:
+    """A finding where both sides did not train the same: their times then mean nothing."""
+    if comparison is None or comparison.largest_loss_difference is None or comparison.loss_bound is None:
+        return []
+    if comparison.largest_loss_difference <= comparison.loss_bound:
+        return []
+    return [
+        Finding(
+            "The losses of both sides differ",
+            f"by {comparison.largest_loss_difference:.3g} of a loss, where {comparison.loss_bound:g} is allowed: they "
+            f"do not train the same, so their times cannot be compared.",
+            "Look for what the module does only under a Trainer, for data that is drawn anew by each reader, and for "
+            "state that copies share; eager.py in the report's folder is the loop by hand.",
+        )
+    ]

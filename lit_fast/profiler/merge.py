@@ -122,10 +122,10 @@ def summarize(profile: Profile) -> RankSummary:
 def doubts(profile: Profile) -> list[str]:
     """What a reader should know before believing the figures of one process."""
     who, found = f"rank {profile.header.rank}", list(profile.warnings)
-    if not profile.finished:
-        found.append(f"{who} has not ended its run, or was killed: its figures end at its last file.")
-    elif profile.ended_by:
+    if profile.ended_by:
         found.append(f"{who} was ended by {profile.ended_by}.")
+    elif not profile.finished:
+        found.append(f"{who} has not ended its run, or was killed: its figures end at its last file.")
     check = profile.clock_check
     if check is not None and abs(check - profile.wall) > max(CLOCKS_DIFFER * profile.wall, 0.01):
         found.append(

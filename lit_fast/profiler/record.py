@@ -288,6 +288,7 @@ class Profile:
     overlapped: float | None = None  # s of communication behind other work; part of no row
     parts: list[Part] = field(default_factory=list)
     slowest: list[SlowStep] = field(default_factory=list)
+    windows: list[dict[str, float]] = field(default_factory=list)  # s a step by phase, of stretches of as many steps
     window_steps: int | None = None  # steps that were looked at in depth: syncs, kernels and memory are of these
     syncs: list[Sync] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)

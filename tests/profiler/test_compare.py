@@ -14,7 +14,8 @@ import lit_fast
 from lit_fast.callbacks import EarlyStopping, ModelCheckpoint
 from lit_fast.errors import ProfileError
 from lit_fast.profiler import record
-from lit_fast.profiler.compare import Prepared, bootstrap, largest_difference, row, rows
+from lit_fast.profiler.compare import Prepared, against_report, largest_difference
+from lit_fast.profiler.ratios import bootstrap, row, rows
 from lit_fast.profiler.record import Comparison
 
 
@@ -167,8 +168,8 @@ def test_the_bootstrap_finds_a_known_ratio() -> None:
 
 
 def test_rows_without_a_baseline_can_be_written_and_read(tmp_path: Any) -> None:
-    windows = [{"forward": 2.0, "hooks": 1.0, "unexplained": 0.5}] * 5
-    made = rows(windows, [{"forward": 1.0, "unexplained": 0.5}] * 5, 2, paired=True)
+    windows = [{"forward": 1.0, "hooks": 0.5, "unexplained": 0.25, "validation": 9.0}] * 5
+    made = rows(windows, [{"forward": 0.5, "unexplained": 0.25}] * 5, paired=True)
     assert [(row.name, row.ours, row.baseline) for row in made] == [
         ("forward", 1.0, 0.5), ("hooks", 0.5, 0.0), ("unexplained", 0.25, 0.25), ("step", 1.75, 0.75),
     ]  # fmt: skip
@@ -177,3 +178,21 @@ def test_rows_without_a_baseline_can_be_written_and_read(tmp_path: Any) -> None:
     assert isinstance(again, record.Report) and again.comparison is not None
     assert repr(again.comparison.rows) == repr(made)
     assert row("x", [2.0] * 5, [1.0] * 5, paired=False).ratio == 2.0
+
+
+def test_a_report_without_windows_is_refused() -> None:
+    made = record.Report([record.Profile()])
+    with pytest.raises(ProfileError, match=r"old\.json holds no windows"):
+        against_report(made, record.Profile(), "old.json", 5)
+    short = record.Profile(windows=[{"forward": 1.0}] * 5)
+    with pytest.raises(ProfileError, match="There are 5 windows"):
+        against_report(record.Report([short]), short, "old.json", 5)
+
+
+def test_what_differs_between_two_runs_is_said() -> None:
+    windows = [{"forward": 1.0, "checkpoint": 5.0}] * 8
+    now = record.Profile(record.Header(host="a", cores=2, versions={"torch": "2.13"}), windows=windows)
+    then = record.Profile(record.Header(host="b", cores=2, versions={"torch": "2.12", "cuda": "13"}), windows=windows)
+    comparison = against_report(record.Report([now]), record.Report([then]), "old.json", 5)
+    assert comparison.notes[1:] == ["host: b then, a now", "cuda: 13 then, None now", "torch: 2.12 then, 2.13 now"]
+    assert of(comparison, "step").ratio == 1.0 and of(comparison, "step").ours == 1.0  # no checkpoint in a step
