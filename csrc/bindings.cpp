@@ -336,6 +336,12 @@ PYBIND11_MODULE(_core, m) {
              })
         .def("stop", &lf::PhaseClock::stop)
         .def("end_step", &lf::PhaseClock::end_step)
+        .def("pause",
+             [](lf::PhaseClock& self, int slot) {
+                 lf::check(self.has_slot(slot), "the clock has no such slot.");
+                 self.pause(slot);
+             })
+        .def("resume", &lf::PhaseClock::resume)
         .def("interrupted",
              [](lf::PhaseClock& self, int kind, lf::Nanoseconds duration) {
                  if (self.times_this_thread()) self.interrupted(kind, duration);

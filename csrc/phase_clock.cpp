@@ -56,7 +56,7 @@ int PhaseClock::add_part(int phase) {
     return static_cast<int>(slots_.size()) - 1;
 }
 
-bool PhaseClock::times_this_thread() const { return running_ && thread_ == PyThread_get_thread_ident(); }
+bool PhaseClock::times_this_thread() const { return running_ && !paused_ && thread_ == PyThread_get_thread_ident(); }
 
 void PhaseClock::start(int slot) {
     for (ClockSlot& each : slots_) each = {each.phase};
@@ -67,7 +67,7 @@ void PhaseClock::start(int slot) {
     spans_seen_ = 0;
     thread_ = PyThread_get_thread_ident();
     running_ = true;
-    in_step_ = false;
+    in_step_ = paused_ = false;
     current_ = slot;
     ++slots_[static_cast<std::size_t>(slot)].calls;
     ++run_;  // calls that were entered before are of another run
@@ -141,6 +141,23 @@ void PhaseClock::end_step() {
     credit(end);
     close_step(end);
     in_step_ = false;
+}
+
+void PhaseClock::pause(int slot) {
+    if (!times_this_thread()) return;
+    end_step();
+    credit(now());
+    before_pause_ = current_;
+    current_ = slot;
+    ++slots_[static_cast<std::size_t>(slot)].calls;
+    paused_ = true;
+}
+
+void PhaseClock::resume() {
+    if (!paused_ || !running_) return;
+    credit(now());
+    current_ = before_pause_;
+    paused_ = false;
 }
 
 void PhaseClock::close_step(Nanoseconds end) {

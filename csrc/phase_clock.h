@@ -74,6 +74,9 @@ class PhaseClock {
     void forget_step(const Frame& frame);  // there was no batch for it
     void end_step();
     void interrupted(int kind, Nanoseconds duration);
+    // All time until `resume` is `slot`'s: no call is timed, no step begins; one that goes on ends here.
+    void pause(int slot);
+    void resume();
 
     // What was recorded, up to now.
     void settle();
@@ -101,8 +104,8 @@ class PhaseClock {
     std::size_t slow_kept_ = 0;
     std::uint64_t spans_seen_ = 0;
     unsigned long thread_ = 0;
-    bool running_ = false, in_step_ = false;
-    int rest_, current_;
+    bool running_ = false, in_step_ = false, paused_ = false;
+    int rest_, current_, before_pause_ = 0;
     std::int64_t run_ = 0, step_ = -1;
     Nanoseconds began_ = 0, since_ = 0, step_began_ = 0, step_longest_ = 0;
     int step_longest_slot_ = -1;

@@ -175,6 +175,8 @@ class Binding:
         if not_none in plan.receive:
             plan.run = unless_none(plan.run)
         plan.run = recorded(self.trainer._actions, "run_training_batch", plan.run)
+        if self.trainer._profiler is not None:
+            plan.run = self.trainer._profiler.bind_run(plan.run, place.last)
         return plan
 
     def weigh(self) -> WindowWeights:

@@ -136,6 +136,14 @@ class PhaseClock:
         """The step that goes on, if one does, ends here and not where the next one begins."""
         self._core.end_step()
 
+    def pause(self, phase: str) -> None:
+        """All time until `resume` belongs to `phase`: calls are not timed, and a step that goes on ends."""
+        self._core.pause(self._slot(phase, None))
+
+    def resume(self) -> None:
+        """Go on timing; nothing happens where the clock was not paused."""
+        self._core.resume()
+
     def interrupted(self, kind: str, nanoseconds: int) -> None:
         """Something stopped the step for that long; the time stays with the phase that it fell into."""
         if kind not in self.interruptions:

@@ -552,6 +552,7 @@ class Runtime(Interrupts):
             "advanced": room.AdvancedProfiler,
             "pytorch": room.PyTorchProfiler,
             "step": room.StepProfiler,
+            "deep": room.DeepProfiler,
         }
         kind = kinds.get(given.lower()) if isinstance(given, str) else None
         made = given if kind is None else kind()
@@ -563,7 +564,7 @@ class Runtime(Interrupts):
             later = "is not built" if given == "xla" else "is unknown"
             raise MisconfigurationException(
                 f"Trainer(profiler={given!r}) {later}; allowed: None, 'step' (where the time of a step goes), "
-                f"'simple', 'advanced', 'pytorch', or an instance of a lit_fast.profiler.Profiler."
+                f"'deep' (and why), 'simple', 'advanced', 'pytorch', or an instance of a lit_fast.profiler.Profiler."
             )
         self._shown_profiler = made
 

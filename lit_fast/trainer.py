@@ -64,8 +64,8 @@ class Trainer(Attributes):
             then weighted by its real length. `training_step` may return how much each one weighs, beside its loss.
         gradient_clip_val, gradient_clip_algorithm: clip by "norm" (default) or "value"; None or 0 switches it off.
         inference_mode: validate under `torch.inference_mode` (else `torch.no_grad`).
-        profiler: "step" for where the time of a step goes; "simple", "advanced", "pytorch" or a `Profiler` for named
-            actions, as in Lightning.
+        profiler: "step" for where the time of a step goes, "deep" for a closer look at some steps; "simple",
+            "advanced", "pytorch" or a `Profiler` for named actions, as in Lightning.
         default_root_dir: where logs and checkpoints go; the working directory by default.
         keep_freed_memory: on the CPU, ask the allocator to keep freed memory between steps, since page faults cost
             more than every kernel here. It holds for the process and stays on after the fit.

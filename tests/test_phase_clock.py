@@ -265,3 +265,41 @@ def test_wrong_names() -> None:
         made.wrap("lunch", print)
     with pytest.raises(ProfileError, match="no interruption 'lunch'"):
         made.interrupted("lunch", 1)
+
+
+def test_while_it_is_paused_nothing_is_timed() -> None:
+    made = clock()
+    batches = made.steps("outer", iter(range(4)))
+    work = made.wrap("inner", spin, "part")
+    next(batches)
+    work(1_000_000)
+    made.pause("outer")
+    before = made.read()
+    assert before.steps.count == 1  # ended where the pause began
+    next(batches)
+    work(5_000_000)
+    made.interrupted("pause", 7)
+    made.resume()
+    made.resume()  # no pause: nothing
+    next(batches)
+    work(1_000_000)
+    made.stop()
+    made.resume()
+    read = made.read()
+    spent = times(read)
+    assert spent["outer"] >= 5_000_000 and read.phases["inner"][1] == 2 and spent["inner"] < 5_000_000
+    assert read.steps.count == 2 and read.steps.maximum < 5_000_000
+    assert read.interruptions == {"pause": 0} and len(read.parts) == 1
+
+
+def test_a_run_that_ends_while_paused_adds_up() -> None:
+    made = clock()
+    with made.block("inner"):
+        made.pause("outer")
+        spin(100_000)
+    made.stop()
+    assert times(made.read())["outer"] >= 100_000
+    made.start("rest")
+    made.wrap("inner", spin)(100_000)
+    made.stop()
+    assert times(made.read())["inner"] >= 100_000  # a new run is not paused

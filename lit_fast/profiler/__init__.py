@@ -1,4 +1,5 @@
-"""Where the time of a run goes: by phase of the step (`StepProfiler`), or by Lightning's named actions.
+"""Where the time of a run goes: by phase of the step (`StepProfiler`, and closer `DeepProfiler`), or by Lightning's
+named actions.
 
 Each profiler is imported when it is first used.
 """
@@ -11,6 +12,7 @@ from lit_fast import lazy
 
 _HOME = {
     "AdvancedProfiler": "advanced",
+    "DeepProfiler": "deep",
     "PassThroughProfiler": "profiler",
     "Profiler": "profiler",
     "PyTorchProfiler": "pytorch",
@@ -18,7 +20,15 @@ _HOME = {
     "StepProfiler": "step",
 }
 
-__all__ = ["AdvancedProfiler", "PassThroughProfiler", "Profiler", "PyTorchProfiler", "SimpleProfiler", "StepProfiler"]
+__all__ = [
+    "AdvancedProfiler",
+    "DeepProfiler",
+    "PassThroughProfiler",
+    "Profiler",
+    "PyTorchProfiler",
+    "SimpleProfiler",
+    "StepProfiler",
+]
 
 
 def __getattr__(name: str) -> Any:

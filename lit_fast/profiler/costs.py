@@ -160,6 +160,6 @@ def step_cost(optimizer: torch.optim.Optimizer, clips: bool) -> Cost | None:
         for param in group["params"]:
             if param.grad is None:
                 continue
-            state = [t for t in optimizer.state.get(param, {}).values() if isinstance(t, Tensor) and t.numel() > 1]
+            state = [t for t in optimizer.state.get(param, {}).values() if isinstance(t, Tensor) and t.dim()]
             moved += 2 * _size(param) + (2 if clips else 1) * _size(param.grad) + 2 * sum(map(_size, state))
     return Cost(float(moved))

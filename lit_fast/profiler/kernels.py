@@ -76,10 +76,11 @@ class Window:
     Args:
         events: all of them, in any order; those around the steps are left out (a validation between two steps).
         calls: what each call costs, by operation, of one step: `Costs.calls`.
+        batches: of a step, which may accumulate gradients; a row's `steps` are batches, as everywhere in a profile.
     """
 
-    def __init__(self, events: Iterable[Event], calls: Mapping[str, Sequence[Cost]]) -> None:
-        events = list(events)
+    def __init__(self, events: Iterable[Event], calls: Mapping[str, Sequence[Cost]], batches: int = 1) -> None:
+        events, self.batches = list(events), batches
         self.steps = sorted((e for e in events if e.name == STEP and not e.on_device), key=lambda e: e.begin)
         host = [e for e in events if not e.on_device]
         roots = nest(host)
@@ -124,7 +125,7 @@ class Window:
     def kernels(self, ceilings: Ceilings) -> list[Kernel]:
         """The longest, longest first. Calls, seconds, bytes and FLOPs are sums over the window's `steps`."""
         rows: dict[str, _Row] = {}
-        steps = len(self.steps)
+        steps = len(self.steps) * self.batches
         for event, nanoseconds in self._timed():
             row = rows.setdefault(event.name, _Row())
             row.add(nanoseconds * 1e-9, self.costs.get(id(event)), ceilings)
@@ -140,6 +141,12 @@ class Window:
             for event in root.everything():
                 if id(event) in self.costs or not (event.annotation or event.name == STEP):
                     yield event, event.own
+
+    def ranges(self, prefix: str, since: Callable[[int], float]) -> list[Span]:
+        """The ranges of these steps whose names begin so, for a timeline; `since` as in `spans`."""
+        marked = [e for root in self.top for e in root.everything() if e.name.startswith(prefix) and e.name != STEP]
+        kept = sorted(marked, key=lambda e: e.begin)[-SPANS:]
+        return [Span("phases", e.name.removeprefix(prefix), since(e.begin), (e.end - e.begin) * 1e-9) for e in kept]
 
     def spans(self, since: Callable[[int], float]) -> list[Span]:
         """The kernels of the last step for a timeline: the longest, in order.

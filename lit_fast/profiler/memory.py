@@ -60,12 +60,11 @@ class StepMemory:
         self.live = self.most = 0  # bytes that autograd holds now, and at most held
         self._by_line: dict[str, int] = {}  # bytes that a line saved
         self._samples: list[MemorySample] = []
-        self._began = 0.0
+        self._began = time.perf_counter()
         self._hooks: Any = None
 
     def __enter__(self) -> StepMemory:
         self._excluded = {_key(t) for t in (*self.module.parameters(), *self.module.buffers())} - {None}
-        self._began = time.perf_counter()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
         return self

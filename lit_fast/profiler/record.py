@@ -42,6 +42,7 @@ PHASES = (
     "logging",
     "checkpoint",
     "validation",
+    "profiling",  # the steps in which a deep profile looks closer: they are in no other figure
     "idle",
     "unexplained",
 )

@@ -155,6 +155,10 @@ class StepProfiler:
         """The same batches; waiting for each one is "data", and begins a step."""
         return self._clock.steps(phase, iter(batches), self._note_batch)
 
+    def bind_run(self, run: Callable[..., None], last: bool) -> Callable[..., None]:
+        """What a plan runs one batch by; `last` of those that an optimizer's step is for."""
+        return run
+
     def wrap_items(self, phase: str, items: Iterator[Any], part: str | None = None) -> Iterator[Any]:
         """The same items; waiting for each one belongs to `phase`."""
         return self._clock.items(phase, iter(items), part)

@@ -45,6 +45,17 @@ _PYTHON = str(Path(os.__file__).parent) + os.sep
 _PROFILER = str(Path(__file__).parent) + os.sep
 
 
+def read_by_us() -> bool:
+    """Whether what runs was called by this package itself, not by a model or a user's code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if not file.startswith((_TORCH, _PROFILER, "<")):
+            return file.startswith(_OURS) and not file.startswith(_MODELS)
+        frame = frame.f_back
+    return False
+
+
 def line_of_caller() -> tuple[str, str]:
     """("file:line", the source there) of the innermost line that is a user's.
 
@@ -155,6 +166,8 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def _note(self, seconds: float | None) -> None:
+        if self.device.type == "cpu" and read_by_us():  # a logged value: on a GPU it would be copied, not read
+            return
         where, line = line_of_caller()
         place = self._places.setdefault(where, Sync(where, line, 0, None))
         place.calls += 1
