@@ -15,7 +15,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="where Trainer(profiler='step') wrote rank-00000.json, ...")
     parser.add_argument("--output", type=Path, help="where to write to (default: the same folder)")
     parser.add_argument("--no-html", action="store_true", help="no report.html, which needs bokeh")
-    parser.add_argument("--trace", action="store_true", help="the timeline for ui.perfetto.dev, and as Chrome JSON")
     parser.add_argument("--quiet", action="store_true", help="print the names of the files only")
     options = parser.parse_args(argv)
 
@@ -32,6 +31,11 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or options.folder
     write(report, output / "report.json")
     written = [output / "report.json"]
+    if not options.no_html:
+        from lit_fast.profiler.report.html import write_html
+
+        write_html(report, output / "report.html")
+        written.append(output / "report.html")
     for path in written:
         print(f"written: {path}")
     return 0

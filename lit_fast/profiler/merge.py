@@ -18,8 +18,7 @@ from lit_fast.profiler.record import Profile, RankSummary, Report
 WHOLE = 8  # processes whose profiles are all kept; of more, EXTREMES of either end and rank 0
 EXTREMES = 3
 # Left out when a file is read for its summary: they make up most of it.
-BULKY = ("timeline", "kernels", "parts", "slowest", "syncs", "warnings")
-CLOCKS_DIFFER = 0.01  # of the wall time. They drift by 1e-4 at most; more is a clock that somebody has set.
+BULKY = ("timeline", "kernels", "parts", "slowest", "syncs")
 RANK_FILE = re.compile(r"rank-(\d+)\.json")
 
 
@@ -121,25 +120,20 @@ def summarize(profile: Profile) -> RankSummary:
 
 def doubts(profile: Profile) -> list[str]:
     """What a reader should know before believing the figures of one process."""
-    who, found = f"rank {profile.header.rank}", list(profile.warnings)
+    who = f"rank {profile.header.rank}"
+    found = [f"{who}: {warning}" for warning in profile.warnings]
     if profile.ended_by:
         found.append(f"{who} was ended by {profile.ended_by}.")
     elif not profile.finished:
         found.append(f"{who} has not ended its run, or was killed: its figures end at its last file.")
-    check = profile.clock_check
-    if check is not None and abs(check - profile.wall) > max(CLOCKS_DIFFER * profile.wall, 0.01):
-        found.append(
-            f"{who}: {profile.wall:.2f} s by the steady clock, on which all figures rest, were {check:.2f} s by the "
-            f"system's, which was set meanwhile, or the machine slept."
-        )
     if not profile.steps.count:
         found.append(f"{who} took no step.")
     return found
 
 
 def own_work(summary: RankSummary) -> float:
-    """s a step that a process is busy: without what it waits for others, and without the first rank's own duties."""
-    waits = ("communication", "idle", "checkpoint", "logging")
+    """s a step that a process is busy: without waiting, setting up, and the first rank's own duties."""
+    waits = ("communication", "idle", "checkpoint", "logging", "setup")
     seconds = summary.wall - sum(summary.phases.get(name, 0.0) for name in waits)
     return seconds / max(1, summary.steps)
 

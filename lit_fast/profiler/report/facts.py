@@ -6,7 +6,7 @@ from statistics import fmean
 
 from lit_fast.profiler import merge
 from lit_fast.profiler.record import PHASES, Phase, Profile, RankSummary, Report, SlowStep
-from lit_fast.profiler.report.units import count, rate, seconds, share, size
+from lit_fast.profiler.report.units import count, digits, rate, seconds, share, size
 
 
 def ranks(report: Report) -> list[RankSummary]:
@@ -60,9 +60,9 @@ def speeds(report: Report) -> list[str]:
     profile = report.profiles[0]
     steps = profile.steps.count
     said = [f"{count(steps, 'step')} in {seconds(profile.wall)}"]
-    if not steps or not profile.wall:
+    if not steps or not profile.steps.total:
         return said
-    a_second, processes = steps / profile.wall, world_size(report)
+    a_second, processes = 1.0 / profile.steps.mean, world_size(report)
     said.append(rate(a_second, "steps/s"))
     for amount, unit in ((profile.header.samples_per_step, "samples/s"), (profile.header.tokens_per_step, "tokens/s")):
         if amount:
@@ -71,15 +71,20 @@ def speeds(report: Report) -> list[str]:
 
 
 def utilization(profile: Profile) -> list[str]:
-    """MFU: the model's FLOPs (a formula, nothing recomputed) a second of wall time, over the device's peak."""
+    """MFU: the model's FLOPs (a formula, nothing recomputed) a second of its steps, over the device's peak.
+
+    HFU counts what activation checkpointing computes again, too.
+    """
     head = profile.header
-    if not head.flops_per_step or not profile.steps.count or not profile.wall:
+    if not head.flops_per_step or not profile.steps.total:
         return []
-    reached = head.flops_per_step * profile.steps.count / profile.wall
+    reached = head.flops_per_step / profile.steps.mean
     said = [f"{rate(reached, 'FLOP/s')} of the model's own"]
     if head.peak_flops:
         of = f" ({head.peak_source})" if head.peak_source else ""
         said.append(f"MFU {share(reached / head.peak_flops)} of {rate(head.peak_flops, 'FLOP/s')}{of}")
+        if head.hardware_flops_per_step:
+            said.append(f"HFU {share(head.hardware_flops_per_step / profile.steps.mean / head.peak_flops)}")
     return said
 
 
@@ -88,6 +93,20 @@ def phase_rows(profile: Profile) -> list[Phase]:
     place = {name: number for number, name in enumerate(PHASES)}
     rows = [row for row in profile.phases if row.seconds]
     return sorted(rows, key=lambda row: place.get(row.name, place["unexplained"] - 0.5))
+
+
+def in_step(row: Phase, profile: Profile) -> float:
+    """s a step that a phase takes within steps; what it does before the first and between epochs is left out."""
+    steps = profile.steps.count
+    return row.per_step.total / steps if steps else 0.0
+
+
+def in_steps(row: Phase, profile: Profile) -> list[str]:
+    """ms: a step's mean, the median and the slowest hundredth of those steps that had that phase."""
+    if not row.per_step.count:
+        return ["", "", ""]
+    values = (in_step(row, profile), row.per_step.quantile(0.5), row.per_step.quantile(0.99))
+    return [digits(1e3 * value) for value in values]
 
 
 def cause(slow: SlowStep, profile: Profile) -> str:
@@ -104,10 +123,10 @@ def energy(report: Report) -> list[tuple[str, str]]:
     """Of all devices that have a counter of energy, over the window that the counter was read for."""
     profile = report.profiles[0]
     measured = [(d.energy, d.energy_seconds) for d in profile.devices if d.energy and d.energy_seconds]
-    if not measured or not profile.steps.count or not profile.wall:
+    if not measured or not profile.steps.total:
         return []
     watts = sum(joules / window for joules, window in measured)
-    a_step = watts * profile.wall / profile.steps.count
+    a_step = watts * profile.steps.mean
     said = [
         ("energy", f"{sum(joules for joules, _ in measured):,.0f} J in {seconds(fmean(w for _, w in measured))}"),
         ("mean power", rate(watts, "W")),
@@ -123,8 +142,7 @@ def energy(report: Report) -> list[tuple[str, str]]:
 def own_cost(profile: Profile) -> str:
     if profile.own_cost is None:
         return "What recording itself cost was not measured."
-    step = profile.wall / profile.steps.count if profile.steps.count else float("nan")
-    return f"Recording took {seconds(profile.own_cost)} a step ({share(profile.own_cost / step)})."
+    return f"Recording took {seconds(profile.own_cost)} a step ({share(profile.own_cost / profile.steps.mean)})."
 
 
 def memory(profile: Profile) -> list[tuple[str, str]]:

@@ -29,7 +29,7 @@ FEW_STEPS = 5  # of fewer nothing is said: the first steps of every run allocate
 SYNCS_A_STEP = 0.5
 # What only the first process does: no reason to call it slow, since each has a rule of its own.
 DUTIES = ("checkpoint", "logging")
-WAITS = ("communication", "idle", "unexplained")
+WAITS = ("communication", "idle", "unexplained", "setup")
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class Run:
 
     @cached_property
     def step(self) -> float:
-        """s of wall time a step, whatever it was spent on."""
-        return self.profile.wall / self.steps
+        """s of wall time a step, whatever it was spent on, without what a run does once, however long it is."""
+        once = sum(part.seconds for part in self.profile.parts if part.phase == "hooks" and part.calls == 1)
+        return (self.profile.wall - self.profile.phase("setup") - once) / self.steps
 
     def each(self, phase: str) -> list[float]:
         """s a step of that phase, of every rank that took a step."""
@@ -100,7 +101,7 @@ def find(report: Report) -> list[Finding]:
             print(finding.title, finding.where)
     """
     run = Run(report)
-    if not report.profiles or run.steps < FEW_STEPS or not run.profile.wall:
+    if not report.profiles or run.steps < FEW_STEPS or run.step <= 0.0:
         return []
     found = [finding for rule in RULES for finding in rule(run)]
     return sorted(found, key=lambda finding: -(finding.seconds_per_step or 0.0))
@@ -227,7 +228,7 @@ def slow_hooks(run: Run) -> Iterator[Finding]:
     for part in run.parts("hooks"):
         lost = part.seconds / run.steps
         told = run.straggler is not None and run.straggler.part is part and run.straggler.seconds >= USUAL * run.step
-        if lost < AVOIDABLE * run.step or told:
+        if lost < AVOIDABLE * run.step or told or part.calls == 1:
             continue
         calls = f"{count(part.calls, 'call')} of {seconds(part.seconds / max(1, part.calls))}"
         longest = f", the longest {seconds(part.longest)}" if part.longest else ""
@@ -305,7 +306,7 @@ def logging_too_often(run: Run) -> Iterator[Finding]:
 
 def optimizer_not_compiled(run: Run) -> Iterator[Finding]:
     took = run.common("optimizer")
-    if "torch" not in run.profile.header.optimizer or took < USUAL * run.step:
+    if "its own step" not in run.profile.header.optimizer or took < USUAL * run.step:
         return
     yield Finding(
         title="The optimizer's step is not compiled",

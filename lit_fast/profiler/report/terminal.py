@@ -106,9 +106,8 @@ def _share(part: float, profile: Profile) -> str:
 
 
 def _durations(row: Phase, profile: Profile, compared: bool) -> list[str]:
-    a_step = digits(1e3 * row.seconds / max(1, profile.steps.count))
-    spread = [digits(1e3 * row.per_step.quantile(q)) if row.per_step.count else "" for q in (0.5, 0.99)]
-    return [a_step, *spread] if compared else [f"{row.seconds:.3f}", a_step, *spread]
+    figures = facts.in_steps(row, profile)
+    return figures if compared else [f"{row.seconds:.3f}", *figures]
 
 
 def _ratio(name: str, compared: dict[str, Compared]) -> list[str]:

@@ -56,7 +56,7 @@ def with_collections(milliseconds: float) -> Profile:
 
 def by_torch(seconds: float) -> Profile:
     made = profile(optimizer=seconds)
-    made.header.optimizer = "AdamW (torch's own step)"
+    made.header.optimizer = "AdamW (AdamW: its own step, because it is complex)"
     return made
 
 
@@ -92,6 +92,15 @@ def test_a_rule_speaks_from_its_threshold_on(
     (found,) = find(of_profiles([planted(above)]))
     assert title in found.title and found.where == where
     assert found.detail and found.advice and not found.rank
+
+
+def test_what_a_run_does_once_is_no_finding_and_hides_none() -> None:
+    made = with_hook(1e-3)
+    made.parts.append(Part("hooks", "[LightningModule]GPT.configure_optimizers", 60.0, 1, "train.py:9", 60.0))
+    made.phases[6].seconds += 60.0
+    made.wall += 60.0
+    (found,) = find(of_profiles([made]))
+    assert found.where == "plots.py:7"
 
 
 def test_what_is_lost_is_told_a_step() -> None:
@@ -134,7 +143,7 @@ def test_bytes_of_a_checkpoint_give_the_speed_of_the_disk() -> None:
 
 def test_the_weightiest_comes_first_and_unknown_losses_last() -> None:
     made = with_hook(1e-3)
-    made.header.optimizer = "SGD (torch's own step)"
+    made.header.optimizer = "SGD (SGD: its own step, because it is sparse)"
     made.phases[0].seconds += 200 * 2e-3
     made.wall += 200 * 2e-3
     titles = [finding.title for finding in find(of_profiles([made]))]
