@@ -24,7 +24,7 @@ from lit_fast.profiler.ceilings import measure_ceilings, peak_of
 from lit_fast.profiler.costs import Costs, step_cost
 from lit_fast.profiler.kernels import STEP, Window, events_of
 from lit_fast.profiler.memory import StepMemory
-from lit_fast.profiler.record import Ceilings, Kernel, Memory, Profile, Span, Sync
+from lit_fast.profiler.record import Ceilings, Device, Kernel, Memory, Profile, Span, Sync
 from lit_fast.profiler.sensors import Sensors
 from lit_fast.profiler.step import StepProfiler
 from lit_fast.profiler.syncs import Syncs
@@ -61,7 +61,7 @@ class DeepProfiler(StepProfiler):
     """What `StepProfiler` records, and a closer look at a few steps of a fit.
 
     Args:
-        dirpath, write_every: as those of `StepProfiler`.
+        dirpath, write_every, export: as those of `StepProfiler`.
         skip: steps before that, at least one: the first allocate, compile, and fill caches.
         window: steps under torch.profiler. Two more come before them, for memory and for counting.
         sensors_every: seconds between two readings of the machine's sensors, for the whole run.
@@ -86,12 +86,13 @@ class DeepProfiler(StepProfiler):
         skip: int = 5,
         window: int = 10,
         sensors_every: float = 1.0,
+        export: str | None = None,
     ) -> None:
         for name, value, least in (("skip", skip, 1), ("window", window, 1), ("sensors_every", sensors_every, 0.01)):
             if value < least:
                 raise MisconfigurationException(f"DeepProfiler({name}={value}): at least {least}.")
         self.skip, self.window, self.sensors_every = skip, window, sensors_every
-        super().__init__(dirpath, write_every)
+        super().__init__(dirpath, write_every, export)
 
     def _renew(self) -> None:
         super()._renew()
@@ -139,11 +140,14 @@ class DeepProfiler(StepProfiler):
         """The look is over: from the next step on nothing of it runs."""
         self._look = None
 
+    def _devices(self) -> list[Device]:
+        return [] if self._sensors is None else self._sensors.devices()
+
     def profile(self) -> Profile:
         profile, found = super().profile(), self._found
         notes = [*profile.header.notes, *found.notes]
         if self._sensors is not None:
-            profile.devices = self._sensors.devices()
+            profile.devices = self._devices()
             notes += self._sensors.notes
         profile.header = replace(profile.header, notes=notes)
         if found.flops is not None:

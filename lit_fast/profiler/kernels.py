@@ -2,8 +2,8 @@
 
 On a GPU a row is a kernel, on the CPU an operator by its self time. What an operation moves and computes (costs.py) is
 known by call: the k-th call of that name in a step is taken for the k-th in the step that was counted, and its bytes
-and FLOPs are credited to the kernel that takes most of the time of such calls. Where a step has other calls than the
-counted one, bytes and FLOPs of that name stay unknown.
+and FLOPs are credited to the kernel that takes most of the time in most of these calls. Where a step has other calls
+than the counted one, bytes and FLOPs of that name stay unknown.
 
 A call cannot be faster than its bytes at the measured bandwidth, nor than its FLOPs at the measured matrix rate. The
 headroom of a row is its time above the larger of both, a step; "bound" says which of them is larger.
@@ -11,6 +11,7 @@ headroom of a row is its time above the larger of both, a step; "bound" says whi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,7 +115,7 @@ class Window:
                     claims[event.name][index].append(event)
         credited = {}
         for name, by_step in claims.items():
-            usual = _longest_within(event for made in by_step for event in made)
+            usual = _usually_longest(event for made in by_step for event in made)
             for made in by_step:
                 if len(made) == len(calls[name]):
                     for event, cost in zip(sorted(made, key=lambda e: e.begin), calls[name], strict=True):
@@ -189,13 +190,10 @@ def _parts(event: Event) -> list[tuple[Event, int]]:
     return [(e, e.end - e.begin) for e in launched] if launched else [(e, e.own) for e in inside]
 
 
-def _longest_within(events: Iterable[Event]) -> str:
-    """The name that took most of their time in sum: one call alone may have been interrupted in some other."""
-    spent: dict[str, int] = {}
-    for event in events:
-        for part, nanoseconds in _parts(event):
-            spent[part.name] = spent.get(part.name, 0) + nanoseconds
-    return max(spent, key=spent.__getitem__, default="")
+def _usually_longest(events: Iterable[Event]) -> str:
+    """The name that takes most of the time in most of them: a single call may have been interrupted anywhere."""
+    longest = Counter(max(_parts(event), key=lambda pair: pair[1])[0].name for event in events)
+    return longest.most_common(1)[0][0] if longest else ""
 
 
 def _operations(root: Event) -> Iterator[Event]:

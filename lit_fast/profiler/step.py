@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_fast import ops
+from lit_fast.profiler import export as exports
 from lit_fast.profiler import header
 from lit_fast.profiler.causes import causes_of
-from lit_fast.profiler.record import PHASES, Distribution, Header, Part, Phase, Profile, SlowStep, Span
+from lit_fast.profiler.record import PHASES, Device, Distribution, Header, Part, Phase, Profile, SlowStep, Span
 from lit_fast.profiler.writer import PeriodicWriter
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class StepProfiler:
             is in it): at the end of the run, and while it goes on. A fit writes there, other runs into a folder of
             their name below. Nothing is written where it is None.
         write_every: seconds between two such files; what a process had written is there after it was killed.
+        export: where figures go while the run goes on: "prometheus://HOST:PORT", where they can be asked for, or
+            "otlp://HOST:PORT", a collector that they are sent to (profiler/export.py says which).
+
+    Raises:
+        MisconfigurationException: `export` is no such address.
 
     Example::
 
@@ -64,9 +70,14 @@ class StepProfiler:
 
     mode = "step"
 
-    def __init__(self, dirpath: str | os.PathLike[str] | None = None, write_every: float = 5.0) -> None:
+    def __init__(
+        self, dirpath: str | os.PathLike[str] | None = None, write_every: float = 5.0, export: str | None = None
+    ) -> None:
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.write_every = write_every
+        self.export = export
+        if export is not None:
+            exports.check(export)
         self._renew()
 
     def _renew(self) -> None:
@@ -79,6 +90,7 @@ class StepProfiler:
         self._ended_by: str | None = None
         self._system_clock = 0.0  # at the start; once it has ended, what has passed by it
         self._writer: PeriodicWriter | None = None
+        self._exporter: exports.Exporter | None = None
         self._watched: list[Callable[[], None]] = []  # undo what watches for interruptions
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,6 +117,17 @@ class StepProfiler:
         if trainer is not None and self.dirpath is not None:
             self._writer = PeriodicWriter(self.profile, self._path(trainer), self.write_every)
             self._writer.start()
+        if trainer is not None and self.export is not None:
+            labels = {"rank": str(self._header.rank), "host": self._header.host}
+            source = exports.Source(self._clock.read, self._devices, self._samples, labels)
+            self._exporter = exports.start(self.export, source, trainer.strategy.local_rank)
+
+    def _samples(self) -> float | None:
+        return None if self._first_batch is None else self._first_batch.samples
+
+    def _devices(self) -> list[Device]:
+        """What sensors have told so far."""
+        return []
 
     def _path(self, trainer: Trainer) -> Path:
         assert self.dirpath is not None
@@ -126,6 +149,9 @@ class StepProfiler:
         self._watched = []
         if self._trainer is not None:
             header.complete(self._header, self._trainer, self._first_batch)
+        if self._exporter is not None:
+            self._exporter.stop()
+            self._exporter = None
         self._trainer = self._first_batch = None
         if self._writer is not None:
             self._writer.end()
