@@ -19,6 +19,7 @@ COMMANDS = {
     "profile": "where a program's fit spends its time, against a loop by hand, Lightning or an earlier run",
     "report": "where the time of a profiled run went, on all its processes",
     "run": "run a Python program written for Lightning, unedited",
+    "watch": "a running job's speed, phases and slowest processes, while it is profiled",
 }
 
 

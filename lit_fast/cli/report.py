@@ -15,6 +15,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, help="where Trainer(profiler='step') wrote rank-00000.json, ...")
     parser.add_argument("--output", type=Path, help="where to write to (default: the same folder)")
     parser.add_argument("--no-html", action="store_true", help="no report.html, which needs bokeh")
+    parser.add_argument("--trace", action="store_true", help="the timeline for ui.perfetto.dev, and as Chrome's JSON")
     parser.add_argument("--quiet", action="store_true", help="print the names of the files only")
     options = parser.parse_args(argv)
 
@@ -36,6 +37,12 @@ def main(argv: Sequence[str]) -> int:
 
         write_html(report, output / "report.html")
         written.append(output / "report.html")
+    if options.trace:
+        from lit_fast.profiler.report.trace import write_chrome, write_perfetto
+
+        for make, name in ((write_perfetto, "trace.pftrace"), (write_chrome, "trace.json")):
+            make(report, output / name)
+            written.append(output / name)
     for path in written:
         print(f"written: {path}")
     return 0

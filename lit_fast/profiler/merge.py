@@ -133,7 +133,7 @@ def doubts(profile: Profile) -> list[str]:
 
 def own_work(summary: RankSummary) -> float:
     """s a step that a process is busy: without waiting, setting up, and the first rank's own duties."""
-    waits = ("communication", "idle", "checkpoint", "logging", "setup")
+    waits = ("communication", "idle", "checkpoint", "logging", "setup", "profiling")
     seconds = summary.wall - sum(summary.phases.get(name, 0.0) for name in waits)
     return seconds / max(1, summary.steps)
 

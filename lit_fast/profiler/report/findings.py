@@ -29,7 +29,7 @@ FEW_STEPS = 5  # of fewer nothing is said: the first steps of every run allocate
 SYNCS_A_STEP = 0.5
 # What only the first process does: no reason to call it slow, since each has a rule of its own.
 DUTIES = ("checkpoint", "logging")
-WAITS = ("communication", "idle", "unexplained", "setup")
+WAITS = ("communication", "idle", "unexplained", "setup", "profiling")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Run:
     def step(self) -> float:
         """s of wall time a step, whatever it was spent on, without what a run does once, however long it is."""
         once = sum(part.seconds for part in self.profile.parts if part.phase == "hooks" and part.calls == 1)
-        return (self.profile.wall - self.profile.phase("setup") - once) / self.steps
+        beside = self.profile.phase("setup") + self.profile.phase("profiling") + once
+        return (self.profile.wall - beside) / self.steps
 
     def each(self, phase: str) -> list[float]:
         """s a step of that phase, of every rank that took a step."""

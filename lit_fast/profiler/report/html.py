@@ -169,7 +169,7 @@ def _phase_table(report: Report) -> str:
         if comparison.largest_loss_difference is not None:
             note += f", losses within {comparison.largest_loss_difference:.1e} of each other"
             note += f" (bound {comparison.loss_bound:.1e})" if comparison.loss_bound is not None else ""
-        note += "."
+        note += "".join([".", *(f" {said}" for said in comparison.notes)])
     body = "".join(lines)
     head = "".join(f"<th{' class=optional' if h in ('', 'seconds') else ''}>{escape(h)}</th>" for h in heads)
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{_note(note)}'
