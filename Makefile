@@ -1,6 +1,6 @@
 # The two commands:   make train     make test
 # The developer's:    make test-all  make bench  make lint  make format  make docs  make gpu
-#                     make sanitize  make clean
+#                     make sanitize  make profile  make clean
 # A fresh machine needs Python >= 3.10 with pip and headers, a C++ compiler and make; the rest comes from pip.
 
 SHELL := /bin/bash
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help train test test-all bench lint format docs gpu gpu-build gpu-test gpu-bench sanitize clean setup
+.PHONY: help train test test-all bench profile lint format docs gpu gpu-build gpu-test gpu-bench sanitize clean setup
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -46,6 +46,9 @@ test-all: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
+
+profile: setup
+	$(BIN)/python -m profiling $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
