@@ -17,7 +17,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class Batches:
         yield self.batch
 
 
-def fit(hooks: Sequence[str], batches: Batches, root: Path) -> None:
+def fit(hooks: Sequence[str], batches: Batches, root: Path, profiler: Any = None) -> None:
     """A fit on `batches` with a callback for each of `hooks`."""
     import torch
 
@@ -95,18 +96,24 @@ def fit(hooks: Sequence[str], batches: Batches, root: Path) -> None:
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     callbacks = [callback_with(hook) for hook in hooks]
     trainer = lit_fast.Trainer(
-        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=root, callbacks=callbacks, **quiet
-    )
+        accelerator="cpu", max_epochs=1, logger=False, default_root_dir=root, callbacks=callbacks,
+        profiler=profiler, **quiet
+    )  # fmt: skip
     trainer.fit(Model(), batches)
 
 
 def measure(cases: Mapping[str, Sequence[str]], turns: int, steps: int, root: Path) -> dict[str, list[float]]:
     """Microseconds of a step in each turn of each case, all of them trained in turns."""
+    return in_turns({case: partial(fit, hooks, root=root) for case, hooks in cases.items()}, turns, steps)
+
+
+def in_turns(cases: Mapping[str, Callable[[Batches], None]], turns: int, steps: int) -> dict[str, list[float]]:
+    """Microseconds of a step in each turn of each fit."""
     gates = [threading.Semaphore(0) for _ in cases]
     loaders = [Batches(turns, steps, gate, gates[(index + 1) % len(gates)]) for index, gate in enumerate(gates)]
     threads = [
-        threading.Thread(target=fit, args=(hooks, loader, root), daemon=True)
-        for hooks, loader in zip(cases.values(), loaders, strict=True)
+        threading.Thread(target=run, args=(loader,), daemon=True)
+        for run, loader in zip(cases.values(), loaders, strict=True)
     ]
     for thread in threads:
         thread.start()

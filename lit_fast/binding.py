@@ -174,7 +174,7 @@ class Binding:
             plan.zero_grad = plan.on_before_optimizer_step = plan.clip = plan.update = plan.schedulers = ()
         if not_none in plan.receive:
             plan.run = unless_none(plan.run)
-        plan.run = recorded(self.trainer._actions, "run_training_batch", plan.run)
+        plan.run = self.wrap("loop", recorded(self.trainer._actions, "run_training_batch", plan.run))
         if self.trainer._profiler is not None:
             plan.run = self.trainer._profiler.bind_run(plan.run, place.last)
         return plan

@@ -201,7 +201,8 @@ class FitLoop(Schedule, Restarted):
         if self.loader is None or progress.total == 0:
             rank_zero_info("Trainer.fit stopped: there are no training batches.")
             return
-        self._begin_data()
+        with trainer._in_phase("data"):
+            self._begin_data()
         trainer._agree()
         if self._finished():
             return self._say_why()
@@ -257,10 +258,11 @@ class FitLoop(Schedule, Restarted):
         if self._usual_length is not None:
             (self.length, progress.total), self._usual_length = self._usual_length, None
             self.val_check_batch = self._val_check_batch()
-        self.setup_data()
-        assert self.position is not None and self.plans is not None
-        self._begin_data()
-        self.position.set_epoch(progress.epoch)
+        with self.trainer._in_phase("data"):
+            self.setup_data()
+            assert self.position is not None and self.plans is not None
+            self._begin_data()
+            self.position.set_epoch(progress.epoch)
         self.trainer._call("on_train_epoch_start")  # they still see the counters of the epoch before
         progress.stepped_before = self.windows_completed()
         progress.scheduled_before = progress.scheduled
@@ -275,7 +277,8 @@ class FitLoop(Schedule, Restarted):
         assert self.plans is not None
         progress = self.progress
         start = progress.batch_idx + 1
-        batches = self._batches(start)
+        with self.trainer._in_phase("data"):
+            batches = self._batches(start)
         self.trainer._metric_log.epoch_end = False  # from here on, a value that is read is the newest step's
         if progress.stage in ("batch", "stepped") and self._visit():  # resumed between a step and what was due after it
             return
@@ -418,8 +421,9 @@ class FitLoop(Schedule, Restarted):
                 trainer._agree()
                 stopping = trainer._should_stop and self._may_stop()
             if every and (self.windows_completed() % every == 0 or trainer._should_stop):
-                trainer._metric_log.share_step()
-                trainer._log_metrics(trainer._metric_log.collect())
+                with trainer._in_phase("logging"):
+                    trainer._metric_log.share_step()
+                    trainer._log_metrics(trainer._metric_log.collect())
         if trainer._interrupt is not None and not (window_open and self.plans is not None and self.plans.trains):
             trainer._raise_interrupt()
         if trainer._should_stop and not stopping:
@@ -478,12 +482,14 @@ class FitLoop(Schedule, Restarted):
             trainer._profiler.end_step()
         if self.plans is not None:
             self.plans.binding.stepping.check_gradients()
-        trainer._metric_log.collect()
-        trainer._metric_log.epoch_end, trainer._metric_log.batch = True, None
-        trainer._metric_log.share()
+        with trainer._in_phase("logging"):
+            trainer._metric_log.collect()
+            trainer._metric_log.epoch_end, trainer._metric_log.batch = True, None
+            trainer._metric_log.share()
         progress.stage = "epoch_end"
         if progress.is_last_batch and self.position is not None:
-            self.position.end_epoch()
+            with trainer._in_phase("data"):
+                self.position.end_epoch()
         trainer._call_epoch_end("on_train_epoch_end")
         trainer._agree()
         self._leave_epoch(progress.is_last_batch)
@@ -495,9 +501,10 @@ class FitLoop(Schedule, Restarted):
         trainer, progress = self.trainer, self.progress
         if whole:
             self.step_plateau_schedulers("epoch", trainer)
-        trainer._metric_log.share()
-        trainer._log_metrics(trainer._metric_log.collect())
-        trainer._metric_log.end_epoch()
+        with trainer._in_phase("logging"):
+            trainer._metric_log.share()
+            trainer._log_metrics(trainer._metric_log.collect())
+            trainer._metric_log.end_epoch()
         progress.epoch += 1
         progress.stage = "start"
 

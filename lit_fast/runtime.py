@@ -148,6 +148,7 @@ class Runtime(Interrupts):
 
     def _set_up_strategy(self, module: LightningModule, checkpoint: Any) -> Any:
         """Lay the model out; where it holds only a part of itself from here on, load the checkpoint only now."""
+        self.strategy.timed = None if self._profiler is None else self._profiler.wrap
         self.strategy.setup(self._trainer)
         return self._restore_model(module) if self.strategy.restore_checkpoint_after_setup else checkpoint
 
@@ -339,9 +340,8 @@ class Runtime(Interrupts):
         """`function`, which calls that method of `owner`, timed under its name where a profiler times the step."""
         if self._profiler is None:
             return function
-        part, of = self._action(owner, name), getattr(owner, name)
-        timed: Callable[..., Any] = self._profiler.wrap_hook(name, function, part, of)
-        return timed
+        wrap: Callable[..., Callable[..., Any]] = self._profiler.wrap_hook
+        return wrap(name, function, self._action(owner, name), getattr(owner, name))
 
     def _in_phase(self, name: str, part: str | None = None) -> AbstractContextManager[None]:
         """A block whose time belongs to a phase, where a profiler times the step."""

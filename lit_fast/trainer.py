@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -422,6 +423,8 @@ class Trainer(Attributes):
         with self._in_phase("checkpoint", str(filepath)):
             save = recorded(self._actions, "save_checkpoint", checkpoint_state.save)
             save(self, filepath, bool(weights_only), storage_options)
+            if self._profiler is not None and os.path.isfile(filepath):
+                self._profiler.wrote("checkpoint", str(filepath), os.path.getsize(filepath))
 
     def explain(self, model: LightningModule | None = None) -> str:
         """Everything that a training step does, in order: what is bound, who asked for it, how it is done.

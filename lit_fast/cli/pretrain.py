@@ -191,6 +191,7 @@ def build_trainer(
     from lit_fast.callbacks import ModelCheckpoint
     from lit_fast.cli.pretrain_monitor import PretrainMonitor
     from lit_fast.loggers import CSVLogger
+    from lit_fast.profiler.step import StepProfiler
     from lit_fast.profiler.throughput import compute_dtype, get_available_flops
     from lit_fast.trainer import Trainer
 
@@ -211,7 +212,7 @@ def build_trainer(
         default_root_dir=str(checkpoints.parent),
         logger=CSVLogger(save_dir=str(checkpoints.parent), name="logs"),
         callbacks=[monitor, saver],
-        profiler="step",
+        profiler=StepProfiler(show=False),  # `report` shows it
         **options,
     )
     monitor.peak_flops = get_available_flops(trainer.config.device, compute_dtype(trainer.precision))

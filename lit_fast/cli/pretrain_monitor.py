@@ -28,6 +28,7 @@ PHASES = {
     "logging": "hooks and logging",
     "checkpoint": "checkpoint",
     "validation": "validation",
+    "loop": "loop",
     "idle": "idle",
     "unexplained": "unexplained",
 }

@@ -162,6 +162,10 @@ class GradientBuckets:
         self._next = None
         self._hooks = [_after_accumulation(bucket.last, self._full(n)) for n, bucket in enumerate(self.buckets)]
 
+    def time_waiting(self, timed: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Have a profiler time what is waited for other processes."""
+        self._wait = timed("communication", self._wait)  # type: ignore[method-assign]
+
     def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lit_fast import ops
 from lit_fast.profiler.record import Distribution
 
@@ -10,7 +12,7 @@ NAMES = {"data": "waited for data", "validation": "validation", "checkpoint": "c
 
 
 def causes_of(slow: ops.SlowStepTime, steps: Distribution, typical: dict[str, Distribution]) -> list[str]:
-    """What made that step slower than the median one, with figures, the weightiest first.
+    """What made that step slower than the median one, with figures: what stopped it, then the phases it took longer in.
 
     Args:
         slow: the step.
@@ -26,11 +28,10 @@ def causes_of(slow: ops.SlowStepTime, steps: Distribution, typical: dict[str, Di
     excess = slow.duration * 1e-9 - steps.quantile(0.5)
     if excess <= 0.05 * steps.quantile(0.5):
         return []
-    found: list[tuple[float, str]] = []
+    stopped = [(ns * 1e-9, f"{kind} {_milliseconds(ns * 1e-9)}") for kind, ns in slow.interruptions.items()]
     if slow.step == 0:
-        found.append((float("inf"), "the first step"))
-    for kind, ns in slow.interruptions.items():
-        found.append((ns * 1e-9, f"{kind} {_milliseconds(ns * 1e-9)}"))
+        stopped.append((math.inf, "the first step"))
+    found: list[tuple[float, str]] = []
     for phase, ns in slow.phases.items():
         rows = typical.get(phase, Distribution())
         # A phase that not even every second step has is a cause as a whole.
@@ -42,7 +43,8 @@ def causes_of(slow: ops.SlowStepTime, steps: Distribution, typical: dict[str, Di
             found.append((more, f"{phase} {_milliseconds(more)} more than usual"))
         else:
             found.append((more, f"{NAMES.get(phase, phase)} {_milliseconds(ns * 1e-9)}"))
-    return [said for weight, said in sorted(found, reverse=True) if weight >= SHARE * excess]
+    by_weight = (*sorted(stopped, reverse=True), *sorted(found, reverse=True))
+    return [said for weight, said in by_weight if weight >= SHARE * excess]
 
 
 def _milliseconds(seconds: float) -> str:

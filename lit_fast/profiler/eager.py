@@ -79,7 +79,7 @@ class EagerLoop:
         self.source = "\n".join([*self._prologue(), *self._lines()]) + "\n"
         linecache.cache[_FILE] = (len(self.source), None, self.source.splitlines(keepends=True), _FILE)
         exec(compile(self.source, _FILE, "exec"), self._names)
-        self.steps: Iterator[None] = self._names["steps"]()
+        self.steps: Iterator[None] = clock.wrap_items("loop", self._names["steps"]())
 
     # -- before the first step
 

@@ -60,6 +60,11 @@ def complete(header: Header, trainer: Trainer, batch: Batch | None) -> None:
     module, plans = trainer._module, trainer.fit_loop.plans
     if batch is not None and not header.batch:
         header.batch, header.samples_per_step = batch.text, batch.samples
+        # A language model of ours, or one that says as much of itself; its batches hold one token more than it learns.
+        per_token = getattr(module, "flops_per_token", None)
+        if batch.tokens is not None and callable(per_token):
+            header.tokens_per_step = batch.tokens
+            header.flops_per_step = float(batch.tokens * per_token())
     if module is not None and not header.parameters:
         header.parameters = sum(p.numel() for p in module.parameters() if not isinstance(p, _LAZY))
     if plans is not None and plans.module is module and not header.optimizer:
@@ -77,6 +82,7 @@ class Batch:
 
     text: str  # shapes and dtypes
     samples: float | None
+    tokens: float | None = None  # predicted ones, where it is rows of token numbers
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
@@ -84,14 +90,17 @@ class Batch:
 
         Example:
             >>> Batch.of([torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)])
-            Batch(text='float32[4, 8], int64[4]', samples=4.0)
+            Batch(text='float32[4, 8], int64[4]', samples=4.0, tokens=None)
         """
         tensors = list(_tensors(batch))
         shown = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors[:SHOWN]]
         if len(tensors) > SHOWN:
             shown.append(f"and {len(tensors) - SHOWN} more")
-        samples = float(tensors[0].shape[0]) if tensors and tensors[0].dim() else None
-        return cls(", ".join(shown) or type(batch).__name__, samples)
+        first = tensors[0] if tensors else None
+        samples = float(first.shape[0]) if first is not None and first.dim() else None
+        rows = isinstance(batch, torch.Tensor) and batch.dtype == torch.int64 and batch.dim() == 2
+        tokens = float(batch.shape[0] * (batch.shape[1] - 1)) if rows else None
+        return cls(", ".join(shown) or type(batch).__name__, samples, tokens)
 
 
 def _tensors(batch: Any, depth: int = 0) -> Iterable[torch.Tensor]:

@@ -42,6 +42,7 @@ PHASES = (
     "logging",
     "checkpoint",
     "validation",
+    "loop",  # the code of lit_fast that calls the others in a step
     "profiling",  # the steps in which a deep profile looks closer: they are in no other figure
     "idle",
     "unexplained",

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ STEPS_SHOWN = 64  # the last ones, on the timeline
 
 # Hooks whose time is not "hooks".
 HOOK_PHASES = {
+    "prepare_data": "setup",
+    "setup": "setup",
+    "configure_callbacks": "setup",
+    "configure_optimizers": "setup",
+    "teardown": "setup",
     "train_dataloader": "data",
     "val_dataloader": "validation",
     "test_dataloader": "validation",
@@ -54,6 +60,7 @@ class StepProfiler:
             is in it): at the end of the run, and while it goes on. A fit writes there, other runs into a folder of
             their name below. Nothing is written where it is None.
         write_every: seconds between two such files; what a process had written is there after it was killed.
+        show: print what was recorded at the end of a fit, in the first process.
         export: where figures go while the run goes on: "prometheus://HOST:PORT", where they can be asked for, or
             "otlp://HOST:PORT", a collector that they are sent to (profiler/export.py says which).
 
@@ -71,11 +78,14 @@ class StepProfiler:
     mode = "step"
 
     def __init__(
-        self, dirpath: str | os.PathLike[str] | None = None, write_every: float = 5.0, export: str | None = None
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        write_every: float = 5.0,
+        export: str | None = None,
+        show: bool = True,
     ) -> None:
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.write_every = write_every
-        self.export = export
+        self.write_every, self.show, self.export = write_every, show, export
         if export is not None:
             exports.check(export)
         self._renew()
@@ -83,6 +93,7 @@ class StepProfiler:
     def _renew(self) -> None:
         self._clock = ops.PhaseClock(PHASES, (COLLECTION, COMPILATION))
         self._where: dict[tuple[str, str], str] = {}  # file:line of parts
+        self._bytes: dict[tuple[str, str], float] = {}  # written by them
         self._header = Header(mode=self.mode)
         self._trainer: Trainer | None = None  # while it runs
         self._first_batch: header.Batch | None = None
@@ -108,6 +119,7 @@ class StepProfiler:
         self.stop()
         self._header = Header(mode=self.mode, started=datetime.now(timezone.utc).isoformat(timespec="seconds"))
         self._first_batch, self._ended_by, self._trainer = None, None, trainer
+        self._bytes = {}
         if trainer is not None:
             header.begin(self._header, trainer)
         if trainer is not None:
@@ -147,8 +159,9 @@ class StepProfiler:
         for undo in self._watched:
             undo()
         self._watched = []
-        if self._trainer is not None:
-            header.complete(self._header, self._trainer, self._first_batch)
+        trainer = self._trainer
+        if trainer is not None:
+            header.complete(self._header, trainer, self._first_batch)
         if self._exporter is not None:
             self._exporter.stop()
             self._exporter = None
@@ -156,6 +169,16 @@ class StepProfiler:
         if self._writer is not None:
             self._writer.end()
             self._writer = None
+        if self.show and trainer is not None and trainer.state.fn == "fit" and self._ended_by is None:
+            self._show()
+
+    def _show(self) -> None:
+        if self._header.rank != 0:
+            return
+        from lit_fast.profiler.merge import of_profiles
+        from lit_fast.profiler.report.terminal import print_report
+
+        print_report(of_profiles([self.profile()]))
 
     def wrap(
         self, phase: str, function: Callable[..., Any], part: str | None = None, of: Callable[..., Any] | None = None
@@ -188,6 +211,12 @@ class StepProfiler:
     def wrap_items(self, phase: str, items: Iterator[Any], part: str | None = None) -> Iterator[Any]:
         """The same items; waiting for each one belongs to `phase`."""
         return self._clock.items(phase, iter(items), part)
+
+    def wrote(self, phase: str, part: str, size: float) -> None:
+        """Count bytes that a part has written."""
+        key = (phase, part)
+        if key in self._bytes or len(self._bytes) < ops.MOST_PARTS:
+            self._bytes[key] = self._bytes.get(key, 0.0) + size
 
     def end_step(self) -> None:
         """The last step of an epoch ends here: what comes before the next one is fetched is not of it."""
@@ -258,8 +287,16 @@ class StepProfiler:
             steps=steps,
             phases=[Phase(name, ns * 1e-9, n, typical[name]) for name, (ns, n) in reading.phases.items() if n or ns],
             parts=[
-                Part(p.phase, p.name, p.total * 1e-9, p.calls, self._where.get((p.phase, p.name)), p.longest * 1e-9)
-                for p in reading.parts
+                Part(
+                    part.phase,
+                    part.name,
+                    part.total * 1e-9,
+                    part.calls,
+                    self._where.get((part.phase, part.name)) or None,
+                    part.longest * 1e-9,
+                    self._bytes.get((part.phase, part.name)),
+                )
+                for part in reading.parts
             ],
             slowest=[
                 SlowStep(
@@ -271,6 +308,7 @@ class StepProfiler:
                 )
                 for slow in reading.slowest
             ],
+            own_cost=_own_cost(reading),
             timeline=[_span(span) for span in self._clock.spans(STEPS_SHOWN)],
         )
         if abs(passed - profile.wall) > 1.0 + 0.01 * profile.wall:
@@ -285,6 +323,32 @@ def _distribution(spread: ops.Spread) -> Distribution:
     if not spread.count:
         return Distribution()
     return Distribution(spread.count, spread.total * 1e-9, spread.minimum * 1e-9, spread.maximum * 1e-9, spread.buckets)
+
+
+def _own_cost(reading: ops.Reading) -> float | None:
+    """Timed calls of a step, times what the clock takes for one of them on this machine."""
+    calls = sum(calls for _, calls in reading.phases.values())
+    return calls / reading.steps.count * _cost_of_a_call() if reading.steps.count else None
+
+
+@cache
+def _cost_of_a_call() -> float:
+    """s, the least of a few rounds: a call that is timed beside one that is not."""
+
+    def nothing() -> None: ...
+
+    clock = ops.PhaseClock(["all"])
+    clock.start("all")
+    costs = []
+    for function in (clock.wrap("all", nothing), nothing):
+        rounds = []
+        for _ in range(5):
+            began = time.perf_counter()
+            for _ in range(200):
+                function()
+            rounds.append((time.perf_counter() - began) / 200)
+        costs.append(min(rounds))
+    return max(costs[0] - costs[1], 0.0)
 
 
 def _span(span: ops.SpanTime) -> Span:

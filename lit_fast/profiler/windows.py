@@ -24,7 +24,7 @@ class Borders(StepProfiler):
     """Our side's clock, with a visitor between two steps wherever a window ends."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(show=False, **options)
         self.left = 0  # micro-batches of the running window
 
     def visit(self) -> int:

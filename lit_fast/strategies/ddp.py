@@ -137,6 +137,8 @@ class DDPStrategy(ParallelStrategy):
                 riders=self.control,
                 names=list(trained),
             )
+            if self.timed is not None:
+                self.buckets.time_waiting(self.timed)
 
     def bind_backward(self, backward: Backward, reduces: bool) -> Backward:
         if self.world_size == 1 or not reduces:

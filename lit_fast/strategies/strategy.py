@@ -68,6 +68,7 @@ class Strategy:
     root_device: torch.device
     cluster_environment: ClusterEnvironment | None = None  # None on one device: nobody asked for one
     control: Control | None = None  # what several processes agree on
+    timed: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None  # a profiler's `wrap`, while it times
 
     def __init__(
         self, accelerator: Any = None, checkpoint_io: CheckpointIO | None = None, precision_plugin: Any = None

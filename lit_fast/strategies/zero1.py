@@ -118,6 +118,8 @@ class ZeRO1Strategy(DDPStrategy):
         self.buckets, self._bound_for = None, asked
         if homes:
             self.buckets = GradientShards(homes, self.group, wire_dtype=self.wire_dtype, riders=self.control)
+            if self.timed is not None:
+                self.buckets.time_waiting(self.timed)
 
     def bind_update(self, optimizer: Optimizer, update: Callable[..., Any]) -> Callable[..., Any]:
         sharded = self._sharded.get(optimizer)
