@@ -48,6 +48,7 @@ class Costs(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: dict[str, list[Cost]] = {}
         self.model_flops = self.hardware_flops = 0.0
+        self.uncounted: dict[str, str] = {}  # operations that could not be counted, and why
 
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,7 +67,10 @@ class Costs(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     return parts
         out = func(*args, **kwargs)
         if not _moves_nothing(schema):
-            self._count(name, schema, args, kwargs, out)
+            try:
+                self._count(name, schema, args, kwargs, out)
+            except Exception as error:  # of a tensor of another kind: the step goes on
+                self.uncounted[name] = f"{type(error).__name__}: {error}"
         return out
 
     def _count(self, name: str, schema: Any, args: Any, kwargs: Any, out: Any) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,7 @@ class _Look:
         self.first = profiler.skip  # the step that memory is sampled in; the next is counted; then comes the window
         self.wanted = self.first + 2 + profiler.window
         self.batches = 0  # of the step that goes on
+        self.compiled = False
         self.memory: StepMemory | None = None
         self.costs, self.syncs = Costs(), Syncs(self.device)
         self.tracing: _Tracing | None = None
@@ -193,7 +195,7 @@ class _Look:
 
     def run(self, run: Run, plan: StepPlan, batch: Any, batch_idx: int, last: bool) -> None:
         begin = time.perf_counter()
-        if self.steps < self.first:
+        if self.steps < self.first or (self.compiled and self.steps <= self.first + 1):
             run(plan, batch, batch_idx)
         elif self.steps == self.first:
             self._in_memory(run, plan, batch, batch_idx, last)
@@ -215,13 +217,17 @@ class _Look:
         elif done == self.first:
             self._say_memory()
         elif done == self.first + 1:
-            self._say_costs()
+            if not self.compiled:
+                self._say_costs()
             self.tracing = _Tracing.begin(self.device, self.profiler._clock, self.batches, self.found)
         else:
             self.traced.append(self.spent)
         self.spent, self.batches = 0.0, 0
         if self.steps == self.first:
             self.profiler._clock.pause("profiling")
+            self.compiled = _has_compiled(self.trainer.lightning_module)
+            if self.compiled:
+                self.found.notes = [*self.found.notes, _COMPILED]
         elif self.steps == self.wanted or (self.steps == self.first + 2 and self.tracing is None):
             self._end()
 
@@ -250,13 +256,17 @@ class _Look:
             memory.sample("optimizer")
 
     def _say_memory(self) -> None:
-        assert self.memory is not None
-        self.found.memory, self.memory = self.memory.memory(), None
+        if self.memory is not None:
+            self.found.memory, self.memory = self.memory.memory(), None
 
     def _say_costs(self) -> None:
         found, costs = self.found, self.costs
         found.syncs = self.syncs.found()
         found.flops = (costs.model_flops / self.batches, costs.hardware_flops / self.batches)
+        if costs.uncounted:
+            name, why = next(iter(costs.uncounted.items()))
+            said = f"{len(costs.uncounted)} operations could not be counted, the first is {name}: {why}"
+            found.notes = [*found.notes, said]
         dtype = compute_dtype(str(self.trainer.precision))
         found.peak = peak_of(self.device, dtype, found.ceilings)
         plans = self.trainer.fit_loop.plans
@@ -266,8 +276,6 @@ class _Look:
             cost = step_cost(optimizer, clips=bool(self.trainer.gradient_clip_val))
             if cost is not None:
                 costs.calls[f"Optimizer.step#{type(optimizer).__name__}.step"] = [cost]
-        if any("_compiled_call_impl" in vars(m) and m._compiled_call_impl is not None for m in _modules(self.trainer)):
-            found.notes = [*found.notes, "FLOPs and bytes of compiled modules are not counted"]
 
     def _end(self) -> None:
         if self.tracing is not None:
@@ -349,8 +357,18 @@ class _Tracing:
             found.timeline = [*window.ranges(RANGE, self.since), *window.spans(self.since)]
 
 
-def _modules(trainer: Trainer) -> Iterator[Any]:
-    return trainer.lightning_module.modules()
+_COMPILED = (
+    "something is compiled by torch.compile, which would run eagerly from here on if its operations were looked at: no "
+    "memory, FLOPs, bytes, nor host reads"
+)
+
+
+def _has_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile has made anything that runs in this process."""
+    counters = getattr(sys.modules.get("torch._dynamo.utils"), "counters", {})
+    if counters.get("stats", {}).get("unique_graphs", 0):
+        return True
+    return any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules())
 
 
 def _with_ranges(plan: StepPlan, device: torch.device) -> StepPlan:

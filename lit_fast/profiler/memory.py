@@ -26,6 +26,7 @@ class _Saved:
     __slots__ = ("key", "owner", "tensor")
 
     def __init__(self, tensor: Tensor, owner: StepMemory) -> None:
+        self.key: int | None = None
         self.tensor, self.owner = tensor, owner
         self.key = owner.hold(tensor)
 

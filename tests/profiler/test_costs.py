@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lit_fast
+from lit_fast.profiler import costs as costs_room
 from lit_fast.profiler.costs import Cost, Costs, step_cost
 from lit_fast.profiler.throughput import measure_flops
 
@@ -79,3 +80,13 @@ def test_bytes_of_a_compiled_step() -> None:
     assert step_cost(stepped(torch.optim.SGD), clips=False) == Cost(120.0)
     assert step_cost(stepped(torch.optim.SGD, momentum=0.9), clips=False) == Cost(200.0)
     assert step_cost(lit_fast.optim.Lamb([nn.Parameter(torch.ones(4))]), clips=False) is None
+
+
+def test_what_cannot_be_counted_does_not_stop_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise TypeError("a tensor of another kind")
+
+    monkeypatch.setattr(costs_room, "_bytes", refuse)
+    with Costs() as costs:
+        assert (torch.ones(2) + 1).tolist() == [2.0, 2.0]
+    assert costs.uncounted["aten::add"] == "TypeError: a tensor of another kind" and costs.calls == {}

@@ -244,3 +244,30 @@ def test_every_point_of_a_plan_is_in_a_range() -> None:
     ranged = _with_ranges(plan, torch.device("cpu"))
     assert ranged.training_step is not plan.training_step and ranged.log is plan.log
     assert len(ranged.update) == len(plan.update) and ranged.run is plan.run
+
+
+def test_what_is_compiled_stays_compiled() -> None:
+    class Compiled(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.graphs = self.runs = 0
+            self.net = torch.compile(self.net, backend=self.backend)
+
+        def backend(self, graph: Any, inputs: Any) -> Any:
+            self.graphs += 1
+
+            def run(*args: Any) -> Any:
+                self.runs += 1
+                return graph.forward(*args)
+
+            return run
+
+    try:
+        model = Compiled()
+        _, found = deep(model)
+    finally:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    assert (model.graphs, model.runs) == (1, 12)
+    assert any("compiled by torch.compile" in note for note in found.header.notes)
+    assert found.kernels and found.memory.over_step == [] and found.header.flops_per_step is None
