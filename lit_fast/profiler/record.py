@@ -24,7 +24,7 @@ from typing import Any
 from lit_fast.errors import ProfileError
 
 SCHEMA, VERSION = "lit_fast.profile", 1
-PIECE = 16  # items of a list that are made text at a time
+PIECE = 2  # items of a list that are made text at a time
 SUBBUCKETS = 16  # of a power of two: durations are kept to 1/16 of themselves
 
 # Rows that add up to the wall time, in the order in which a step runs them. "idle" is a device that waits for its

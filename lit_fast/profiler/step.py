@@ -23,7 +23,7 @@ from lit_fast.profiler import export as exports
 from lit_fast.profiler import header
 from lit_fast.profiler.causes import causes_of
 from lit_fast.profiler.record import PHASES, Device, Distribution, Header, Part, Phase, Profile, SlowStep, Span
-from lit_fast.profiler.writer import PeriodicWriter
+from lit_fast.profiler.writer import PeriodicWriter, let_others_run
 
 if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
@@ -276,6 +276,7 @@ class StepProfiler:
             passed = time.time() - passed
             if self._trainer is not None and self._first_batch is not None:
                 header.complete(self._header, self._trainer, self._first_batch)
+        let_others_run()
         typical = {name: _distribution(spread) for name, spread in reading.per_step.items()}
         steps = _distribution(reading.steps)
         profile = Profile(
@@ -309,8 +310,11 @@ class StepProfiler:
                 for slow in reading.slowest
             ],
             own_cost=_own_cost(reading),
-            timeline=[_span(span) for span in self._clock.spans(STEPS_SHOWN)],
         )
+        let_others_run()
+        spans = self._clock.spans(STEPS_SHOWN)
+        let_others_run()
+        profile.timeline = [_span(span) for span in spans]
         if abs(passed - profile.wall) > 1.0 + 0.01 * profile.wall:
             profile.warnings.append(
                 f"The system's clock jumped: {passed:.1f} s went by on it, {profile.wall:.1f} s by the steady clock, "

@@ -14,6 +14,12 @@ FIRST = 1.0  # s until the first file: a run that is killed early leaves one too
 PAUSE = 1e-4  # s: long enough for another thread to take the interpreter's lock, which waits for 5 ms otherwise
 
 
+def let_others_run() -> None:
+    """In a thread beside the run: a step that wants the interpreter gets it here."""
+    if threading.current_thread() is not threading.main_thread():
+        time.sleep(PAUSE)
+
+
 class PeriodicWriter:
     """Writes a profile every few seconds from a thread of its own, and once more at the end.
 
@@ -38,18 +44,18 @@ class PeriodicWriter:
         """Stop, and write what there is now."""
         self._ended.set()
         self._thread.join()
-        self._write(0.0)
+        self._write()
 
     def _run(self) -> None:
         wait = min(FIRST, self._every)
         while not self._ended.wait(wait):
-            if not self._write(PAUSE):
+            if not self._write():
                 return
             wait = self._every
 
-    def _write(self, pause: float) -> bool:
+    def _write(self) -> bool:
         try:
-            record.write(self._profile(), self._path, between=(lambda: time.sleep(pause)) if pause else None)
+            record.write(self._profile(), self._path, between=let_others_run)
         except OSError as error:
             warnings.warn(f"The profile {self._path} could not be written: {error}.", RuntimeWarning, stacklevel=2)
             return False
