@@ -156,6 +156,7 @@ class DeepProfiler(StepProfiler):
         if profile.header.peak_flops is None and found.peak[0] is not None:
             profile.header.peak_flops, profile.header.peak_source = found.peak
         profile.ceilings, profile.kernels, profile.syncs = found.ceilings, found.kernels, found.syncs
+        profile.window_steps = 1 if found.syncs else None  # the one whose calls are counted
         profile.memory = found.memory
         profile.timeline = [*found.timeline, *profile.timeline]
         return profile

@@ -55,7 +55,9 @@ def merge(folder: str | os.PathLike[str]) -> Report:
             continue
         summaries[path] = summarize(profile)
         world = max(world, profile.header.world_size)
-        started.setdefault(f"{profile.header.script} with {profile.header.world_size}", []).append(profile.header.rank)
+        started.setdefault(f"{Path(profile.header.script).name} with {profile.header.world_size}", []).append(
+            profile.header.rank
+        )
         problems += doubts(profile)
     if not summaries:
         raise ProfileError("\n".join([f"{folder} has no profile that can be read.", *problems]))

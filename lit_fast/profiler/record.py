@@ -291,7 +291,7 @@ class Profile:
     parts: list[Part] = field(default_factory=list)
     slowest: list[SlowStep] = field(default_factory=list)
     windows: list[dict[str, float]] = field(default_factory=list)  # s a step by phase, of stretches of as many steps
-    window_steps: int | None = None  # steps that were looked at in depth: syncs, kernels and memory are of these
+    window_steps: int | None = None  # steps that `syncs` are of; `kernels` say it themselves
     syncs: list[Sync] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)
     devices: list[Device] = field(default_factory=list)

@@ -73,6 +73,10 @@ def test_runs_that_were_killed_or_raised(tmp_path: Path) -> None:
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     written(tmp_path, 4)
+    spelled_otherwise = profile(rank=1, world_size=4)
+    spelled_otherwise.header.script = "/home/ann/train.py"
+    write(spelled_otherwise, path_of(tmp_path, 1))
+    assert merge(tmp_path).problems == []
     write(profile(rank=0, world_size=2), path_of(tmp_path, 0))
     (told,) = merge(tmp_path).problems
     assert "files of several runs" in told and "2 processes: rank 0" in told and "4 processes: ranks 1, 2, 3" in told

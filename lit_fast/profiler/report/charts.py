@@ -29,12 +29,13 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from lit_fast.profiler.merge import own_work
-from lit_fast.profiler.record import Comparison, Profile, RankSummary, bucket_end
+from lit_fast.profiler.record import PHASES, Comparison, Profile, RankSummary, Span, bucket_end
 from lit_fast.profiler.report import facts, palette
 from lit_fast.profiler.report.units import digits, rate, seconds, share
 
 ROW = 26  # pixels of a bar and the gap below it
 TIMELINE_SPANS = 2500  # that are drawn: some 300 kB of the page
+SHOWN = 8  # steps of the timeline at first sight
 LABELLED = 6  # kernels with their names in the chart; the table beside it has all
 OWN_COLOUR = "own-colour"  # a tag: page.js leaves the model's colours alone
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
@@ -218,7 +219,7 @@ def memory(profile: Profile) -> Chart:
 def heat_map(summaries: Sequence[RankSummary]) -> Chart:
     """Rank by phase: the colour is how far a rank is from the median of its phase, the number what it takes."""
     ranks = [summary for summary in summaries if summary.steps]
-    phases = [name for name in palette.PHASES if any(rank.phases.get(name) for rank in ranks)]
+    phases = [name for name in PHASES if any(rank.phases.get(name) for rank in ranks)]
     each = np.array([[1e3 * rank.phases.get(name, 0.0) / rank.steps for rank in ranks] for name in phases])
     beyond = each - np.median(each, axis=1, keepdims=True)
     most = float(np.abs(beyond).max()) or 1e-9
@@ -321,7 +322,10 @@ def roofline(profile: Profile) -> Chart:
         fill_alpha=0.8,
         line_color="white",
     )
-    order = sorted(range(len(placed)), key=lambda number: -placed[number].seconds)[:LABELLED]
+    order: list[int] = []  # the longest first, and none whose name would lie on another's
+    for n in sorted(range(len(placed)), key=lambda number: -placed[number].seconds):
+        if len(order) < LABELLED and not any(0.5 < y[n] / y[m] < 2.0 and 0.1 < x[n] / x[m] < 10.0 for m in order):
+            order.append(n)
     middle = math.sqrt(begin * end)
     plot.text(
         x=[x[n] for n in order], y=[y[n] for n in order], text=[_short(placed[n].name) for n in order],
@@ -363,6 +367,8 @@ def timeline(profile: Profile) -> Chart:
             line_width=0.5, hatch_pattern=hatch, hatch_color="white", hatch_alpha=0.6, hatch_scale=7,
         )  # fmt: skip
         keys.append(Key(name or f"track of {track}", bars.id, colour, hatch))
+    begin, end = _first_sight(spans)
+    plot.x_range = Range1d(start=1e3 * (begin - origin), end=1e3 * (end - origin))
     tools = [
         PanTool(dimensions="width"),
         WheelZoomTool(dimensions="width"),
@@ -396,6 +402,15 @@ def _figure(rows: Sequence[str] | None, **options: Any) -> Any:
     if rows is not None:
         plot.ygrid.grid_line_color = None
     return plot
+
+
+def _first_sight(spans: Sequence[Span]) -> tuple[float, float]:
+    """The stretch that a timeline shows before anybody zooms: where kernels were recorded, else the last few steps."""
+    last = max((span.step for span in spans if span.step is not None), default=None)
+    kernels = [span for span in spans if span.track == "kernels"]
+    shown = kernels or [span for span in spans if last is None or (span.step is not None and span.step > last - SHOWN)]
+    begin, end = min(span.begin for span in shown), max(span.begin + span.seconds for span in shown)
+    return begin - 0.01 * (end - begin), end + 0.01 * (end - begin)
 
 
 def _short(name: str, length: int = 26) -> str:

@@ -244,16 +244,19 @@ def slow_hooks(run: Run) -> Iterator[Finding]:
 
 
 def host_syncs(run: Run) -> Iterator[Finding]:
-    looked_at = run.profile.window_steps or run.steps
+    looked_at, on_cpu = run.profile.window_steps or run.steps, run.profile.header.device == "cpu"
     for sync in run.profile.syncs:
         lost = None if sync.seconds is None else sync.seconds / looked_at
         often = sync.calls / looked_at >= SYNCS_A_STEP
         if not often and (lost or 0.0) < AVOIDABLE * run.step:
             continue
         waits = "" if lost is None else f", {seconds(lost)} a step ({share(lost / run.step)})"
+        here = " A CPU has computed it by then; a GPU would have to be waited for." if on_cpu else ""
         yield Finding(
-            title="The host waits for the device to read a value",
-            detail=f"`{sync.line.strip()}`: {digits(sync.calls / looked_at)} times a step{waits}.",
+            title="A tensor's value is read in every step"
+            if on_cpu
+            else "The host waits for the device to read a value",
+            detail=f"`{sync.line.strip()}`: {digits(sync.calls / looked_at)} times a step{waits}.{here}",
             advice="Keep the value a tensor (self.log takes tensors), or read it every n-th step: until it is read, no "
             "further work is queued on the device.",
             where=sync.where,
@@ -386,12 +389,12 @@ def throttled_devices(run: Run) -> Iterator[Finding]:
 
 
 def unexplained_time(run: Run) -> Iterator[Finding]:
-    lost = run.common("unexplained")
-    if lost <= AVOIDABLE * run.step:
+    lost, each = run.common("unexplained"), run.profile.wall / run.steps
+    if lost <= AVOIDABLE * each:  # of the whole run, which is what the profiler promises to explain
         return
     yield Finding(
         title="Some time belongs to no phase",
-        detail=f"{seconds(lost)} a step ({share(lost / run.step)}): code between phases, or a host that is shared.",
+        detail=f"{seconds(lost)} a step ({share(lost / each)}): code between phases, or a host that is shared.",
         advice="Trainer(profiler='deep') shows a window of steps call by call; a quiet machine gives steadier figures.",
         where="unexplained",
         seconds_per_step=lost,

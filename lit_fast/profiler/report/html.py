@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from lit_fast.profiler import merge
 from lit_fast.profiler.record import Compared, Phase, Profile, Report
 from lit_fast.profiler.report import facts, findings
-from lit_fast.profiler.report.units import count, digits, rate, seconds, share
+from lit_fast.profiler.report.units import count, digits, place, quantity, rate, seconds, share
 
 if TYPE_CHECKING:
     from lit_fast.profiler.report.charts import Chart
@@ -217,7 +217,7 @@ def _named(report: Report) -> str:
         [
             part.name,
             part.phase,
-            part.where or "",
+            place(part.where),
             f"{part.calls:,}",
             seconds(part.seconds / steps),
             seconds(part.longest) if part.longest else "",
@@ -233,7 +233,7 @@ def _syncs(report: Report) -> str:
     steps = profile.window_steps or profile.steps.count or 1
     rows = [
         [
-            sync.where,
+            place(sync.where),
             sync.line.strip(),
             f"{sync.calls / steps:.2f}",
             "" if sync.seconds is None else seconds(sync.seconds / steps),
@@ -257,7 +257,7 @@ def _ranks(report: Report) -> str:
     shown = by_work if len(by_work) <= ROWS else [*by_work[: ROWS // 2], *by_work[-ROWS // 4 :]]
     rows = []
     for rank in shown:
-        sensors = ", ".join(f"{r.name} {digits(r.mean)} {r.unit}" for r in rank.readings)
+        sensors = ", ".join(f"{r.name} {quantity(r.mean, r.unit)}" for r in rank.readings)
         why = ", ".join([*(f"{reason} {seconds(s)}" for reason, s in rank.throttled.items() if s),
                          *(f"{n} {name}" for name, n in rank.errors.items() if n)])  # fmt: skip
         state = "" if rank.finished and not rank.ended_by else rank.ended_by or "not ended"
@@ -303,7 +303,7 @@ def _sensors(report: Report) -> str:
     rows = []
     for device in profile.devices:
         for reading in device.readings:
-            figures = [f"{digits(value)} {reading.unit}" for value in (reading.mean, reading.minimum, reading.maximum)]
+            figures = [quantity(value, reading.unit) for value in (reading.mean, reading.minimum, reading.maximum)]
             rows.append([device.name, reading.name, *figures, f"{reading.count:,}"])
     other = [
         f"{device.name}: {reason} {seconds(s)}"
@@ -385,7 +385,8 @@ SECTIONS = (
     Section("steps", "How long steps took", _slowest, _distribution, absent="no step was taken"),
     Section("named", "Hooks and other named parts", _named, absent="none was recorded"),
     Section("timeline", "The last steps", _timeline, _timeline_chart,
-            note="A click on a name of the key hides it; lit-fast report DIR --trace writes it for ui.perfetto.dev.",
+            note="The chart zooms out to all that is kept; a click on a name hides it. lit-fast report DIR --trace "
+        "writes it for ui.perfetto.dev.",
             absent="not recorded"),
     Section("ranks", "Ranks", _ranks, _heat_map,
             note="Colour: more (orange) or less (blue) than the median rank in that phase; the numbers are ms a step. "

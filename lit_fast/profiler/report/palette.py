@@ -22,6 +22,7 @@ PHASES: dict[str, tuple[str, str]] = {
     "logging": (PURPLE, "/"),
     "checkpoint": (ORANGE, "x"),
     "validation": (SKY, "/"),
+    "loop": (BLUE, "/"),
     "profiling": (YELLOW, "/"),
     "idle": (GREY, "-"),
     "unexplained": (GREY, "/"),

@@ -55,6 +55,24 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if size_of >= 99.95 else f"{value:.1f}" if size_of >= 9.995 else f"{value:.2f}"
 
 
+def quantity(value: float, unit: str) -> str:
+    """
+    Example:
+        >>> quantity(4.6e8, "bytes"), quantity(61.0, "°C"), quantity(1905.0, "MHz")
+        ('439 MiB', '61.0 °C', '1905 MHz')
+    """
+    return size(value) if unit == "bytes" else f"{digits(value)} {unit}"
+
+
+def place(where: str | None) -> str:
+    """
+    Example:
+        >>> place("/home/ann/project/models/gpt.py:31"), place("train.py:3")
+        ('models/gpt.py:31', 'train.py:3')
+    """
+    return "/".join((where or "").split("/")[-2:])
+
+
 def share(value: float) -> str:
     return f"{100.0 * value:.1f} %" if math.isfinite(value) else "-"
 

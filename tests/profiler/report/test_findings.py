@@ -110,6 +110,13 @@ def test_what_is_lost_is_told_a_step() -> None:
     assert "`total += loss.item()`: 1.00 times a step" in first(with_sync(1e-3)).detail
 
 
+def test_on_a_cpu_a_read_is_told_for_what_it_is() -> None:
+    made = profile()
+    made.window_steps, made.syncs = 1, [Sync("train.py:42", "if loss.item() > 9:", 1, 1e-6)]
+    (found,) = find(of_profiles([made]))
+    assert found.title == "A tensor's value is read in every step" and found.where == "train.py:42"
+
+
 def test_a_read_in_every_step_is_told_even_where_nobody_knows_what_it_costs() -> None:
     assert find(of_profiles([with_sync(None, calls=4)])) == []
     assert first(with_sync(None, calls=5)).where == "train.py:42"

@@ -13,7 +13,7 @@ from profiles import comparison, deep, profile
 
 from lit_fast.cli import report as command
 from lit_fast.profiler import merge
-from lit_fast.profiler.record import Part, Phase, Profile, Report, write
+from lit_fast.profiler.record import PHASES, Part, Phase, Profile, Report, write
 from lit_fast.profiler.report import palette
 from lit_fast.profiler.report.html import page, write_html
 
@@ -123,6 +123,10 @@ def test_names_are_text_wherever_they_stand() -> None:
 @pytest.mark.parametrize("looks", [palette.PHASES, palette.MEMORY])
 def test_no_two_look_the_same(looks: dict[str, tuple[str, str]]) -> None:
     assert len(set(looks.values())) == len(looks)
+
+
+def test_every_phase_has_a_look() -> None:
+    assert list(palette.PHASES) == list(PHASES)
 
 
 def luminance(colour: str) -> float:
