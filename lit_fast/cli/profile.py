@@ -259,6 +259,7 @@ class Watch:
         from lit_fast.profiler.compare import differing_losses
         from lit_fast.profiler.record import write
         from lit_fast.profiler.report import findings
+        from lit_fast.profiler.report.html import write_html
         from lit_fast.profiler.report.terminal import print_report
 
         report, out = self.report, self.options.out
@@ -269,7 +270,13 @@ class Watch:
         print_report(report)
         if report.comparison is not None:
             print_comparison(report.comparison)
-        print(f"written: {out / 'report.json'}" + (f", {out / 'eager.py'}" if self.source else ""))
+        written = ["report.json", *(["eager.py"] if self.source is not None else [])]
+        try:
+            write_html(report, out / "report.html")
+            written.append("report.html")
+        except ModuleNotFoundError as error:
+            print(error)
+        print(f"written: {', '.join(str(out / name) for name in written)}")
         if self.fits > 1:
             print(f"The program fitted {self.fits} times; the first one is shown.")
 

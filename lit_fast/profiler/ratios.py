@@ -12,7 +12,7 @@ from lit_fast.profiler.record import PHASES, Compared
 
 DRAWS = 10_000  # of the bootstrap
 # What comes once in many steps, and a loop by hand has none of: it is in the profile, not in a comparison of steps.
-LEFT_OUT = ("setup", "validation", "checkpoint")
+LEFT_OUT = ("setup", "validation", "checkpoint", "profiling")
 
 
 def rows(ours: Sequence[Mapping[str, float]], baseline: Sequence[Mapping[str, float]], paired: bool) -> list[Compared]:

@@ -21,7 +21,7 @@ FEWEST = 5  # below, an interval says nothing
 
 
 class Borders(StepProfiler):
-    """Our side's clock, with a visitor between two steps wherever a window ends."""
+    """Our side's clock, with a visitor between two steps wherever a window ends. It prints nothing."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(show=False, **options)

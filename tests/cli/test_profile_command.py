@@ -45,7 +45,7 @@ class Model(L.LightningModule):
 
 class Slow(L.Callback):
     def on_train_batch_end(self, *args):
-        time.sleep(0.003)
+        time.sleep(0.01)
 
 if plant == "never":
     sys.exit()
@@ -106,6 +106,7 @@ def test_against_eager(tmp_path: Path) -> None:
     assert found.comparison.largest_loss_difference is not None
     assert found.comparison.largest_loss_difference <= 1e-5
     assert "step()" in (tmp_path / "out" / "eager.py").read_text()
+    assert "Against eager" in ended.stdout and ended.stdout.count("Where the time went") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "program.py"]
 
 
