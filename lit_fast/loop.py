@@ -302,7 +302,11 @@ class FitLoop(Schedule, Restarted):
         batches = iter(self.position) if ahead is None else ahead
         total, length = self.progress.total, self.length
         if takes_iterator(self.trainer.lightning_module.training_step):
-            return self._iterator_for_steps(self._together(batches) if length is None else batches)
+            batches = self._together(batches) if length is None else batches
+            if self.trainer._profiler is None:
+                return self._iterator_for_steps(batches)
+            turns = self._iterator_for_steps(self.trainer._profiler.wrap_items("data", batches))
+            return cast("Iterator[Any]", self.trainer._profiler.wrap_batches(turns))
         if total is not None and total != length:
             batches = islice(batches, max(0, total - start))
         if length is None:

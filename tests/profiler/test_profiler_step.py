@@ -248,6 +248,21 @@ def test_nothing_is_unexplained() -> None:
     assert profile.phase("loop") > 0.0
 
 
+def test_a_step_that_fetches_its_batches_itself() -> None:
+    class Fetches(Plain):
+        def training_step(self, dataloader_iter: Any) -> Any:
+            batch, _, _ = next(dataloader_iter)
+            return self.loss(batch)
+
+    def data() -> Iterator[Any]:
+        for batch in batches(6):
+            sleep(0.002)
+            yield batch
+
+    profile = recorded(Fetches(), data(), max_epochs=1)
+    assert profile.steps.count >= 6 and profile.phase("data") >= 0.012 > profile.phase("forward")
+
+
 # -- files
 
 
