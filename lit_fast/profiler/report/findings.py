@@ -267,13 +267,14 @@ def host_syncs(run: Run) -> Iterator[Finding]:
 
 def checkpoint_stall(run: Run) -> Iterator[Finding]:
     lost = run.common("checkpoint")
-    if lost < AVOIDABLE * run.step:
-        return
     writer = max(run.ranks, key=lambda rank: rank.phases.get("checkpoint", 0.0))
     own = next((p for p in run.report.profiles if p.header.rank == writer.rank), run.profile)
     parts = sorted((part for part in own.parts if part.phase == "checkpoint"), key=lambda part: -part.seconds)
     row = next((row for row in own.phases if row.name == "checkpoint"), None)
-    calls = parts[0].calls if parts else row.calls if row is not None else 0
+    calls = sum(part.calls for part in parts) or (row.calls if row is not None else 0)
+    # One save, at the end of a short run, says little about a longer one.
+    if lost < (USUAL if calls == 1 else AVOIDABLE) * run.step:
+        return
     total = writer.phases.get("checkpoint", 0.0)
     detail = (
         f"{count(calls, 'save')} of {seconds(total / max(1, calls))}: {seconds(lost)} a step ({share(lost / run.step)})"

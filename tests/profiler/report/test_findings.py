@@ -148,6 +148,19 @@ def test_bytes_of_a_checkpoint_give_the_speed_of_the_disk() -> None:
     assert found.where == "model_checkpoint.py:200"
 
 
+def test_saves_to_several_files_are_counted_together() -> None:
+    made = profile(checkpoint=1e-3)
+    made.parts = [Part("checkpoint", f"epoch={n}.ckpt", 0.05, 1, bytes=50 * 2**20) for n in range(4)]
+    assert "4 saves of 50.0 ms" in first(made).detail and "200 MiB at 1000 MiB/s" in first(made).detail
+
+
+def test_one_save_of_a_short_run_is_told_where_it_took_long() -> None:
+    for milliseconds, told in ((0.4, False), (0.7, True)):
+        made = profile(checkpoint=milliseconds * 1e-3)
+        made.parts = [Part("checkpoint", "last.ckpt", milliseconds * 0.2, 1)]
+        assert bool(find(of_profiles([made]))) is told
+
+
 def test_the_weightiest_comes_first_and_unknown_losses_last() -> None:
     made = with_hook(1e-3)
     made.header.optimizer = "SGD (SGD: its own step, because it is sparse)"
