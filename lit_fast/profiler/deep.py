@@ -23,7 +23,7 @@ from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import PhaseClock
 from lit_fast.profiler.ceilings import measure_ceilings, peak_of
 from lit_fast.profiler.costs import Costs, step_cost
-from lit_fast.profiler.kernels import STEP, Window, events_of
+from lit_fast.profiler.kernels import OPTIMIZER, STEP, Window, events_of
 from lit_fast.profiler.memory import StepMemory
 from lit_fast.profiler.record import Ceilings, Device, Kernel, Memory, Profile, Span, Sync
 from lit_fast.profiler.sensors import Sensors
@@ -156,8 +156,7 @@ class DeepProfiler(StepProfiler):
         if profile.header.peak_flops is None and found.peak[0] is not None:
             profile.header.peak_flops, profile.header.peak_source = found.peak
         profile.ceilings, profile.kernels, profile.syncs = found.ceilings, found.kernels, found.syncs
-        profile.window_steps = 1 if found.syncs else None  # the one whose calls are counted
-        profile.memory = found.memory
+        profile.memory, profile.window_steps = found.memory, found.counted
         profile.timeline = [*found.timeline, *profile.timeline]
         return profile
 
@@ -171,6 +170,7 @@ class _Found:
         self.flops: tuple[float, float] | None = None  # of a batch: the model's, and the hardware's
         self.kernels: list[Kernel] = []
         self.syncs: list[Sync] = []
+        self.counted: int | None = None  # batches that host reads were looked for in
         self.memory = Memory()
         self.timeline: list[Span] = []
         self.notes: list[str] = []
@@ -187,6 +187,7 @@ class _Look:
         self.wanted = self.first + 2 + profiler.window
         self.batches = 0  # of the step that goes on
         self.compiled = False
+        self.own_step: str | None = None  # the kernel that is ours
         self.memory: StepMemory | None = None
         self.costs, self.syncs = Costs(), Syncs(self.device)
         self.tracing: _Tracing | None = None
@@ -262,7 +263,7 @@ class _Look:
 
     def _say_costs(self) -> None:
         found, costs = self.found, self.costs
-        found.syncs = self.syncs.found()
+        found.syncs, found.counted = self.syncs.found(), self.batches
         found.flops = (costs.model_flops / self.batches, costs.hardware_flops / self.batches)
         if costs.uncounted:
             name, why = next(iter(costs.uncounted.items()))
@@ -274,14 +275,18 @@ class _Look:
         adopted = plans.binding.stepping.adopted if plans is not None else []
         if len(adopted) == 1 and adopted[0].compiled:  # the core's steps pass by torch's dispatcher
             optimizer = adopted[0].optimizer
+            self.own_step = f"{type(optimizer).__name__} step"
             cost = step_cost(optimizer, clips=bool(self.trainer.gradient_clip_val))
             if cost is not None:
-                costs.calls[f"Optimizer.step#{type(optimizer).__name__}.step"] = [cost]
+                costs.calls[f"{OPTIMIZER}{type(optimizer).__name__}.step"] = [cost]
 
     def _end(self) -> None:
         if self.tracing is not None:
             tracing, self.tracing = self.tracing, None
             tracing.end(self.costs, self.found)
+            for kernel in self.found.kernels:
+                if kernel.name == self.own_step:
+                    kernel.name = f"lit_fast {kernel.name}"
             if self.usual and self.traced:
                 usual, traced = statistics.median(self.usual), statistics.median(self.traced)
                 said = (

@@ -20,6 +20,7 @@ from lit_fast.profiler.costs import Cost
 from lit_fast.profiler.record import Ceilings, Kernel, Span
 
 STEP = "lit_fast step"  # the name of the range around each step of the window
+OPTIMIZER = "Optimizer.step#"  # how torch's optimizers, and our compiled steps, mark theirs
 ROWS, SPANS = 40, 2000  # kept, the longest
 _LAUNCHES = ("cuda", "cu", "hip")  # how the runtime's calls begin that launch kernels
 
@@ -128,9 +129,9 @@ class Window:
         rows: dict[str, _Row] = {}
         steps = len(self.steps) * self.batches
         for event, nanoseconds in self._timed():
-            row = rows.setdefault(event.name, _Row())
+            row = rows.setdefault(_shown(event.name), _Row())
             row.add(nanoseconds * 1e-9, self.costs.get(id(event)), ceilings)
-        made = [row.kernel(_shown(name), steps) for name, row in rows.items()]
+        made = [row.kernel(name, steps) for name, row in rows.items()]
         return sorted(made, key=lambda kernel: -kernel.seconds)[:ROWS]
 
     def _timed(self) -> Iterator[tuple[Event, int]]:
@@ -140,7 +141,7 @@ class Window:
             return
         for root in self.top:
             for event in root.everything():
-                if id(event) in self.costs or not (event.annotation or event.name == STEP):
+                if event.name.startswith(OPTIMIZER) or not (event.annotation or event.name == STEP):
                     yield event, event.own
 
     def ranges(self, prefix: str, since: Callable[[int], float]) -> list[Span]:
@@ -201,16 +202,16 @@ def _operations(root: Event) -> Iterator[Event]:
     waiting = [root]
     while waiting:
         event = waiting.pop()
-        if event.name.startswith("aten::") or (event.annotation and event.name.startswith("Optimizer.step#")):
+        if event.name.startswith("aten::") or (event.annotation and event.name.startswith(OPTIMIZER)):
             yield event
         else:
             waiting.extend(event.inside)
 
 
 def _shown(name: str) -> str:
-    """Our compiled step goes by the range that torch's own optimizers mark."""
-    if name.startswith("Optimizer.step#"):
-        return f"{name.removeprefix('Optimizer.step#').removesuffix('.step')} step"
+    """As people know it: an optimizer's step without the words that torch marks it by."""
+    if name.startswith(OPTIMIZER):
+        return f"{name.removeprefix(OPTIMIZER).removesuffix('.step')} step"
     return name if len(name) <= 200 else f"{name[:199]}…"  # kernels of templates
 
 

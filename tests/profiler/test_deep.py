@@ -60,8 +60,9 @@ def test_a_profile_of_a_fit() -> None:
     assert found.header.mode == "deep" and found.header.peak_source is not None
     assert found.header.peak_flops == 100e9
     assert found.header.flops_per_step == found.header.hardware_flops_per_step
-    assert rows["AdamW step"].bytes == 3 * 28 * parameters and rows["AdamW step"].calls == 3
-    assert rows["AdamW step"].bound == "memory" and rows["AdamW step"].steps == 3
+    assert rows["lit_fast AdamW step"].bytes == 3 * 28 * parameters and rows["lit_fast AdamW step"].calls == 3
+    assert rows["lit_fast AdamW step"].bound == "memory" and rows["lit_fast AdamW step"].steps == 3
+    assert rows["lit_fast AdamW step"].flops == 3 * 14 * parameters
     products = [rows[name].flops for name in ("aten::addmm", "aten::mm") if name in rows]
     assert sum(filter(None, products)) == 3 * found.header.flops_per_step
     points = {sample.point: sample for sample in found.memory.over_step}
@@ -133,7 +134,8 @@ def test_figures_are_of_a_batch_where_gradients_accumulate() -> None:
         row = next((kernel for kernel in found.kernels if kernel.name == name), None)
         if row is not None:
             assert row.steps == 6 and row.flops == 2 * of_one[name].flops
-    assert found.steps.count == 20 - 2 - 2 - 6
+    assert found.steps.count == 20 - 2 - 2 - 6 and found.window_steps == 2
+    assert sum(sync.calls for sync in found.syncs) == 2  # Plain reads its loss in every batch
 
 
 def test_a_run_that_ends_early_says_so_and_leaves_no_profiler_on() -> None:
@@ -195,7 +197,7 @@ def test_manual_optimization_is_looked_at_too() -> None:
             optimizer.step()
 
     _, found = deep(Manual())
-    assert found.header.flops_per_step and "SGD step" in {kernel.name for kernel in found.kernels}
+    assert found.header.flops_per_step and "lit_fast SGD step" in {kernel.name for kernel in found.kernels}
 
 
 class FakeProfile:
