@@ -15,11 +15,7 @@ PHASES = {
     "forward": ("#56b4e9", "", ["forward"]),
     "backward": ("#0072b2", "//", ["backward"]),
     "optimizer": ("#e69f00", "", ["optimizer"]),
-    "the rest": (
-        "#cc79a7",
-        "xx",
-        ["schedulers", "hooks", "logging", "checkpoint", "communication", "idle", "unexplained"],
-    ),
+    "the rest": ("#cc79a7", "xx", []),  # every other row
 }
 HEIGHT, BESIDE = 0.34, 0.38  # of a bar, and from the eager bar to ours
 
@@ -47,10 +43,12 @@ def draw(results: dict[str, Any]) -> None:
         field = figure.add_subplot()
         for place, result in enumerate(results.values()):
             whole, _, ratio, low, high = result["rows"]["step"]
+            named = {part for _, _, parts in PHASES.values() for part in parts}
+            rest = [part for part in result["rows"] if part != "step" and part not in named]
             for side, (offset, who) in enumerate(((0.0, "eager"), (BESIDE, "lit_fast"))):
                 left = 0.0
                 for phase, (color, hatch, parts) in PHASES.items():
-                    width = sum(result["rows"][part][side] for part in parts if part in result["rows"]) / whole
+                    width = sum(result["rows"][part][side] for part in parts or rest if part in result["rows"]) / whole
                     label = phase if not place and not side else None
                     field.barh(place + offset, width, HEIGHT, left, color=color, hatch=hatch, lw=0, label=label)
                     left += width
