@@ -191,7 +191,7 @@ def memory(profile: Profile) -> Chart:
     for kind in kinds:
         data[kind] = [getattr(sample, kind) / 2**20 for sample in samples]
     data["sum"] = [sum(data[kind][i] for kind in kinds) for i in range(len(samples))]
-    plot = _figure(None, height=320, x_axis_label="ms since the step began", y_axis_label="MiB")
+    plot = _figure(None, height=320, x_axis_label="ms", y_axis_label="MiB")
     plot.y_range.start = 0.0
     plot.x_range.range_padding = 0.02
     source = ColumnDataSource(data)
@@ -345,7 +345,7 @@ def timeline(profile: Profile) -> Chart:
     )
     tracks = [track for track in tracks if any(span.track == track for span in spans)]
     origin = spans[0].begin
-    plot = _figure(tracks, height=70 * len(tracks) + 150, x_axis_label=f"ms since {seconds(origin)} of the run")
+    plot = _figure(tracks, height=70 * len(tracks) + 150, x_axis_label="ms")
     groups: dict[tuple[str, str], list[Any]] = {}
     for span in spans:
         groups.setdefault((span.track, span.name if span.track == "phases" else ""), []).append(span)

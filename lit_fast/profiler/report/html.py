@@ -212,7 +212,10 @@ def _slowest(report: Report) -> str:
 def _named(report: Report) -> str:
     profile = report.profiles[0]
     steps = max(1, profile.steps.count)
-    parts = sorted((part for part in profile.parts if part.seconds), key=lambda part: -part.seconds)
+    # Below a ten-thousandth of the run lie the hooks that nobody overrides.
+    parts = sorted(
+        (part for part in profile.parts if part.seconds > 1e-4 * profile.wall), key=lambda part: -part.seconds
+    )
     rows = [
         [
             part.name,
@@ -391,7 +394,8 @@ SECTIONS = (
     Section("ranks", "Ranks", _ranks, _heat_map,
             note="Colour: more (orange) or less (blue) than the median rank in that phase; the numbers are ms a step. "
             "Most work of its own comes first: that rank makes the others wait.", absent="one process"),
-    Section("memory", "Memory over a step", _memory, _memory_chart, absent="Trainer(profiler='deep') records it"),
+    Section("memory", "Memory over a step", _memory, _memory_chart,
+            note="From the moment at which the step begins.", absent="Trainer(profiler='deep') records it"),
     Section("kernels", "Kernels under the roofline", _kernels, _roofline,
             note="Diamonds are lit_fast's own kernels; the larger, the more time.",
             absent="Trainer(profiler='deep') records kernels"),
