@@ -339,12 +339,14 @@ class Binding:
                 "configure_gradient_clipping", lambda: rewrite(optimizer, value, algorithm)
             )
             return (self.wrap("optimizer", in_place),)
-        self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
+        if not self.trainer.strategy.has_engine:
+            self._note("clip", "Trainer", f"by {how} {value}, in registers during the optimizer's step")
         return ()
 
     def _bind_update(self) -> Bound:
         stepping, adopted = self.stepping, self.stepping.adopted[0]
-        self._note("update", type(adopted.optimizer).__name__, adopted.reason)
+        if not self.trainer.strategy.has_engine:
+            self._note("update", type(adopted.optimizer).__name__, adopted.reason)
         if stepping.scaler is not None:
             how = "in registers, by the step" if stepping.unscales_in_registers else "in memory: something can see them"
             self._note("update", type(stepping.scaler).__name__, f"gradients unscaled {how}")

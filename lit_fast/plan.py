@@ -113,7 +113,7 @@ class Plans:
         if self.automatic:
             if self.binding.overrides("backward"):
                 rows.append(("backward", type(self.module).__name__, "its own backward"))
-            else:
+            elif not self.trainer.strategy.has_engine:
                 rows.append(
                     ("backward", "lit_fast", "autograd engine, seeded with the micro-batch's share of its window")
                 )

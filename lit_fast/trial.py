@@ -130,7 +130,15 @@ def trying(trainer: Trainer) -> Iterator[Trial]:
 
     What is not put back: samplers and generators of the user's own that a run draws from, and whatever the module
     keeps outside its parameters, buffers and metrics.
+
+    Raises:
+        MisconfigurationException: the strategy has an engine, whose weights nobody can put back.
     """
+    if trainer.strategy.has_engine:
+        raise MisconfigurationException(
+            f"Strategy {trainer.strategy.strategy_name!r} cannot try something out and be as before: its engine keeps "
+            f"weights and states to itself. Search with strategy='ddp', and set what was found."
+        )
     put_back = [_trainer(trainer), _module(trainer.lightning_module), *_optimizers(trainer)]
     random = rng.capture()
     trial = Trial(trainer)

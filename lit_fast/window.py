@@ -214,7 +214,7 @@ def bind_backward(binding: Binding, place: Place) -> tuple[Losses, Callable[[Ten
     module, trainer = binding.module, binding.trainer
     hooks = binding.automatic_hooks("on_before_backward")
     own = binding.overrides("backward")
-    divided = bool(binding.plugin_backward or own or hooks or trainer.strategy.divides_losses)
+    divided = bool(binding.plugin_backward or own or hooks or trainer.strategy.has_engine)
     shown = losses_over(place.length)
     backward = engine_backward(1.0 if divided else 1.0 / place.length, trainer.config.device)
     losses: Losses

@@ -24,9 +24,10 @@ from lit_fast.optim.adopt import mapping_of
 from lit_fast.optim.engine import EngineOptimizer
 from lit_fast.optim.storage import asks_for_storage
 from lit_fast.precision import DeepSpeedPrecision, HalfPrecision, MixedPrecision, Precision
+from lit_fast.states import TrainerFn
 from lit_fast.strategies import deepspeed_config
 from lit_fast.strategies.ddp_torch import Step
-from lit_fast.strategies.deepspeed_state import OptimizerParts, fill_masters, whole_parameters
+from lit_fast.strategies.deepspeed_state import OptimizerParts, fill_masters, masters_of, whole_parameters
 from lit_fast.strategies.environments import ClusterEnvironment
 from lit_fast.strategies.model_parallel import join_alone
 from lit_fast.strategies.parallel import ParallelStrategy
@@ -68,7 +69,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     strategy_name = "deepspeed"
     rides = False
     shards_gradients = True
-    divides_losses = True
+    has_engine = True
 
     def __init__(
         self,
@@ -187,14 +188,11 @@ class DeepSpeedStrategy(ParallelStrategy):
         join_alone(self)
 
     def setup(self, trainer: Trainer) -> None:
-        self._let_go()
         module = self.lightning_module
         assert module is not None
-        if any(hasattr(p, "ds_id") for p in module.parameters()):
-            raise MisconfigurationException(
-                f"strategy='deepspeed' with stage 3: {type(module).__name__} is still in the parts that a run before "
-                f"has made of it. Make it anew, and load what that run has saved."
-            )
+        if self._in_parts and self.engine is not None and trainer.state.fn != TrainerFn.FITTING:
+            return  # the engine gathers weights where they are used
+        self._refuse_parts()
         super().setup(trainer)
         dtype = getattr(self.precision_plugin, "dtype", None)
         if dtype is not None:
@@ -204,8 +202,23 @@ class DeepSpeedStrategy(ParallelStrategy):
         if self.world_size > 1:
             self.same_model_everywhere()
 
+    @property
+    def _in_parts(self) -> bool:
+        """Whether stage 3 has replaced the module's parameters by parts of them, which only its engine can gather."""
+        assert self.lightning_module is not None
+        return any(hasattr(p, "ds_id") for p in self.lightning_module.parameters())
+
+    def _refuse_parts(self) -> None:
+        if self._in_parts:
+            name = type(self.lightning_module).__name__
+            raise MisconfigurationException(
+                f"strategy='deepspeed' with stage 3: {name} is still in the parts that a fit has made of it. "
+                f"Make it anew, with a Trainer, and load what that fit has saved."
+            )
+
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Make the engine."""
+        self._let_go()
         optimizer = self._only_optimizer(trainer)
         deepspeed = self._import()
         module = self.lightning_module
@@ -214,6 +227,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         config = deepspeed_config.complete(self.config, self.precision_plugin.precision, max_norm, self._fp16)
         self._trained = [p for p in module.parameters() if p.requires_grad]
         parts = OptimizerParts(optimizer, self.stage)
+        masters = masters_of(module, self._masters or {})
         index = self.root_device.index
         with _local_rank(self.local_rank):
             self.engine, zero, _, _ = deepspeed.initialize(
@@ -226,9 +240,7 @@ class DeepSpeedStrategy(ParallelStrategy):
             )
         self._parts = parts
         parts.take(zero)
-        if self._masters is not None:
-            fill_masters(module, self._masters)
-            self._masters = None
+        fill_masters(module, masters)
         if isinstance(self.precision_plugin, DeepSpeedPrecision):
             self.precision_plugin.loss_scaler = getattr(zero, "loss_scaler", None)
         self.optimizers = [EngineOptimizer(optimizer, self._step, zero.zero_grad)]
@@ -401,9 +413,17 @@ class DeepSpeedStrategy(ParallelStrategy):
         assert self.lightning_module is not None
         return whole_parameters(self.lightning_module, state, keep=self.is_global_zero)
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self._refuse_parts()
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         super().load_model_state_dict(checkpoint, strict)
-        self._masters = checkpoint["state_dict"] if self.precision_plugin.precision != "32-true" else None
+        if self.engine is not None:
+            assert self.lightning_module is not None
+            fill_masters(self.lightning_module, checkpoint["state_dict"])
+        if self.precision_plugin.precision != "32-true":
+            self._masters = checkpoint["state_dict"]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """All of it in the first process; in the others without the states of parameters. All must call it."""
@@ -434,6 +454,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         if self.engine is not None:
             for hook in getattr(self.engine.optimizer, "_grad_acc_hooks", ()):
                 hook.remove()
+        self._masters = None
         super().teardown()
 
     def _let_go(self) -> None:

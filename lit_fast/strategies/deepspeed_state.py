@@ -20,7 +20,7 @@ from lit_fast.errors import CheckpointError
 
 
 def whole_parameters(module: nn.Module, state: dict[str, Any], keep: bool) -> dict[str, Any]:
-    """`state` with every parameter whole: in float32 where it is trained, else as it is. All processes must call it.
+    """`state` with every parameter whole: its float32 master where it has one, else itself. All processes must call it.
 
     Args:
         keep: False throws away what was gathered, in processes that only take part.
@@ -37,14 +37,21 @@ def whole_parameters(module: nn.Module, state: dict[str, Any], keep: bool) -> di
             if value is None and hasattr(p, "ds_id"):  # frozen, and in parts
                 with zero.GatheredParameters([p]):
                     value = p.detach().clone()
-            value = p.detach() if value is None else value
+            if value is None or (not hasattr(p, "ds_id") and not torch.equal(value.to(p.dtype), p)):
+                value = p.detach()  # no master, or somebody has changed the weights since the last step
             found[p] = value.cpu() if keep else torch.empty(0)
         state[name] = found[p]
     return state
 
 
+def masters_of(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Of a checkpoint's weights those that the module's are, rounded to its dtype: nobody has changed them since."""
+    own = dict(module.named_parameters())
+    return {name: state[name] for name, p in own.items() if name in state and torch.equal(state[name].to(p), p)}
+
+
 def fill_masters(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put a checkpoint's weights, which 16 bits have rounded, into the float32 masters of an engine."""
+    """Put weights into the float32 masters of an engine, which has rounded them, or has not seen them."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, p in module.named_parameters():

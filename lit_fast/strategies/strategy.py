@@ -64,7 +64,7 @@ class Strategy:
     handles_gradient_accumulation = False
     rides = True  # whether what processes agree on travels with the gradients; else it is asked for between steps
     shards_gradients = False  # whether optimizers hold this process's part of the gradients alone
-    divides_losses = False  # whether `bind_backward` wants losses that are divided by their window's length
+    has_engine = False  # of somebody else's, for backward and steps: losses come to it divided by their window's length
     root_device: torch.device
     cluster_environment: ClusterEnvironment | None = None  # None on one device: nobody asked for one
     control: Control | None = None  # what several processes agree on

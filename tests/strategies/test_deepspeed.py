@@ -318,6 +318,54 @@ def test_hooks_validation_and_a_fit_after_a_fit(stage: int) -> None:
         assert after == (None if stage == 3 else (4, None, True))
 
 
+class Other(lit_fast.Callback):
+    """Changes a weight behind the engine's back, between two steps."""
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        with torch.no_grad():
+            module.head.bias.fill_(0.5)
+
+
+def one_after_the_other(stage: int, folder: str) -> Any:
+    """fit, validate and save; then, by another Trainer, validate from that file and fit from the weights of a third."""
+    path, batches = Path(folder, "first.ckpt"), share(0, 1)[:4]
+    options = {"precision": "bf16-mixed", "callbacks": [Other()]}
+    trainer, model = fit(stage, 4, Hooked(), **options)
+    first = saved(trainer, Path(folder, "before.ckpt"))
+    trainer.validate(model, batches, verbose=False)
+    second = saved(trainer, path)
+    if stage == 3:
+        with pytest.raises(MisconfigurationException, match="Make it anew, with a Trainer"):
+            trainer.validate(model, batches, ckpt_path=path, verbose=False)
+        return first, second, None
+    model = Hooked()
+    trainer = lit_fast.Trainer(
+        accelerator="cpu", devices=1, strategy=strategy_of(stage), max_steps=1, logger=False, precision="bf16-mixed",
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    before = trainer.explain(model)
+    trainer.validate(model, batches, ckpt_path=path, verbose=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(0.25)
+    trainer.fit(model, batches)
+    return first, second, (before, trainer.strategy.lightning_module_state_dict())
+
+
+@needs_deepspeed
+@dist_test
+@pytest.mark.parametrize("stage", [2, 3])
+def test_runs_after_each_other_keep_or_forget_what_they_should(stage: int, tmp_path: Path) -> None:
+    first, second, then = run_ranks(one_after_the_other, 1, stage, str(tmp_path), timeout=90.0)[0]
+    same_but_for(first, second, EXACT)
+    assert len(first["optimizer_states"][0]["state"]) == 12  # of 13 parameters one is frozen
+    if then is not None:
+        assert torch.equal(first["state_dict"]["head.bias"].float(), torch.full((4,), 0.5))  # not the engine's master
+        before, weights = then
+        assert "engine.step" in before and "compiled step" not in before and "autograd engine" not in before
+        assert all((weight - 0.25).abs().max() < 0.02 for weight in weights.values())  # a step's 0.01 away
+
+
 class Silent(Several):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -359,6 +407,11 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: Optimizers(torch.optim.Adagrad), {}, "cannot step Adagrad: DeepSpeed makes another one"),
     (lambda: Optimizers(lit_fast.optim.Lamb), {}, "cannot step Lamb: it looks at whole tensors"),
     (Thaws, {"max_epochs": 2}, "other parameters are trained now"),
+    (
+        Several,
+        {"callbacks": [lit_fast.callbacks.LearningRateFinder(update_attr=False)]},
+        "cannot try something out and be as before",
+    ),
 ]
 
 
@@ -369,7 +422,7 @@ def refused() -> list[str]:
             fit(1, 12, make(), **options)
         found.append(str(raised.value))
     fit(3, 2, model := Several())
-    with pytest.raises(MisconfigurationException, match="still in the parts that a run before has made of it"):
+    with pytest.raises(MisconfigurationException, match="still in the parts that a fit has made of it"):
         fit(3, 2, model)
     with pytest.warns(UserWarning, match="DeepSpeed keeps to itself"):
         fit(2, 2, callbacks=[SavesInWindow()], accumulate_grad_batches=2)
