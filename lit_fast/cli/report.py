@@ -12,7 +12,7 @@ def main(argv: Sequence[str]) -> int:
         prog="lit-fast report",
         description="Merges the files of a folder, one of each process, into report.json and report.html.",
     )
-    parser.add_argument("folder", type=Path, help="where Trainer(profiler='step') wrote rank-00000.json, ...")
+    parser.add_argument("folder", type=Path, help="where StepProfiler(dirpath=...) wrote rank-00000.json, ...")
     parser.add_argument("--output", type=Path, help="where to write to (default: the same folder)")
     parser.add_argument("--no-html", action="store_true", help="no report.html, which needs bokeh")
     parser.add_argument("--trace", action="store_true", help="the timeline for ui.perfetto.dev, and as Chrome's JSON")

@@ -13,7 +13,7 @@ from lit_fast.errors import ProfileError
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="lit-fast watch",
-        description="Shows speed, phases and the slowest ranks of a run with Trainer(profiler='step'), until it ends.",
+        description="Shows speed, phases and the slowest ranks of a run that StepProfiler records, until it ends.",
     )
     parser.add_argument("folder", type=Path, help="where its processes write rank-00000.json, ...")
     parser.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (default 2)")

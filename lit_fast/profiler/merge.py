@@ -30,6 +30,8 @@ def path_of(folder: str | os.PathLike[str], rank: int) -> Path:
 def merge(folder: str | os.PathLike[str]) -> Report:
     """The report of a folder with files `rank-00000.json`, ...; findings are not made yet.
 
+    A comparison that `lit-fast profile` has written there, in `report.json`, of the same run, stays in it.
+
     A file that is damaged, foreign or of another version is left out, and `problems` says which and why; ranks that
     should be there and are not are in `missing`.
 
@@ -66,12 +68,27 @@ def merge(folder: str | os.PathLike[str]) -> Report:
         problems.append(f"{folder} has files of several runs ({runs}): delete those of the older one.")
     kept = [_profile(path) for path in kept_whole(summaries)]
     ranks = sorted(summaries.values(), key=lambda summary: summary.rank)
+    profiles = sorted(kept, key=lambda profile: profile.header.rank)
     return Report(
-        profiles=sorted(kept, key=lambda profile: profile.header.rank),
+        profiles=profiles,
+        comparison=_comparison_of(profiles[0], folder / "report.json"),
         ranks=ranks,
         missing=sorted(set(range(world)) - {summary.rank for summary in ranks}),
         problems=problems,
     )
+
+
+def _comparison_of(profile: Profile, path: Path) -> record.Comparison | None:
+    """What that report compares, if it is of the same run."""
+    try:
+        report = record.read(path)
+    except ProfileError:
+        return None
+    if not isinstance(report, Report) or not report.profiles:
+        return None
+    of, now = report.profiles[0].header, profile.header
+    same = (of.started, of.host, of.pid, of.rank) == (now.started, now.host, now.pid, now.rank)
+    return report.comparison if same else None
 
 
 def of_profiles(profiles: Sequence[Profile]) -> Report:
@@ -92,8 +109,8 @@ def rank_files(folder: Path) -> list[Path]:
         raise ProfileError(f"{folder} cannot be read: {error.strerror}. A folder of profiles is wanted.") from error
     if not paths:
         raise ProfileError(
-            f"{folder} has no rank-*.json: Trainer(profiler='step') writes them while a run goes on, by default into "
-            f"lit_fast_profile/ under its default_root_dir."
+            f"{folder} has no rank-*.json: StepProfiler(dirpath=...) writes them while a run goes on, and `lit-fast "
+            f"profile` into lit_fast_profile/."
         )
     return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
 

@@ -448,8 +448,8 @@ def read(path: str | os.PathLike[str], without: Iterable[str] = ()) -> Profile |
         raise ProfileError(f"{path} is not JSON ({error}); a profile of lit_fast is wanted.") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ProfileError(
-            f"{path} is no profile of lit_fast: it has no 'schema': {SCHEMA!r}. Trainer(profiler='step') and `lit-fast "
-            f"profile` write one."
+            f"{path} is no profile of lit_fast: it has no 'schema': {SCHEMA!r}. StepProfiler(dirpath=...) and "
+            f"`lit-fast profile` write one."
         )
     if data.get("version") != VERSION:
         raise ProfileError(

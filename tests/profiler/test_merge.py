@@ -13,7 +13,7 @@ from profiles import deep, profile
 from lit_fast.cli import report as command
 from lit_fast.errors import ProfileError
 from lit_fast.profiler.merge import EXTREMES, WHOLE, merge, of_profiles, path_of
-from lit_fast.profiler.record import Profile, Report, read, write
+from lit_fast.profiler.record import Comparison, Profile, Report, read, write
 
 
 def written(folder: Path, number: int, **of_rank_two: float) -> list[Profile]:
@@ -44,6 +44,16 @@ def test_a_report_comes_back_as_it_was_written(tmp_path: Path) -> None:
     write(report, tmp_path / "report.json")
     assert read(tmp_path / "report.json") == report
     assert merge(tmp_path) == report, "report.json is none of the ranks' files"
+
+
+def test_a_comparison_stays_with_the_run_that_it_is_of(tmp_path: Path) -> None:
+    made = written(tmp_path, 2)
+    comparison = Comparison("eager", windows=20)
+    write(Report(profiles=made, comparison=comparison), tmp_path / "report.json")
+    assert merge(tmp_path).comparison == comparison
+    made[0].header.started = "2020-01-01T00:00:00+00:00"  # another run wrote over the files
+    write(made[0], path_of(tmp_path, 0))
+    assert merge(tmp_path).comparison is None
 
 
 def test_files_that_are_no_profile_are_told_and_left_out(tmp_path: Path) -> None:
