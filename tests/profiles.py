@@ -79,7 +79,7 @@ def profile(steps: int = 200, rank: int = 0, world_size: int = 1, spans: int = 8
             parameters=10_800_000,
             precision="32-true",
             strategy="ddp" if world_size > 1 else "auto",
-            optimizer="AdamW (AdamW: compiled step (adamw on avx2))",
+            optimizer="AdamW: compiled step (adamw on avx2)",
             batch="int64[16, 257]",
             samples_per_step=16.0,
             tokens_per_step=4096.0,

@@ -69,7 +69,7 @@ def complete(header: Header, trainer: Trainer, batch: Batch | None) -> None:
         header.parameters = sum(p.numel() for p in module.parameters() if not isinstance(p, _LAZY))
     if plans is not None and plans.module is module and not header.optimizer:
         adopted = plans.binding.stepping.adopted
-        header.optimizer = ", ".join(f"{type(each.optimizer).__name__} ({each.reason})" for each in adopted)
+        header.optimizer = ", ".join(each.reason for each in adopted)
 
 
 _LAZY = torch.nn.parameter.UninitializedParameter

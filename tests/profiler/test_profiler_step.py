@@ -171,7 +171,7 @@ def test_the_header_says_what_ran() -> None:
     profile = recorded(Plain(torch.optim.AdamW), shuffled(10), max_epochs=1)
     found = profile.header
     assert found.module == "Plain" and found.parameters == sum(p.numel() for p in Plain().parameters())
-    assert found.optimizer.startswith("AdamW (") and found.batch == "float32[4, 8]"
+    assert found.optimizer.startswith("AdamW: ") and found.batch == "float32[4, 8]"
     assert found.samples_per_step == 4.0 and found.precision == "32-true" and found.device == "cpu"
     assert found.pid == os.getpid() and found.versions["torch"] == torch.__version__ and found.processor
     assert found.commit is None or len(found.commit) == 10

@@ -56,7 +56,7 @@ def with_collections(milliseconds: float) -> Profile:
 
 def by_torch(seconds: float) -> Profile:
     made = profile(optimizer=seconds)
-    made.header.optimizer = "AdamW (AdamW: its own step, because it is complex)"
+    made.header.optimizer = "AdamW: its own step, because it is complex"
     return made
 
 
@@ -163,7 +163,7 @@ def test_one_save_of_a_short_run_is_told_where_it_took_long() -> None:
 
 def test_the_weightiest_comes_first_and_unknown_losses_last() -> None:
     made = with_hook(1e-3)
-    made.header.optimizer = "SGD (SGD: its own step, because it is sparse)"
+    made.header.optimizer = "SGD: its own step, because it is sparse"
     made.phases[0].seconds += 200 * 2e-3
     made.wall += 200 * 2e-3
     titles = [finding.title for finding in find(of_profiles([made]))]
