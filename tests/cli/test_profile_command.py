@@ -1,4 +1,7 @@
-"""`lit-fast profile`: unedited programs, exit codes, and what is there after a program that fails."""
+"""`lit-fast profile`: unedited programs, exit codes, and what is there after a program that fails.
+
+Each test trains twice in a process of its own, in seconds: those that others nearly cover are slow ones.
+"""
 
 from __future__ import annotations
 
@@ -156,6 +159,7 @@ def test_a_program_that_is_killed_leaves_its_last_file(tmp_path: Path) -> None:
     assert isinstance(found, Profile) and found.steps.count >= 25 and not found.finished
 
 
+@pytest.mark.slow
 def test_what_no_loop_by_hand_can_do_is_said_before_training(tmp_path: Path) -> None:
     ended = planted(tmp_path, "reads", "--steps", "30")
     assert ended.returncode == 1 and "trainer.fit_loop" in ended.stderr and "Traceback" not in ended.stderr
@@ -165,6 +169,7 @@ def test_what_no_loop_by_hand_can_do_is_said_before_training(tmp_path: Path) -> 
     assert ended.returncode == 1 and "nonfinite='skip'" in ended.stderr and "after" not in ended.stdout
 
 
+@pytest.mark.slow
 def test_a_fit_that_is_too_short(tmp_path: Path) -> None:
     ended = planted(tmp_path, "short", "--against", str(tmp_path / "program.py"))
     assert ended.returncode == 1 and "is not JSON" in ended.stderr and "after" not in ended.stdout
@@ -173,6 +178,7 @@ def test_a_fit_that_is_too_short(tmp_path: Path) -> None:
     assert comparison(tmp_path).windows == 14
 
 
+@pytest.mark.slow
 def test_against_an_earlier_run(tmp_path: Path) -> None:
     first = planted(tmp_path, "slow", "--steps", "30", "--against", "none")
     assert first.returncode == 0 and report(tmp_path).comparison is None
@@ -217,6 +223,7 @@ class Profiler:
 }
 
 
+@pytest.mark.slow
 def test_against_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for Lightning that takes a known time; lit_fast's own name leads to it, too."""
     for name in ("callbacks", "loggers", "strategies", "utilities"):
@@ -249,6 +256,7 @@ def test_against_lightning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert rows["step"] == pytest.approx(sum(rows.values()) - rows["step"], rel=0.2)  # medians need not add up
 
 
+@pytest.mark.slow
 def test_an_interpreter_without_lightning(tmp_path: Path) -> None:
     ended = planted(tmp_path, "", "--steps", "21", "--against", "lightning", "--lightning-python", "/bin/false")
     assert ended.returncode == 1 and "--lightning-python PATH" in ended.stderr

@@ -127,7 +127,7 @@ THOUSAND = """
 """
 
 
-@pytest.mark.parametrize("ranks", [128, pytest.param(1024, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [32, pytest.param(1024, marks=pytest.mark.slow)])
 def test_many_ranks_in_seconds_and_in_little_memory(tmp_path: Path, ranks: int) -> None:
     """Files of 100 KB, with what a deep profile on a GPU has; a thousand may take 10 s of a processor and 1 GB."""
     folder = tmp_path / "in"
