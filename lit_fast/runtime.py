@@ -547,15 +547,15 @@ class Runtime(Interrupts):
             return
         from lit_fast import profiler as room
 
-        kinds: dict[Any, Any] = {
-            "simple": room.SimpleProfiler,
-            "advanced": room.AdvancedProfiler,
-            "pytorch": room.PyTorchProfiler,
-            "step": room.StepProfiler,
-            "deep": room.DeepProfiler,
-        }
-        kind = kinds.get(given.lower()) if isinstance(given, str) else None
-        made = given if kind is None else kind()
+        kinds = (
+            ("simple", "Simple"),
+            ("advanced", "Advanced"),
+            ("pytorch", "PyTorch"),
+            ("step", "Step"),
+            ("deep", "Deep"),
+        )
+        kind = dict(kinds).get(given.lower()) if isinstance(given, str) else None
+        made = given if kind is None else getattr(room, f"{kind}Profiler")()  # no other one is imported
         if isinstance(made, room.StepProfiler):
             self._profiler = made
         elif isinstance(made, room.Profiler):
