@@ -47,6 +47,7 @@ HEADLINES = (
     ),
     ("log_cost", "one more self.log(name, tensor)", "one more `self.log`"),
     ("callback_cost", "five hooks of the step, a callback", "one more callback with five hooks of the step"),
+    ("profiler_cost", "step profiler", '`profiler="step"`, a step'),
     ("import_time", "import lit_fast; lit_fast.Trainer, beyond import torch", "`import lit_fast`, beyond torch"),
     (
         "curves",

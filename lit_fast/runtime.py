@@ -547,14 +547,8 @@ class Runtime(Interrupts):
             return
         from lit_fast import profiler as room
 
-        kinds = (
-            ("simple", "Simple"),
-            ("advanced", "Advanced"),
-            ("pytorch", "PyTorch"),
-            ("step", "Step"),
-            ("deep", "Deep"),
-        )
-        kind = dict(kinds).get(given.lower()) if isinstance(given, str) else None
+        kinds = {"simple": "Simple", "advanced": "Advanced", "pytorch": "PyTorch", "step": "Step", "deep": "Deep"}
+        kind = kinds.get(given.lower()) if isinstance(given, str) else None
         made = given if kind is None else getattr(room, f"{kind}Profiler")()  # no other one is imported
         if isinstance(made, room.StepProfiler):
             self._profiler = made
