@@ -21,6 +21,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,12 @@ def _is_store(host: str, port: int) -> bool:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     answered: list[int] = []
+    limit = timedelta(seconds=ANSWER_SECONDS)  # to connect
 
     def ask() -> None:
         with suppress(Exception):  # torch has several, and which one is raised depends on what listens
-            answered.append(TCPStore(host, port, is_master=False, wait_for_workers=False).num_keys())
+            store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+            answered.append(store.num_keys())
 
     # In a thread, since torch waits without an end for an answer that another program never gives.
     asking = threading.Thread(target=ask, daemon=True)
