@@ -11,6 +11,7 @@ is told apart from each further one.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -127,12 +128,17 @@ def difference(figures: Sequence[float], base: Sequence[float]) -> float:
     return statistics.median(figure - other for figure, other in zip(figures, base, strict=True))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = harness.arguments(__doc__)
-    parser.set_defaults(rounds=9)
+def arguments(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark whose fits run in turns."""
+    parser = harness.arguments(description)
+    parser.set_defaults(rounds=rounds)
     parser.add_argument("--turns", type=int, default=800, help="turns of each round (default %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each turn (default %(default)s)")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = arguments(__doc__, rounds=9).parse_args(argv)
     import torch
 
     torch.set_num_threads(1)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import harness
-from benchmarks.callback_cost import CASES, FIVE, Batches, difference, fit, in_turns
+from benchmarks.callback_cost import CASES, FIVE, Batches, arguments, difference, fit, in_turns
 from benchmarks.harness import Row
 
 QUICK = True
@@ -66,11 +66,7 @@ def longest_pause(seconds: float) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = harness.arguments(__doc__)
-    parser.set_defaults(rounds=5)
-    parser.add_argument("--turns", type=int, default=800, help="turns of each round (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each turn (default %(default)s)")
-    options = parser.parse_args(argv)
+    options = arguments(__doc__, rounds=5).parse_args(argv)
     import torch
 
     torch.set_num_threads(1)
