@@ -25,7 +25,8 @@ FLOORS = [
     "trainer",
     "attributes",
     "runtime attach",
-    "defaults evaluation prediction loop schedule loop_views trackers model_checks connectors interrupts trial",
+    "defaults evaluation prediction loop schedule loop_views trackers model_checks connectors interrupts "
+    "profiled trial",
     "step plan binding stepping window calls",  # the plan picks one of two step shapes; a step reads its plan
     "module core_hooks precision strategies metrics log_rules log_slots log_sync backward callbacks loggers "
     "checkpoint data profiler config seed hparams export tuner model_summary accelerators flags",
