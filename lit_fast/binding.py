@@ -224,7 +224,8 @@ class Binding:
         wrappers = []
         for index, optimizer in enumerate(self.trainer.optimizers):
             wrapper = known.get(id(optimizer)) or LightningOptimizer(optimizer)
-            wrapper.bind(self._user_step(index), self.stepping.adopted[index].zero_grad, self.trainer.optimizers)
+            release = self.wrap("optimizer", self.stepping.adopted[index].zero_grad)
+            wrapper.bind(self._user_step(index), release, self.trainer.optimizers)
             wrappers.append(wrapper)
         return wrappers
 
@@ -435,4 +436,11 @@ class Binding:
             progress.global_step += 1
             return result
 
-        return recorded(self.trainer._actions, "optimizer_step", counted)
+        step_of_user = self.wrap("optimizer", recorded(self.trainer._actions, "optimizer_step", counted))
+        if self.trainer._profiler is None:
+            return step_of_user
+
+        def with_timed_closure(closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+            return step_of_user(None if closure is None else self.wrap("forward", closure), **kwargs)
+
+        return with_timed_closure

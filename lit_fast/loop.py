@@ -524,7 +524,8 @@ class FitLoop(Schedule, Restarted):
                 if trainer._shared is not None:  # learning rates must not differ
                     value = trainer.strategy.broadcast(None if value is None else value.cpu())
                 if value is not None:
-                    trainer._scheduler_step(config)(value)
+                    with trainer._in_phase("schedulers"):
+                        trainer._scheduler_step(config)(value)
                 elif config.strict:
                     raise MisconfigurationException(
                         f"A ReduceLROnPlateau scheduler watches {config.monitor!r}, which was not logged; logged were: "

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 
+TOGGLES = ("toggle_optimizer", "untoggle_optimizer")  # timed on the module itself while a profiler records a fit
+
+
 class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, CheckpointHooks, nn.Module):
     """A model with its training, validation and optimizer in one class, as in PyTorch Lightning.
 
@@ -467,6 +470,8 @@ class LightningModule(Exportable, HyperparametersMixin, ModelHooks, DataHooks, C
         state = dict(self.__dict__)
         state.pop("_trainer", None)  # a Trainer is not part of a model's copy
         state.pop("_metric_log", None)
+        for name in TOGGLES:
+            state.pop(name, None)
         return state
 
 

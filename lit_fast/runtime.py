@@ -26,6 +26,7 @@ from lit_fast.optim.configure import LRSchedulerConfig, parse_optimizers
 from lit_fast.optim.grad_dtype import keep_gradients_in
 from lit_fast.plan import Plans
 from lit_fast.profiled import Profiled
+from lit_fast.profiler.manual import time_manual
 from lit_fast.rank_zero import rank_zero_info
 from lit_fast.seed import seed_workers
 from lit_fast.states import RunningStage, TrainerFn, TrainerStatus
@@ -76,6 +77,8 @@ class Runtime(Interrupts, Profiled):
         if self._profiler is not None:
             self._profiler.start(self._trainer)
             self._at_run_end.callback(self._profiler.stop)
+            self.strategy.watch(self._profiler.wrap)
+            self._at_run_end.callback(self.strategy.unwatch)
         if self._actions is not None:
             self._actions._lightning_module = self._module
             rank = self.strategy.global_rank if self.strategy.world_size > 1 else None
@@ -148,7 +151,6 @@ class Runtime(Interrupts, Profiled):
 
     def _set_up_strategy(self, module: LightningModule, checkpoint: Any) -> Any:
         """Lay the model out; where it holds only a part of itself from here on, load the checkpoint only now."""
-        self.strategy.timed = None if self._profiler is None else self._profiler.wrap
         self.strategy.setup(self._trainer)
         return self._restore_model(module) if self.strategy.restore_checkpoint_after_setup else checkpoint
 
@@ -209,6 +211,9 @@ class Runtime(Interrupts, Profiled):
         self._connect_precision(module)
         self.strategy.setup_optimizers(self._trainer)
         plans = self.fit_loop.plans = Plans(self._trainer, module)
+        if self._profiler is not None and not module.automatic_optimization:
+            schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+            self._at_run_end.callback(time_manual(self._profiler, module, schedulers))
         self._memory_note = self._keep_freed_memory()
         self._call("on_fit_start")
         if self.config.grad_dtype is not None:  # now that nobody makes other parameters any more

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 Backward = Callable[[Tensor], None]
+Timed = Callable[..., Callable[..., Any]]  # (phase, function, part=None) -> the same function, timed
 
 
 class SkipInit(TorchFunctionMode):
@@ -68,7 +69,8 @@ class Strategy:
     root_device: torch.device
     cluster_environment: ClusterEnvironment | None = None  # None on one device: nobody asked for one
     control: Control | None = None  # what several processes agree on
-    timed: Callable[[str, Callable[..., Any]], Callable[..., Any]] | None = None  # a profiler's `wrap`, while it times
+    timed: Timed | None = None  # a profiler's `wrap`, while it times
+    phases: ClassVar[dict[str, str]] = {"backward": "backward", "clip_gradients": "optimizer"}  # of what it times then
 
     def __init__(
         self, accelerator: Any = None, checkpoint_io: CheckpointIO | None = None, precision_plugin: Any = None
@@ -104,6 +106,17 @@ class Strategy:
     def launched(self) -> Iterator[None]:
         """Inside, this is one of the processes that `launcher` has started: it is None here."""
         yield
+
+    def watch(self, timed: Timed) -> None:
+        """Have a profiler time what is asked of this strategy, until `unwatch`."""
+        self.timed = timed
+        for name, phase in self.phases.items():
+            setattr(self, name, timed(phase, getattr(self, name)))
+
+    def unwatch(self) -> None:
+        self.timed = None
+        for name in self.phases:
+            vars(self).pop(name, None)
 
     def setup_environment(self) -> None:
         """Find the other processes and this one's device. Before any hook runs."""
