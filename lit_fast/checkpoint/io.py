@@ -18,9 +18,7 @@ import errno
 import os
 import pickle
 import re
-import secrets
 import shutil
-import socket
 import threading
 import warnings
 import zipfile
@@ -33,17 +31,11 @@ from typing import IO, Any, cast
 
 import torch
 
+from lit_fast.checkpoint import temporaries
 from lit_fast.errors import CheckpointError, CheckpointNotFoundError
-
-try:
-    import fcntl
-except ImportError:  # Windows: no flock, so temporaries are never swept there
-    fcntl = None  # type: ignore[assignment]
 
 PathLike = str | os.PathLike[str]
 
-_TEMPORARY = re.compile(r"^\..+\.(?P<host>[^.]+)\.(?P<pid>\d+)\.[0-9a-f]{8}\.lit-tmp$")
-_OTHER_HOST_SECONDS = 86_400.0  # no write takes a day; only files of other hosts are judged by age
 _CHUNK = 8 << 20  # bytes read at once while checking: small beside memory, large beside a system call
 _LOCAL_HEADER = 30  # bytes of a zip entry's local header before its name (PKWARE APPNOTE 4.3.7)
 _crc_option = threading.Lock()
@@ -51,7 +43,7 @@ _crc_option = threading.Lock()
 # Classes that hyperparameters are often made of and that only hold data; each with the name that a file calls it by.
 # Lightning's AttributeDict is read as an OrderedDict, the only mapping beside dict that torch fills without pickle.
 _LIGHTNINGS = ("fabric.utilities.data", "pytorch.utilities.parsing")
-_HARMLESS: list[Any] = [
+HARMLESS: list[Any] = [
     Namespace,
     *((PurePath, f"pathlib.{name}") for name in ("PurePath", "PurePosixPath", "PureWindowsPath")),
     *((Path, f"pathlib.{name}") for name in ("PosixPath", "WindowsPath")),
@@ -84,7 +76,7 @@ def save(payload: Mapping[str, Any], path: PathLike) -> None:
         >>> load(path)["epoch"]
         3
     """
-    target = _local_path(path)
+    target = local_path(path)
     if os.path.isdir(target) and not os.path.islink(target):
         raise CheckpointError(f"cannot write the checkpoint {target!r}: it is a directory; name a file in it")
     directory = os.path.dirname(target) or "."
@@ -92,11 +84,11 @@ def save(payload: Mapping[str, Any], path: PathLike) -> None:
     sink: _Sink | None = None
     stage = "written"
     try:
-        _make_directories(directory)
-        temporary, fd = _create_temporary(directory, os.path.basename(target))
+        temporaries.make_directories(directory)
+        temporary, fd = temporaries.create_file(directory, os.path.basename(target))
         sink = _Sink(fd)
         try:
-            _sweep(directory, os.fstat(fd).st_mtime, keep=os.path.basename(temporary))
+            temporaries.sweep(directory, os.fstat(fd).st_mtime, keep=os.path.basename(temporary))
             with _checksums_on():
                 torch.save(payload, cast(IO[bytes], sink))
             os.fsync(fd)
@@ -105,7 +97,7 @@ def save(payload: Mapping[str, Any], path: PathLike) -> None:
             temporary, stage = None, "made durable (it is in place, but a power cut could still undo it)"
         finally:
             os.close(fd)
-        _sync_directory(directory)
+        temporaries.sync_directory(directory)
     except BaseException as raised:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -152,7 +144,7 @@ def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bo
         lit_fast.errors.CheckpointNotFoundError: there is no checkpoint 'nowhere.ckpt'; ...
     """
     if isinstance(path, str | os.PathLike):
-        source, given = _local_path(path), None
+        source, given = local_path(path), None
     else:
         source, given = str(getattr(path, "name", type(path).__name__)), path
     if given is None and os.path.isdir(source):
@@ -164,7 +156,7 @@ def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bo
         with contextlib.nullcontext(given) if given is not None else open(source, "rb") as file:
             _check_records(file, source)
             file.seek(0)
-            with torch.serialization.safe_globals(_HARMLESS):
+            with torch.serialization.safe_globals(HARMLESS):
                 payload = torch.load(file, map_location=map_location, weights_only=weights_only)
     except CheckpointError:
         raise
@@ -186,7 +178,7 @@ def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bo
     except Exception as error:  # torch.load answers damaged and foreign files with nearly any exception
         device = "; is map_location right for this machine?" if map_location != "cpu" else ""
         raise CheckpointError(
-            f"cannot read the checkpoint {source!r}: {type(error).__name__}: {_first_line(error)}{device}"
+            f"cannot read the checkpoint {source!r}: {type(error).__name__}: {first_line(error)}{device}"
         ) from error
     if not isinstance(payload, dict):
         raise CheckpointError(
@@ -199,7 +191,7 @@ def load(path: PathLike | IO[bytes], map_location: Any = "cpu", weights_only: bo
 def unsafe_globals(path: PathLike) -> tuple[str, ...]:
     """Name, sorted, the classes and functions in the file `path` that `weights_only=True` refuses."""
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS):
             return tuple(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path))))
     except ValueError:  # torch's format from before 1.6: only an attempt to load it tells
         return ()
@@ -231,136 +223,13 @@ class _Sink:
         """Nothing is buffered here."""
 
 
-def _local_path(path: PathLike) -> str:
+def local_path(path: PathLike) -> str:
     name = os.fspath(path)
     if not name:
         raise CheckpointError(f"a checkpoint needs a file name, got {path!r}")
     if "://" in name:
         raise CheckpointError(f"the checkpoint {name!r} is remote; only local files are read and written")
     return name
-
-
-def _make_directories(directory: str) -> None:
-    missing = []
-    while directory and not os.path.isdir(directory):
-        missing.append(directory)
-        directory = os.path.dirname(directory)
-    for name in reversed(missing):
-        os.makedirs(name, exist_ok=True)  # exist_ok: another process may make it at the same moment
-        _sync_directory(os.path.dirname(name) or ".")
-
-
-def _sync_directory(directory: str) -> None:
-    if os.name != "posix":
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # filesystems that cannot sync a directory say so with these two; EIO and the like are real failures
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-def _temporary_name(directory: str, name: str) -> str:
-    host = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname())[:64] or "host"
-    # 255 bytes is the longest file name of the usual filesystems
-    stem = name.encode()[:120].decode(errors="ignore")
-    return os.path.join(directory, f".{stem}.{host}.{os.getpid()}.{secrets.token_hex(4)}.lit-tmp")
-
-
-def create_temporary_directory(target: str) -> tuple[str, int | None]:
-    """Make and lock a directory beside `target`, and its parents; those of dead processes of this host are removed.
-
-    Returns:
-        Its path, and a descriptor that holds the lock until it is closed.
-    """
-    directory, name = os.path.split(os.path.abspath(target))
-    _make_directories(directory)
-    if fcntl is None:
-        path = _temporary_name(directory, name)
-        os.mkdir(path)
-        return path, None
-    own = _TEMPORARY.match(os.path.basename(_temporary_name(directory, name)))
-    for entry in os.scandir(directory):
-        match = _TEMPORARY.match(entry.name)
-        if match and own and match["host"] == own["host"] and entry.is_dir(follow_symlinks=False):
-            with contextlib.suppress(OSError):
-                fd = os.open(entry.path, os.O_RDONLY)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(entry.path)
-                finally:
-                    os.close(fd)
-    path = _temporary_name(directory, name)
-    os.mkdir(path)
-    fd = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # no locks on this filesystem
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return path, fd
-
-
-def _create_temporary(directory: str, name: str) -> tuple[str, int]:
-    """Make and lock a new file beside the target; the lock dies with the process: see `_sweep`."""
-    while True:
-        path = _temporary_name(directory, name)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
-        except FileExistsError:
-            continue
-        try:
-            if fcntl is not None:
-                with contextlib.suppress(OSError):  # no locks on this filesystem: the process id must do
-                    fcntl.flock(fd, fcntl.LOCK_EX)
-            if os.fstat(fd).st_nlink > 0:  # a sweeper may have taken the file before the lock was ours
-                return path, fd
-        except BaseException:
-            os.close(fd)
-            os.unlink(path)
-            raise
-        os.close(fd)
-
-
-def _sweep(directory: str, now: float, keep: str) -> None:
-    """Remove temporaries whose writer is dead. `now` is the filesystem's own clock, not this machine's."""
-    if fcntl is None:
-        return
-    host = _TEMPORARY.match(keep)
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(directory):
-            match = _TEMPORARY.match(entry.name)
-            if match is None or entry.name == keep:
-                continue
-            with contextlib.suppress(OSError):
-                if host is not None and match["host"] == host["host"]:
-                    _remove_if_abandoned(entry.path, int(match["pid"]))
-                elif now - entry.stat().st_mtime > _OTHER_HOST_SECONDS:
-                    os.unlink(entry.path)
-
-
-def _remove_if_abandoned(path: str, pid: int) -> None:
-    """A free lock decides; process ids repeat (in a container it is nearly always the same one).
-
-    The file goes while the lock is held: whoever has made it and waits for the lock sees then that it is gone.
-    """
-    fd = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    except OSError:  # no locks on this filesystem
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            os.unlink(path)
-        except PermissionError:
-            pass
-    else:
-        os.unlink(path)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -393,7 +262,7 @@ def _check_records(file: Any, source: str) -> None:
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"the checkpoint {source!r} ({size} bytes) is truncated or damaged: its index cannot be read "
-            f"({_first_line(error)}); take an earlier one"
+            f"({first_line(error)}); take an earlier one"
         ) from error
     if sum(record.file_size for record in records) > size or any(map(_is_foreign, records)):
         raise CheckpointError(
@@ -442,7 +311,7 @@ def _crc32(file: Any, record: zipfile.ZipInfo, size: int) -> int:
 
 def _why_not_unpickled(source: str, weights_only: bool, error: Exception) -> str:
     if not weights_only:
-        return f"cannot read the checkpoint {source!r}: its pickled part is damaged ({_first_line(error)})"
+        return f"cannot read the checkpoint {source!r}: its pickled part is damaged ({first_line(error)})"
     try:
         foreign = ", ".join(unsafe_globals(source))
     except Exception:  # the file that just failed may fail here too; the first error is the one to tell
@@ -452,7 +321,7 @@ def _why_not_unpickled(source: str, weights_only: bool, error: Exception) -> str
         foreign = match[1] if match else ""
     if not foreign:
         return (
-            f"cannot read the checkpoint {source!r} with weights_only=True ({_first_line(error)}); load it "
+            f"cannot read the checkpoint {source!r} with weights_only=True ({first_line(error)}); load it "
             "with weights_only=False only if you trust its maker, for that runs whatever code it holds"
         )
     return (
@@ -473,10 +342,10 @@ def _why_not_saved(
         if where:
             return (
                 f"the checkpoint {target!r} could not be written: {where} cannot be pickled "
-                f"({type(error).__name__}: {_first_line(error)}); keep functions, locks, open files and the "
+                f"({type(error).__name__}: {first_line(error)}); keep functions, locks, open files and the "
                 f"like out of it{kept}"
             )
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         return f"the checkpoint {target!r} could not be written: {reason}{kept}"
     cure = "see to the disk, or write to another directory"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -506,5 +375,5 @@ def _unpicklable_keys(payload: Mapping[str, Any]) -> str:
     return ", ".join(guilty)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no reason given"])[0][:300]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_fast.checkpoint import io
+from lit_fast.checkpoint import io, temporaries
 from lit_fast.checkpoint.files import remove
 from lit_fast.errors import CheckpointError
 
@@ -71,7 +71,7 @@ def save(
     temporary, problem, lock = "", None, None
     if rank == 0:
         try:
-            temporary, lock = io.create_temporary_directory(io._local_path(path))
+            temporary, lock = temporaries.create_directory(io.local_path(path))
         except Exception as error:
             problem = f"the checkpoint {os.fspath(path)!r} could not be written: {error}"
     target, temporary, problem = agree((os.fspath(path), temporary, problem))
@@ -87,7 +87,7 @@ def save(
             io.save(rest, os.path.join(temporary, META))
             mine[META] = _checksum(os.path.join(temporary, META))
     except Exception as error:
-        problem = f"{type(error).__name__}: {io._first_line(error)}"
+        problem = f"{type(error).__name__}: {io.first_line(error)}"
     files: list[Any] = [(mine, problem)]
     if several:
         files = [None] * dist.get_world_size()
@@ -117,21 +117,21 @@ def _publish(files: dict[str, tuple[int, int]], temporary: str, target: str) -> 
         json.dump({"format": 1, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    io._sync_directory(temporary)
+    temporaries.sync_directory(temporary)
     directory = os.path.dirname(os.path.abspath(target))
     if os.path.lexists(target):
         if _exchange(temporary, target):
-            io._sync_directory(directory)
+            temporaries.sync_directory(directory)
             remove(temporary)
             return
         aside = f"{temporary}-old"
         os.rename(target, aside)
         os.rename(temporary, target)
-        io._sync_directory(directory)
+        temporaries.sync_directory(directory)
         remove(aside)
         return
     os.rename(temporary, target)
-    io._sync_directory(directory)
+    temporaries.sync_directory(directory)
 
 
 def _exchange(a: str, b: str) -> bool:
@@ -245,7 +245,7 @@ def load(
     except CheckpointError:
         raise
     except Exception as error:  # torch answers damaged files with nearly any exception
-        raise CheckpointError(f"cannot read the sharded checkpoint {path!r}: {io._first_line(error)}") from error
+        raise CheckpointError(f"cannot read the sharded checkpoint {path!r}: {io.first_line(error)}") from error
     nested = unflatten_state_dict(flat, {key: index.planner_data[key] for key in flat})
     held[MODEL] = next(nested[key] for key in _MODEL_KEYS if key in nested)
     if optimizers and "optimizer_states" in held:
@@ -292,7 +292,7 @@ def _index(path: str, weights_only: bool = True) -> Any:
             return (_IndexUnpickler if weights_only else pickle.Unpickler)(file).load()
     except Exception as error:
         raise CheckpointError(
-            f"cannot read the sharded checkpoint {path!r}: {DCP_INDEX}: {io._first_line(error)}"
+            f"cannot read the sharded checkpoint {path!r}: {DCP_INDEX}: {io.first_line(error)}"
         ) from error
 
 
@@ -314,7 +314,7 @@ def _planner(weights_only: bool) -> Any:
 
     class Planner(DefaultLoadPlanner):
         def load_bytes(self, read_item: Any, value: Any) -> None:
-            with torch.serialization.safe_globals(io._HARMLESS):
+            with torch.serialization.safe_globals(io.HARMLESS):
                 self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=weights_only)
 
     return Planner(flatten_state_dict=False, flatten_sharded_tensors=False)

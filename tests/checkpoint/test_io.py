@@ -16,7 +16,7 @@ import new_process
 import pytest
 import torch
 
-from lit_fast.checkpoint import io
+from lit_fast.checkpoint import io, temporaries
 from lit_fast.errors import CheckpointError
 
 
@@ -239,7 +239,7 @@ def test_stale_temporaries_are_swept_live_ones_are_not(tmp_path: pathlib.Path) -
     for file in (stale, same_pid, elsewhere, elsewhere_old, not_ours):
         file.write_bytes(b"half")
     os.utime(elsewhere_old, (0, 0))
-    live, fd = io._create_temporary(str(tmp_path), "b.ckpt")  # a save in progress, in another thread or process
+    live, fd = temporaries.create_file(str(tmp_path), "b.ckpt")  # a save in progress, in another thread or process
     try:
         io.save(_payload(), tmp_path / "a.ckpt")
         assert _temporaries(tmp_path) == sorted([elsewhere.name, os.path.basename(live)])
