@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import GRADIENT_OBSERVERS, is_overridden
 from lit_fast.module import LightningModule
-from lit_fast.optim.adopt import AdoptedOptimizer, adopt
+from lit_fast.optim.adopt import adopt
+from lit_fast.optim.adopted import AdoptedOptimizer
 from lit_fast.optim.clip import step_by_shared_norm, step_clipped_by_norm
 from lit_fast.optim.closure import calls_closure_itself, plain_step
 from lit_fast.optim.grad_dtype import InParameterDtype

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from lit_fast import ops
 from lit_fast.errors import KernelError
 from lit_fast.optim import adopt
-from lit_fast.optim.adopt import _mappings
+from lit_fast.optim.mapping import _mappings
 from lit_fast.optim.muon import _Work
 
 CSRC = Path(__file__).parent.parent / "csrc"

@@ -21,8 +21,8 @@ from lit_fast import ops
 from lit_fast.distributed.learning import BucketSizes
 from lit_fast.distributed.shards import FlatBucket, Part, lay_out
 from lit_fast.errors import MisconfigurationException
-from lit_fast.optim.adopt import mapping_of
 from lit_fast.optim.codes import CODE_BLOCK
+from lit_fast.optim.mapping import mapping_of
 from lit_fast.optim.storage import needs_steps
 
 Names = Callable[[], Mapping[Parameter, str]]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lit_fast.optim.adagrad import Adagrad
 from lit_fast.optim.adamw import Adam, AdamW
-from lit_fast.optim.adopt import AdoptedOptimizer, adopt
+from lit_fast.optim.adopt import adopt
+from lit_fast.optim.adopted import AdoptedOptimizer
 from lit_fast.optim.lamb import Lamb
 from lit_fast.optim.lion import Lion
 from lit_fast.optim.muon import Muon

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from lit_fast import ops
 from lit_fast.errors import KernelError
-from lit_fast.optim.adopt import AdoptedOptimizer
+from lit_fast.optim.adopted import AdoptedOptimizer
 from lit_fast.optim.nonfinite import Guard, all_finite
 
 # Torch sums squares in float32, in another order than the core. Its norm of a gradient cannot be further from the

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lit_fast.optim.adopt import AdoptedOptimizer, innermost
+from lit_fast.optim.adopted import AdoptedOptimizer
+from lit_fast.optim.mapping import innermost
 
 
 def calls_closure_itself(optimizer: Optimizer) -> bool:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lit_fast import ops
 from lit_fast.errors import KernelError, MisconfigurationException
-from lit_fast.optim.adopt import has_step_hooks, innermost
+from lit_fast.optim.mapping import has_step_hooks, innermost
 from lit_fast.optim.storage import asks_for_storage, check_groups, keep_dtypes_on_load, set_options
 
 # Options that are one number, 0 or more. What else torch's classes ask of theirs, they check themselves.

@@ -22,7 +22,7 @@ from torch.amp.grad_scaler import OptState
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import kernels_for
-from lit_fast.optim.adopt import AdoptedOptimizer
+from lit_fast.optim.adopted import AdoptedOptimizer
 from lit_fast.optim.nonfinite import Guard
 
 # What GradScaler.step and update consist of. Whoever has another one wants it called.

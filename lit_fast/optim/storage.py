@@ -316,3 +316,10 @@ def _after_load(optimizer: Optimizer) -> None:
                 if isinstance(value, Tensor) and name != "step" and entry[name].dtype != value.dtype:
                     entry[name] = value.to(device=param.device, copy=True)
             convert(entry, group, param)
+
+
+def given_options(options: dict[str, Any]) -> str:
+    """The storage options that are not at their defaults, in words."""
+    return ", ".join(
+        f"{name}={options[name]!r}" for name, usual in DEFAULTS.items() if options.get(name, usual) != usual
+    )

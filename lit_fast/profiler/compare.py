@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 # Largest relative difference of losses. In 64 and 32 bits, of each step: both sides do the same arithmetic but for the
-# last bit of a root (torch's loops, optim/adopt.py), which training carries on. In 16 bits such a bit moves roundings,
+# last bit of a root (optim/adopted.py), which training carries on. In 16 bits such a bit moves roundings,
 # by 2^-8 of a value in bfloat16 and 2^-11 in float16, and training makes noise of them: single steps differ, means do
 # not, so the means of windows are compared.
 LOSS_BOUND, LOSS_BOUND_16_BITS = 1e-5, 2e-2

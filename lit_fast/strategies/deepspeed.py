@@ -20,8 +20,8 @@ from lit_fast.checkpoint.plugins import CheckpointIO
 from lit_fast.errors import MisconfigurationException
 from lit_fast.hooks import is_overridden
 from lit_fast.module import LightningModule
-from lit_fast.optim.adopt import mapping_of
 from lit_fast.optim.engine import EngineOptimizer
+from lit_fast.optim.mapping import mapping_of
 from lit_fast.optim.storage import asks_for_storage
 from lit_fast.precision import DeepSpeedPrecision, HalfPrecision, MixedPrecision, Precision
 from lit_fast.states import TrainerFn
