@@ -226,7 +226,7 @@ class _Look:
             self.traced.append(self.spent)
         self.spent, self.batches = 0.0, 0
         if self.steps == self.first:
-            self.profiler._clock.pause("profiling")
+            self.profiler.pause("profiling")
             self.compiled = _has_compiled(self.trainer.lightning_module)
             if self.compiled:
                 self.found.notes = [*self.found.notes, _COMPILED]
@@ -293,7 +293,7 @@ class _Look:
                     f"a step under torch.profiler took {traced * 1e3:.3f} ms, one before {usual * 1e3:.3f} ms (medians)"
                 )
                 self.found.notes = [*self.found.notes, said]
-        self.profiler._clock.resume()
+        self.profiler.resume()
         self.profiler.over()
 
     def cut_short(self) -> None:

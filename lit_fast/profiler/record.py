@@ -27,8 +27,8 @@ SCHEMA, VERSION = "lit_fast.profile", 1
 PIECE = 2  # items of a list that are made text at a time
 SUBBUCKETS = 16  # of a power of two: durations are kept to 1/16 of themselves
 
-# Rows that add up to the wall time, in the order in which a step runs them. "idle" is a device that waits for its
-# host, where that can be told from host time; "unexplained" is wall time that no phase claims.
+# Rows that add up to the wall time, in the order in which a step runs them. "idle" is a GPU that waits for its host
+# (device_clock.py): time of the device's, none of the host's. "unexplained" is wall time that no phase claims.
 PHASES = (
     "setup",  # what a run does before its first step and after its last, but for what has a row of its own
     "data",  # waiting for the loader
@@ -165,6 +165,7 @@ class Phase:
     seconds: float
     calls: int
     per_step: Distribution = field(default_factory=Distribution)
+    on_device: Distribution = field(default_factory=Distribution)  # a GPU's own time of it, of `device_steps`
 
 
 @dataclass
@@ -286,6 +287,7 @@ class Profile:
     finished: bool = False  # False: written while the run went on, or it was killed
     ended_by: str | None = None  # an exception's name
     steps: Distribution = field(default_factory=Distribution)
+    device_steps: Distribution = field(default_factory=Distribution)  # those that a GPU's own time was measured of
     phases: list[Phase] = field(default_factory=list)
     overlapped: float | None = None  # s of communication behind other work; part of no row
     parts: list[Part] = field(default_factory=list)

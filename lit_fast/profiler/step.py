@@ -2,7 +2,8 @@
 switched off, it costs nothing.
 
 Each moment belongs to the innermost phase (a checkpoint written inside a hook is no time of the hook's), so that the
-phases add up to the wall time exactly. Times are the host's; on a GPU they show what the host waited for.
+phases add up to the wall time exactly. Times are the host's; on a GPU they show what the host waited for, and the
+device's own stand beside them (device_clock.py).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_fast import ops
+from lit_fast.profiler import device_clock, header
 from lit_fast.profiler import export as exports
-from lit_fast.profiler import header
 from lit_fast.profiler.causes import causes_of
 from lit_fast.profiler.record import PHASES, Device, Distribution, Header, Part, Phase, Profile, SlowStep, Span
 from lit_fast.profiler.writer import PeriodicWriter, let_others_run
@@ -76,6 +78,7 @@ class StepProfiler:
     """
 
     mode = "step"
+    marks_device = True  # whether a GPU's own times are measured, too
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class StepProfiler:
 
     def _renew(self) -> None:
         self._clock = ops.PhaseClock(PHASES, (COLLECTION, COMPILATION))
+        self._on_device: device_clock.DeviceClock | None = None  # on a GPU, in a run
         self._where: dict[tuple[str, str], str] = {}  # file:line of parts
         self._bytes: dict[tuple[str, str], float] = {}  # written by them
         self._header = Header(mode=self.mode)
@@ -124,6 +128,8 @@ class StepProfiler:
             header.begin(self._header, trainer)
         if trainer is not None:
             self._watch()
+        if trainer is not None and self.marks_device:
+            self._on_device = device_clock.of(trainer.config.device, self._on_device)
         self._running, self._system_clock = True, time.time()
         self._clock.start("setup" if trainer is not None else UNEXPLAINED)
         if trainer is not None and self.dirpath is not None:
@@ -155,6 +161,8 @@ class StepProfiler:
         if not self._running:
             return
         self._clock.stop()
+        if self._on_device is not None:
+            self._on_device.finish(wait=self._ended_by is None)
         self._running, self._system_clock = False, time.time() - self._system_clock
         for undo in self._watched:
             undo()
@@ -186,6 +194,8 @@ class StepProfiler:
         """`function`, its time added to `phase`, and to the part of that name. `of` is where the part is defined."""
         if part is not None and (phase, part) not in self._where:
             self._where[phase, part] = header.where(function if of is None else of)
+        if self._on_device is not None:
+            function = self._on_device.wrap(phase, function)
         return self._clock.wrap(phase, function, part)
 
     def wrap_hook(self, hook: str, function: Callable[..., Any], part: str, of: Callable[..., Any]) -> Any:
@@ -202,7 +212,10 @@ class StepProfiler:
 
     def wrap_batches(self, batches: Iterator[Any], phase: str = "data") -> Iterator[Any]:
         """The same batches; waiting for each one is "data", and begins a step."""
-        return self._clock.steps(phase, iter(batches), self._note_batch)
+        batches = iter(batches)
+        if self._on_device is not None:
+            batches = self._on_device.steps(phase, batches)
+        return self._clock.steps(phase, batches, self._note_batch)
 
     def bind_run(self, run: Callable[..., None], last: bool) -> Callable[..., None]:
         """What a plan runs one batch by; `last` of those that an optimizer's step is for."""
@@ -210,7 +223,21 @@ class StepProfiler:
 
     def wrap_items(self, phase: str, items: Iterator[Any], part: str | None = None) -> Iterator[Any]:
         """The same items; waiting for each one belongs to `phase`."""
-        return self._clock.items(phase, iter(items), part)
+        items = iter(items)
+        if self._on_device is not None:
+            items = self._on_device.items(phase, items)
+        return self._clock.items(phase, items, part)
+
+    def pause(self, phase: str) -> None:
+        """Until `resume` all time belongs to that phase, and to no step."""
+        self._clock.pause(phase)
+        if self._on_device is not None:
+            self._on_device.paused = True
+
+    def resume(self) -> None:
+        self._clock.resume()
+        if self._on_device is not None:
+            self._on_device.paused = False
 
     def wrote(self, phase: str, part: str, size: float) -> None:
         """Count bytes that a part has written."""
@@ -278,15 +305,21 @@ class StepProfiler:
                 header.complete(self._header, self._trainer, self._first_batch)
         let_others_run()
         typical = {name: _distribution(spread) for name, spread in reading.per_step.items()}
+        device = device_clock.DeviceTimes() if self._on_device is None else self._on_device.read()
         steps = _distribution(reading.steps)
         profile = Profile(
-            header=self._header,
+            header=replace(self._header, notes=[*self._header.notes, *device.notes]),
             wall=reading.wall * 1e-9,
             clock_check=passed if reading.wall else None,
             finished=not self._running and self._ended_by is None and reading.wall > 0,
             ended_by=self._ended_by,
             steps=steps,
-            phases=[Phase(name, ns * 1e-9, n, typical[name]) for name, (ns, n) in reading.phases.items() if n or ns],
+            phases=[
+                Phase(name, ns * 1e-9, n, typical[name], device.phases.get(name, Distribution()))
+                for name, (ns, n) in reading.phases.items()
+                if n or ns or name in device.phases
+            ],
+            device_steps=device.steps,
             parts=[
                 Part(
                     part.phase,
@@ -309,7 +342,7 @@ class StepProfiler:
                 )
                 for slow in reading.slowest
             ],
-            own_cost=_own_cost(reading),
+            own_cost=_own_cost(reading, device.cost),
         )
         let_others_run()
         spans = self._clock.spans(STEPS_SHOWN)
@@ -329,10 +362,10 @@ def _distribution(spread: ops.Spread) -> Distribution:
     return Distribution(spread.count, spread.total * 1e-9, spread.minimum * 1e-9, spread.maximum * 1e-9, spread.buckets)
 
 
-def _own_cost(reading: ops.Reading) -> float | None:
-    """Timed calls of a step, times what the clock takes for one of them on this machine."""
+def _own_cost(reading: ops.Reading, marks: float) -> float | None:
+    """Timed calls of a step, times what the clock takes for one of them on this machine, and a device's marks."""
     calls = sum(calls for _, calls in reading.phases.values())
-    return calls / reading.steps.count * _cost_of_a_call() if reading.steps.count else None
+    return calls / reading.steps.count * _cost_of_a_call() + marks if reading.steps.count else None
 
 
 @cache

@@ -91,7 +91,7 @@ def utilization(profile: Profile) -> list[str]:
 def phase_rows(profile: Profile) -> list[Phase]:
     """Those that took time, in the order of a step; names that the schema does not know before "unexplained"."""
     place = {name: number for number, name in enumerate(PHASES)}
-    rows = [row for row in profile.phases if row.seconds]
+    rows = [row for row in profile.phases if row.seconds or row.on_device.count]
     return sorted(rows, key=lambda row: place.get(row.name, place["unexplained"] - 0.5))
 
 
@@ -107,6 +107,14 @@ def in_steps(row: Phase, profile: Profile) -> list[str]:
         return ["", "", ""]
     values = (in_step(row, profile), row.per_step.quantile(0.5), row.per_step.quantile(0.99))
     return [digits(1e3 * value) for value in values]
+
+
+def on_device(row: Phase, profile: Profile) -> list[str]:
+    """ms: a step's mean of a GPU's own time; nothing where that was not measured, not even a column."""
+    steps = profile.device_steps.count
+    if not steps:
+        return []
+    return [digits(1e3 * row.on_device.total / steps) if row.on_device.count else ""]
 
 
 def cause(slow: SlowStep, profile: Profile) -> str:

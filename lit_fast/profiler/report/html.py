@@ -151,15 +151,21 @@ def _phase_table(report: Report) -> str:
         return ""
     compared = {row.name: row for row in comparison.rows} if comparison is not None else {}
     heads = ["phase", "share", "", "seconds", "ms a step", "p50", "p99"]
+    heads += ["GPU ms"] if profile.device_steps.count else []
     if comparison is not None:
         heads += [comparison.against, "ratio", "95 %"]
     lines = [_phase_row(row, profile, compared) for row in rows]
-    total = Phase("sum", sum(row.seconds for row in rows), 0, profile.steps)
+    total = Phase("sum", sum(row.seconds for row in rows), 0, profile.steps, profile.device_steps)
     lines.append(_phase_row(total, profile, compared, "step"))
     note = (
         f"Shares and seconds are of the whole run; their sum is its wall time, {seconds(profile.wall)}. The chart and "
     )
     note += "the columns to the right are of the steps alone."
+    if profile.device_steps.count:
+        note += (
+            f" GPU ms: from where the device comes to a phase to where it comes to its end, the mean of "
+            f"{count(profile.device_steps.count, 'step')}; idle: it waited for the host between phases."
+        )
     if profile.overlapped is not None and profile.steps.count:
         hidden = seconds(profile.overlapped / profile.steps.count)
         note += f" Hidden behind other work, and in no row: {hidden} of communication a step."
@@ -180,7 +186,8 @@ def _phase_row(row: Phase, profile: Profile, compared: dict[str, Compared], agai
     cells = [f"<td>{escape(row.name)}</td><td>{share(part)}</td>"]
     bar = "" if against else f'<span class="share" style="width:{100 * part:.1f}%"></span>'
     cells.append(f'<td class="bar optional">{bar}</td><td class="optional">{row.seconds:.3f}</td>')
-    cells += [f"<td>{figure}</td>" for figure in facts.in_steps(row, profile)]
+    figures = [*facts.in_steps(row, profile), *facts.on_device(row, profile)]
+    cells += [f"<td>{figure}</td>" for figure in figures]
     if compared:
         found = compared.get(against or row.name)
         texts = ["", "", ""]

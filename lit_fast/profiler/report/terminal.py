@@ -84,6 +84,8 @@ def _phases(report: Report, profile: Profile, ascii_only: bool) -> RenderableTyp
     # Beside a baseline's columns there is room for three of ours.
     for column in ("ms a step", "p50", "p99") if compared else ("s", "ms a step", "p50", "p99"):
         table.add_column(column, justify="right", no_wrap=True)
+    if profile.device_steps.count and not compared:
+        table.add_column("GPU", justify="right", no_wrap=True)
     if report.comparison is not None:
         table.add_column(report.comparison.against.rpartition("/")[2][:10], justify="right", no_wrap=True)
         table.add_column("ratio [95 %]", justify="right", no_wrap=True)
@@ -95,7 +97,7 @@ def _phases(report: Report, profile: Profile, ascii_only: bool) -> RenderableTyp
         table.add_row(Text(row.name), _share(row.seconds, profile), *bar, *figures)
     table.add_section()
     wall = [] if compared else [Text(f"wall {seconds(profile.wall)}")]
-    total = Phase("sum", sum(row.seconds for row in rows), 0, profile.steps)
+    total = Phase("sum", sum(row.seconds for row in rows), 0, profile.steps, profile.device_steps)
     figures = [*_durations(total, profile, bool(compared)), *_ratio("step", compared)]
     table.add_row("sum", _share(total.seconds, profile), *wall, *figures, style="bold")
     return table
@@ -107,7 +109,7 @@ def _share(part: float, profile: Profile) -> str:
 
 def _durations(row: Phase, profile: Profile, compared: bool) -> list[str]:
     figures = facts.in_steps(row, profile)
-    return figures if compared else [f"{row.seconds:.3f}", *figures]
+    return figures if compared else [f"{row.seconds:.3f}", *figures, *facts.on_device(row, profile)]
 
 
 def _ratio(name: str, compared: dict[str, Compared]) -> list[str]:
