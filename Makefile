@@ -104,7 +104,7 @@ sanitize: setup
 	paths=$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') && \
 	python=$$($(BIN)/python -c 'import sys; print(sys._base_executable)') && \
 	cd $(SANITIZED) && PYTHONPATH="$$PWD:$$paths" PYTHONMALLOC=malloc OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
-	  LD_PRELOAD="$(PRELOADED)" "$$python" -m pytest -p no:cacheprovider tests/optim tests/test_ops.py $(ARGS) \
+	  LD_PRELOAD="$(PRELOADED)" "$$python" -m pytest -p no:cacheprovider tests/optim tests/test_ops.py tests/test_phase_clock.py $(ARGS) \
 	  --deselect tests/test_ops.py::test_kept_memory_comes_back_without_page_faults
 
 clean:

@@ -9,9 +9,9 @@
 #include "formulas/storage.h"
 #include "memory.h"
 #include "packer.h"
-#include "phase_clock.h"
 #include "stepper.h"
 #include "threads.h"
+#include "timed.h"
 
 namespace py = pybind11;
 namespace lf = lit_fast;
@@ -152,36 +152,40 @@ py::tuple histogram_object(const lf::Histogram& histogram) {
     return py::make_tuple(histogram.count, histogram.total, histogram.minimum, histogram.maximum, buckets);
 }
 
+// The thread that is timed goes on meanwhile.
+template <class Read>
+auto without_interpreter(const Read& read) {
+    const py::gil_scoped_release released;
+    return read();
+}
+
 // Everything in nanoseconds, see _core.pyi.
 py::dict clock_reading(lf::PhaseClock& clock) {
-    clock.settle();
-    py::list slots, per_step, slowest, interruptions;
-    for (const lf::ClockSlot& slot : clock.slots()) {
+    const lf::ClockRecord record = without_interpreter([&] { return clock.read(); });
+    py::list slots, per_step, slowest;
+    for (const lf::ClockSlot& slot : record.slots) {
         slots.append(py::make_tuple(slot.phase, slot.total, slot.calls, slot.longest));
     }
-    for (const lf::Histogram& histogram : clock.per_step()) per_step.append(histogram_object(histogram));
-    for (const lf::SlowStep& slow : clock.slowest()) {
+    for (const lf::Histogram& histogram : record.per_step) per_step.append(histogram_object(histogram));
+    for (const lf::SlowStep& slow : record.slowest) {
         slowest.append(py::make_tuple(slow.step, slow.duration, slow.begin, slow.phases, slow.interruptions,
                                       slow.longest_slot, slow.longest));
     }
-    for (const lf::Nanoseconds total : clock.interruptions()) interruptions.append(total);
     py::dict reading;
-    reading["wall"] = clock.wall();
-    reading["steps_begun"] = clock.steps_begun();
+    reading["wall"] = record.wall();
+    reading["steps_begun"] = record.step + 1;
     reading["slots"] = slots;
-    reading["steps"] = histogram_object(clock.steps());
+    reading["steps"] = histogram_object(record.steps);
     reading["per_step"] = per_step;
     reading["slowest"] = slowest;
-    reading["interruptions"] = interruptions;
+    reading["interruptions"] = record.interruptions;
     return reading;
 }
 
-py::list clock_spans(const lf::PhaseClock& clock, std::int64_t steps) {
+py::list clock_spans(lf::PhaseClock& clock, std::int64_t steps) {
     py::list spans;
-    const std::int64_t first = clock.steps_begun() - steps;
-    for (const lf::TimedSpan& span : clock.spans()) {
-        if (span.step < 0 || span.step < first) continue;
-        spans.append(py::make_tuple(span.slot, span.step, span.begin - clock.began(), span.duration));
+    for (const lf::TimedSpan& span : without_interpreter([&] { return clock.spans(steps); })) {
+        spans.append(py::make_tuple(span.slot, span.step, span.begin, span.duration));
     }
     return spans;
 }

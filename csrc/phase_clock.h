@@ -1,13 +1,17 @@
-// A clock of a run: whose time it is now, how that is spread over steps, which steps were slow. Knows no pybind11.
+// A clock of a run: whose time it is now, how that is spread over steps, which steps were slow. Knows no Python.
 //
 // Time belongs to the innermost of the calls that are timed (a checkpoint written inside a hook is no time of the
 // hook's), so that the slots add up to the time between `start` and `stop` to the nanosecond. A slot is a phase, or a
 // named part of one. Everything that grows with steps has its memory from the beginning.
+//
+// The thread that is timed only notes what happened when: 16 bytes for each call that begins or ends, in a ring, in
+// memory that it touches in order. What follows of it (sums, histograms, the slowest steps) is worked out some dozen
+// steps at a time, by whoever holds the mutex, while the code and the tables for it are in the cache.
 #pragma once
 
-#include <Python.h>
-
+#include <atomic>
 #include <cstdint>
+#include <mutex>
 #include <vector>
 
 namespace lit_fast {
@@ -48,75 +52,150 @@ struct TimedSpan {
     Nanoseconds begin, duration;
 };
 
+// What a clock has recorded.
+struct ClockRecord {
+    std::vector<ClockSlot> slots;
+    Histogram steps;
+    std::vector<Histogram> per_step;  // by phase
+    std::vector<Nanoseconds> interruptions;
+    std::vector<SlowStep> slowest;
+    std::int64_t step = -1;  // the last one that began
+
+    Nanoseconds wall() const;
+};
+
+// The processor's counter of time, where the system itself reads its clock from that; its steady clock elsewhere.
+class Ticks {
+  public:
+    // Learns how fast the counter runs, since the extension was loaded; the first time this may take 10 ms.
+    void start();
+    std::uint64_t now() const {
+#if defined(__x86_64__)
+        if (counter_) return __builtin_ia32_rdtsc();
+#endif
+        return steady();
+    }
+    Nanoseconds since_start(std::uint64_t ticks) const {
+        const auto passed = static_cast<std::int64_t>(ticks - began_);
+        return static_cast<Nanoseconds>((static_cast<__int128>(passed) * rate_) >> kShift);
+    }
+
+  private:
+    static constexpr int kShift = 40;
+    static std::uint64_t steady();  // ns
+
+    bool counter_ = false;
+    std::uint64_t began_ = 0;
+    std::int64_t rate_ = std::int64_t{1} << kShift;  // ns a tick, times 2^kShift
+};
+
+// A number that no two threads of a process share.
+inline std::uintptr_t this_thread() {
+    std::uintptr_t thread;
+#if defined(__x86_64__) && defined(__linux__)
+    __asm__("mov %%fs:0, %0" : "=r"(thread));  // what pthread_self() reads, without a call
+#else
+    static thread_local char own;
+    thread = reinterpret_cast<std::uintptr_t>(&own);
+#endif
+    return thread;
+}
+
 class PhaseClock {
   public:
     // The last phase is what no other one claims. `interruptions`: kinds of things that stop a step inside a phase.
     PhaseClock(int phases, int interruptions, int slowest_kept, int spans_kept);
 
     int add_part(int phase);  // its slot
-    bool has_slot(int slot) const { return 0 <= slot && slot < static_cast<int>(slots_.size()); }
+    bool has_slot(int slot) const;
 
     // On this thread, the only one that is timed, forgetting what was recorded; time belongs to `slot` at first.
     void start(int slot);
     void stop();
-    bool times_this_thread() const;
+    bool times_this_thread() const { return thread_.load(std::memory_order_relaxed) == this_thread(); }
 
-    // A call that is timed, between `enter` and `leave`.
+    // A call that is timed, between `enter` and `leave`: on the thread that is timed, as all until `resume`.
     struct Frame {
-        int slot, outer;
-        std::int64_t run;
-        Nanoseconds begin, before;
+        std::uint32_t run, depth;
     };
-    Frame enter(int slot);
-    void leave(const Frame& frame);
+    Frame enter(int slot) { return enter(kEnter, slot); }
     // The first call of a step, which ends the one before.
-    Frame enter_step(int slot);
-    void forget_step(const Frame& frame);  // there was no batch for it
+    Frame enter_step(int slot) { return enter(kEnterStep, slot); }
+    void leave(Frame frame) {
+        if (frame.run != run_.load(std::memory_order_relaxed) || frame.depth >= depth_) return;
+        note(ticks_.now(), kLeave, static_cast<int>(frame.depth));
+        depth_ = frame.depth;
+    }
+    void forget_step(Frame frame) {  // there was no batch for it
+        if (frame.run == run_.load(std::memory_order_relaxed)) note(ticks_.now(), kForgetStep, 0);
+    }
+    void interrupted(int kind, Nanoseconds duration) { note(static_cast<std::uint64_t>(duration), kInterrupted, kind); }
     void end_step();
-    void interrupted(int kind, Nanoseconds duration);
     // All time until `resume` is `slot`'s: no call is timed, no step begins; one that goes on ends here.
     void pause(int slot);
     void resume();
 
-    // What was recorded, up to now.
-    void settle();
-    Nanoseconds wall() const { return since_ - began_; }
-    Nanoseconds began() const { return began_; }  // by the steady clock
-    std::int64_t steps_begun() const { return step_ + 1; }
-    int phases() const { return static_cast<int>(per_step_.size()); }
-    const std::vector<ClockSlot>& slots() const { return slots_; }
-    const Histogram& steps() const { return steps_; }
-    const std::vector<Histogram>& per_step() const { return per_step_; }
-    const std::vector<Nanoseconds>& interruptions() const { return interruptions_; }
-    std::vector<SlowStep> slowest() const;  // the slowest first
-    std::vector<TimedSpan> spans() const;   // in the order in which they ended
+    // What was recorded, up to now; from any thread.
+    ClockRecord read();
+    std::vector<TimedSpan> spans(std::int64_t steps);  // of the last steps, in the order in which they ended
 
   private:
-    void credit(Nanoseconds now);
-    void close_step(Nanoseconds now);
+    enum Kind : std::uint32_t { kEnter, kEnterStep, kLeave, kForgetStep, kInterrupted, kEndStep };
+    struct Event {
+        std::uint64_t ticks;  // of kInterrupted: its duration in ns
+        Kind kind;
+        int of;  // a slot, a depth, a kind of interruption
+    };
+    struct Open {  // a call that goes on
+        int slot;
+        Nanoseconds begin, before;
+    };
+    static constexpr std::size_t kRoom = 1024;  // events; a step has some 12 to 40
+    static constexpr std::size_t kOften = 512, kAgain = 64;
 
-    std::vector<ClockSlot> slots_;
-    Histogram steps_;
-    std::vector<Histogram> per_step_;
-    std::vector<Nanoseconds> interruptions_, step_phases_, step_interruptions_;
-    std::vector<SlowStep> slowest_;
+    Frame enter(Kind kind, int slot) {
+        note(ticks_.now(), kind, slot);
+        return {run_.load(std::memory_order_relaxed), depth_++};
+    }
+    void note(std::uint64_t ticks, Kind kind, int of) {
+        const std::size_t number = noted_.load(std::memory_order_relaxed);
+        if (number == make_room_at_) make_room();
+        events_[number % kRoom] = {ticks, kind, of};
+        noted_.store(number + 1, std::memory_order_release);
+    }
+    void make_room();
+    // With the mutex held:
+    void work_out();
+    void work_out(const Event& event);
+    int current() const;
+    void credit(Nanoseconds now);
+    void begin_call(int slot, Nanoseconds now);
+    void end_call(std::size_t depth, Nanoseconds now);
+    void close_step(Nanoseconds end);
+
+    // What a call needs, in one line of the cache; but for `thread_` and `noted_` the timed thread's own.
+    alignas(64) std::atomic<std::uintptr_t> thread_{0};  // 0: nobody is timed
+    std::atomic<std::uint32_t> run_{0};                  // calls that were entered before `start` are of another run
+    std::uint32_t depth_ = 0;
+    std::atomic<std::size_t> noted_{0};
+    std::size_t make_room_at_ = kOften;
+    std::vector<Event> events_;
+    Ticks ticks_;
+    std::size_t full_at_ = kRoom;
+
+    mutable std::mutex mutex_;  // of what follows
+    std::size_t worked_out_ = 0;
+    bool running_ = false, paused_ = false, in_step_ = false;
+    std::uintptr_t paused_thread_ = 0;
+    int rest_, base_, pause_slot_ = 0;
+    ClockRecord record_;
+    std::vector<Open> open_;
+    std::vector<Nanoseconds> step_phases_, step_interruptions_;
+    std::size_t slowest_kept_;
     std::vector<TimedSpan> spans_;
-    std::size_t slow_kept_ = 0;
     std::uint64_t spans_seen_ = 0;
-    unsigned long thread_ = 0;
-    bool running_ = false, in_step_ = false, paused_ = false;
-    int rest_, current_, before_pause_ = 0;
-    std::int64_t run_ = 0, step_ = -1;
-    Nanoseconds began_ = 0, since_ = 0, step_began_ = 0, step_longest_ = 0;
+    Nanoseconds since_ = 0, step_began_ = 0, step_longest_ = 0;
     int step_longest_slot_ = -1;
 };
-
-// A new reference to a callable that runs `function`, timed by `clock`, which `owner` keeps alive.
-PyObject* timed_call(PyObject* owner, PhaseClock* clock, int slot, PyObject* function);
-// ... to an iterator over the same items, the wait for each timed; with `steps` it begins a step. `first` (or None) is
-// shown the first item.
-PyObject* timed_items(PyObject* owner, PhaseClock* clock, int slot, PyObject* iterator, bool steps, PyObject* first);
-// ... to a context manager for a `with` block.
-PyObject* timed_block(PyObject* owner, PhaseClock* clock, int slot);
 
 }  // namespace lit_fast

@@ -259,6 +259,71 @@ def test_what_is_wrapped_is_let_go_of() -> None:
     assert gone() is None
 
 
+def test_any_number_of_calls_in_one_step() -> None:
+    made = clock()
+    work = made.wrap("inner", lambda: None, "work")
+    block = made.block("outer")
+    for _ in made.steps("outer", iter([0])):
+        for _ in range(20_000):
+            work()
+            with block:
+                pass
+    made.stop()
+    read = made.read()
+    times(read)
+    assert [part.calls for part in read.parts] == [20_000] and read.phases["outer"][1] == 20_000 + 2
+    assert read.steps.count == 1 and sum(spread.total for spread in read.per_step.values()) == read.steps.total
+
+
+def test_wall_time_is_that_of_an_independent_clock() -> None:
+    made = ops.PhaseClock(["all"])
+    outside = perf_counter_ns()
+    made.start("all")
+    inside = perf_counter_ns()
+    sleep(0.2)
+    inside = perf_counter_ns() - inside
+    made.stop()
+    outside = perf_counter_ns() - outside
+    assert inside * (1 - 1e-4) <= made.read().wall <= outside * (1 + 1e-4)
+
+
+def test_blocks_that_do_not_nest() -> None:
+    made = clock()
+    first, second = made.block("outer"), made.block("inner")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    spin(1_000_000)
+    made.stop()
+    assert times(made.read())["rest"] >= 1_000_000
+
+
+def test_it_can_be_read_from_another_thread_while_it_runs() -> None:
+    made = clock()
+    work = made.wrap("inner", lambda: None, "work")
+    ended, walls = threading.Event(), []
+
+    def look() -> None:
+        while not ended.is_set():
+            read = made.read()
+            times(read)
+            assert sum(spread.total for spread in read.per_step.values()) == read.steps.total
+            made.spans()
+            walls.append(read.wall)
+        walls.append(made.read().wall)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    for _ in made.steps("outer", iter(range(20_000))):
+        work()
+    made.stop()
+    ended.set()
+    thread.join()
+    assert walls == sorted(walls) and walls[-1] == made.read().wall
+    assert made.read().steps.count == made.read().parts[0].calls == 20_000
+
+
 def test_wrong_names() -> None:
     made = clock()
     with pytest.raises(ProfileError, match=r"no phase 'lunch'.*outer, inner, rest"):
