@@ -107,14 +107,17 @@ class PhaseClock:
         self._core = _core.PhaseClock(len(self.phases), len(self.interruptions), slowest_kept, spans_kept)
         self._slots: dict[tuple[str, str | None], int] = {(name, None): n for n, name in enumerate(self.phases)}
         self._parts = dict.fromkeys(self.phases, 0)
+        self._runs = self._paused = False
 
     def start(self, phase: str) -> None:
         """Begin, on this thread, with nothing recorded; time belongs to `phase` where nothing else claims it."""
         self._core.start(self._slot(phase, None))
+        self._runs, self._paused = True, False
 
     def stop(self) -> None:
         """End the wall clock, and a step that goes on; what is called from here on is not timed."""
         self._core.stop()
+        self._runs = False
 
     def wrap(self, phase: str, function: Callable[..., T], part: str | None = None) -> Callable[..., T]:
         """`function`, timed; it has the attributes of `function`."""
@@ -139,10 +142,17 @@ class PhaseClock:
     def pause(self, phase: str) -> None:
         """All time until `resume` belongs to `phase`: calls are not timed, and a step that goes on ends."""
         self._core.pause(self._slot(phase, None))
+        self._paused = True
 
     def resume(self) -> None:
         """Go on timing; nothing happens where the clock was not paused."""
         self._core.resume()
+        self._paused = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether time counts now, for phases and steps: the clock runs, and is not paused."""
+        return self._runs and not self._paused
 
     def interrupted(self, kind: str, nanoseconds: int) -> None:
         """Something stopped the step for that long; the time stays with the phase that it fell into."""

@@ -77,7 +77,7 @@ class Runtime(Interrupts, Profiled):
         if self._profiler is not None:
             self._profiler.start(self._trainer)
             self._at_run_end.callback(self._profiler.stop)
-            self.strategy.watch(self._profiler.wrap)
+            self._profiler.watch(self.strategy)
             self._at_run_end.callback(self.strategy.unwatch)
         if self._actions is not None:
             self._actions._lightning_module = self._module

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lit_fast import ops
+from lit_fast.distributed.flights import Flights
 from lit_fast.distributed.learning import BucketSizes, Learning, Members, dtype_of_gradient
 from lit_fast.distributed.wires import AllReduce, SumInFloat32, Wire
 from lit_fast.errors import MisconfigurationException
@@ -127,6 +128,7 @@ class GradientBuckets:
         self._aside: list[Tensor | None] | None = None
         self._sent = 0  # buckets of the running backward whose collective has been started
         self.running = False
+        self._flights: Flights | None = None  # of a profiler
         self._learning: Learning | None = Learning(self.params, group, self.wires, sizes)
         self._next: Members | None = None  # what the next backward's buckets shall hold, if something else
         self.lay_out(self._learning.filled())
@@ -152,6 +154,8 @@ class GradientBuckets:
                 else SumInFloat32(self.group, self._second, bucket.wire, segments)
             )
             self.buckets.append(bucket)
+        if self._flights is not None:
+            self.watch(self._flights)
 
     def _lay_out_anew(self) -> None:
         """As has been learned, from here on with a hook for each bucket."""
@@ -162,9 +166,11 @@ class GradientBuckets:
         self._next = None
         self._hooks = [_after_accumulation(bucket.last, self._full(n)) for n, bucket in enumerate(self.buckets)]
 
-    def time_waiting(self, timed: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Have a profiler time what is waited for other processes."""
-        self._wait = timed("communication", self._wait)  # type: ignore[method-assign]
+    def watch(self, flights: Flights) -> None:
+        """Tell a profiler of every bucket, of those too that are laid out later."""
+        self._flights = flights
+        for number, bucket in enumerate(self.buckets):
+            bucket.exchange.watch(flights, bucket.wire.nbytes, number)
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:

@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lit_fast import ops
+from lit_fast.distributed.flights import Flights
 from lit_fast.distributed.learning import BucketSizes
 from lit_fast.distributed.shards import FlatBucket, Part, lay_out
 from lit_fast.errors import MisconfigurationException
@@ -176,8 +177,20 @@ class ShardedOptimizer:
         self._partials.zero_()
         held = [(shard.grad, place) for shard, place in self._place.items() if shard.grad is not None]
         ops.squares([grad for grad, _ in held], [place for _, place in held], self._partials)
-        dist.all_reduce(self._partials, group=self.group)
+        self._sum_partials()
         return ops.norm_of(self._partials, grad_scale)
+
+    def _sum_partials(self) -> None:
+        dist.all_reduce(self._partials, group=self.group)
+
+    def watch(self, flights: Flights | None) -> None:
+        """Tell a profiler of what is sent from here on, or no longer."""
+        for method, what in {"_sum_partials": "norm", "_of_ranks": "optimizer state"}.items():
+            vars(self).pop(method, None)
+            if flights is not None:
+                setattr(self, method, flights.timed(getattr(self, method), what))
+        for number, bucket in enumerate(self.buckets):
+            bucket.watch(flights, number)
 
     def clip_by_norm(self, max_norm: float) -> None:
         """Scale this rank's gradients in place, as all ranks do."""
@@ -219,8 +232,7 @@ class ShardedOptimizer:
         for index, p in enumerate(params):
             for shard, _ in self._shards[p][:1]:
                 own[index] = {key: _kind_of(key, value) for key, value in state.get(shard, {}).items()}
-        of_ranks: list[dict[int, dict[str, Any]]] = [{}] * dist.get_world_size(self.group)
-        dist.all_gather_object(of_ranks, own, group=self.group)
+        of_ranks = self._of_ranks(own)
         gathered: defaultdict[Tensor, Any] = defaultdict(dict)
         for index, p in enumerate(params):
             known = next((kinds[index] for kinds in of_ranks if kinds.get(index)), {})
@@ -229,6 +241,11 @@ class ShardedOptimizer:
                 if rank == 0:
                     gathered[p][key] = value
         return gathered
+
+    def _of_ranks(self, own: dict[int, dict[str, Any]]) -> list[dict[int, dict[str, Any]]]:
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, own, group=self.group)
+        return found
 
     def _joined(self, p: Parameter, key: str, dtype: torch.dtype) -> Tensor | None:
         """One state of a parameter, from those who keep its parts, in the first rank."""

@@ -21,7 +21,9 @@ from torch.nn import Parameter
 
 from lit_fast import ops
 from lit_fast.distributed.buckets import EVERYTHING, RIDERS, GradientBuckets, Riders
+from lit_fast.distributed.flights import Flights
 from lit_fast.distributed.learning import BucketSizes, Members, dtype_of_gradient
+from lit_fast.distributed.timing import processor_moves_bytes
 
 # torch has renamed them since 2.8, and warns of the old names.
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -111,12 +113,21 @@ class FlatBucket:
     def gather(self, hidden: bool) -> None:
         """Bring all segments to all ranks; `hidden`: it is waited for when a parameter is used."""
         hidden = hidden and self.can_wait
-        self.work = _all_gather(self.flat, self.kept, group=self.group, async_op=True)
+        self._send()
         if not hidden:
             self.arrive()
             return
         for p in self.params:
             p.__class__ = self._class
+
+    def _send(self) -> None:
+        self.work = _all_gather(self.flat, self.kept, group=self.group, async_op=True)
+
+    def watch(self, flights: Flights | None, number: int) -> None:
+        """Tell a profiler of each gather from here on, or no longer."""
+        vars(self).pop("_send", None)
+        if flights is not None:
+            flights.watch(self, "_send", "work", "all_gather", "parameters", self.flat.nbytes, number)
 
     def arrive(self) -> None:
         """Wait for what is under way."""
@@ -173,7 +184,11 @@ class GradientShard:
         # 16 bits are summed in float32, here; NCCL and Gloo would round each sum.
         sums_here = self.wire.dtype in _SHORT
         self.received = torch.empty_like(self.by_rank) if sums_here else None
-        first = dist.get_rank(home.group) * layout.segment
+        # torch's Gloo would sum a copy of all segments by an all-reduce, and could not say when it was over.
+        self.sums_all = not sums_here and processor_moves_bytes(home.group, device)
+        rank = dist.get_rank(home.group)
+        self.own = self.by_rank[rank]
+        first = rank * layout.segment
         self.views = [self.mean[part.place - first : part.place - first + part.length] for part in home.own]
         self.used = self.mean[layout.flag_offset : layout.last_flag_offset]
         self.riders = self.mean[layout.last_flag_offset : layout.last_flag_offset + RIDERS]
@@ -198,16 +213,24 @@ class GradientShard:
             self.before = [None if grad is None else grad.clone() for grad in grads]
 
     def send(self) -> None:
-        if self.received is None:
+        if self.sums_all:
+            self.work = dist.all_reduce(self.wire, group=self.home.group, async_op=True)
+        elif self.received is None:
             self.work = _reduce_scatter(self.mean, self.wire, group=self.home.group, async_op=True)
         else:  # Gloo moves bytes of every dtype
             into, sent = self.received.view(-1).view(torch.uint8), self.wire.view(torch.uint8)
             self.work = dist.all_to_all_single(into, sent, group=self.home.group, async_op=True)
 
+    def watch(self, flights: Flights, number: int) -> None:
+        collective = "all_to_all" if self.received is not None else "all_reduce" if self.sums_all else "reduce_scatter"
+        flights.watch(self, "send", "work", collective, "gradients", self.wire.nbytes, number)
+
     def wait(self) -> None:
         self.work.wait()
         self.work = None
-        if self.received is not None:
+        if self.sums_all:
+            self.mean.copy_(self.own)
+        elif self.received is not None:
             ops.sum_pieces(self.received, self.mean)
 
     def hand_out(self) -> None:
@@ -280,6 +303,10 @@ class GradientShards(GradientBuckets):
 
     def _wait(self, number: int) -> None:
         self.buckets[number].wait()
+
+    def watch(self, flights: Flights) -> None:
+        for number, bucket in enumerate(self.buckets):
+            bucket.watch(flights, number)
 
     def _hand_out(self, bucket: GradientShard) -> None:  # type: ignore[override]
         bucket.hand_out()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_fast import ops
+from lit_fast.distributed.flights import Flights
 
 
 class Wire(Protocol):
@@ -25,6 +26,9 @@ class Wire(Protocol):
 
     def finish(self, wire: Tensor) -> None:
         """Wait until `wire` holds the sums of all processes."""
+
+    def watch(self, flights: Flights, nbytes: int, number: int) -> None:
+        """Tell a profiler of this bucket, which is that number, from here on."""
 
 
 class AllReduce:
@@ -45,6 +49,9 @@ class AllReduce:
     def finish(self, wire: Tensor) -> None:
         self._work.wait()
         self._work = None
+
+    def watch(self, flights: Flights, nbytes: int, number: int) -> None:
+        flights.watch(self, "start", "_work", "all_reduce", "gradients", nbytes, number)
 
 
 class SumInFloat32:
@@ -96,3 +103,7 @@ class SumInFloat32:
     def finish(self, wire: Tensor) -> None:
         self.go_on(wait=True)
         self._second_half.wait()
+
+    def watch(self, flights: Flights, nbytes: int, number: int) -> None:
+        flights.watch(self, "start", "_first_half", "all_to_all", "gradients", nbytes, number)
+        flights.watch(self, "go_on", "_second_half", "all_gather", "gradients", nbytes, number)

@@ -209,6 +209,7 @@ class Span:
     begin: float  # s since the run began
     seconds: float
     step: int | None = None
+    bytes: float | None = None  # that a collective moves
 
 
 @dataclass

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_fast import ops
+from lit_fast.distributed.flights import PHASE, Flights
 from lit_fast.profiler import device_clock, header
 from lit_fast.profiler import export as exports
 from lit_fast.profiler.causes import causes_of
+from lit_fast.profiler.collectives import TRACK, spans_of
 from lit_fast.profiler.record import PHASES, Device, Distribution, Header, Part, Phase, Profile, SlowStep, Span
 from lit_fast.profiler.writer import PeriodicWriter, let_others_run
 
 if TYPE_CHECKING:
+    from lit_fast.strategies.strategy import Strategy
     from lit_fast.trainer import Trainer
 
 UNEXPLAINED = PHASES[-1]
@@ -98,6 +101,7 @@ class StepProfiler:
         self._on_device: device_clock.DeviceClock | None = None  # on a GPU, in a run
         self._where: dict[tuple[str, str], str] = {}  # file:line of parts
         self._bytes: dict[tuple[str, str], float] = {}  # written by them
+        self._flights = Flights(self.wrap, self.phase, lambda: self._clock.counts)
         self._header = Header(mode=self.mode)
         self._trainer: Trainer | None = None  # while it runs
         self._first_batch: header.Batch | None = None
@@ -132,6 +136,7 @@ class StepProfiler:
             self._on_device = device_clock.of(trainer.config.device, self._on_device)
         self._running, self._system_clock = True, time.time()
         self._clock.start("setup" if trainer is not None else UNEXPLAINED)
+        self._flights.begin(on_host=trainer is None or trainer.config.device.type == "cpu")
         if trainer is not None and self.dirpath is not None:
             self._writer = PeriodicWriter(self.profile, self._path(trainer), self.write_every)
             self._writer.start()
@@ -197,6 +202,10 @@ class StepProfiler:
         if self._on_device is not None:
             function = self._on_device.wrap(phase, function)
         return self._clock.wrap(phase, function, part)
+
+    def watch(self, strategy: Strategy) -> None:
+        """Time what a run asks of its strategy, and what that sends to other processes."""
+        strategy.watch(self.wrap, self._flights)
 
     def wrap_hook(self, hook: str, function: Callable[..., Any], part: str, of: Callable[..., Any]) -> Any:
         """`function`, which calls the hook `of`, named `hook`."""
@@ -304,6 +313,7 @@ class StepProfiler:
             if self._trainer is not None and self._first_batch is not None:
                 header.complete(self._header, self._trainer, self._first_batch)
         let_others_run()
+        moved, hidden = self._flights.bytes, self._flights.hidden
         typical = {name: _distribution(spread) for name, spread in reading.per_step.items()}
         device = device_clock.DeviceTimes() if self._on_device is None else self._on_device.read()
         steps = _distribution(reading.steps)
@@ -314,6 +324,7 @@ class StepProfiler:
             finished=not self._running and self._ended_by is None and reading.wall > 0,
             ended_by=self._ended_by,
             steps=steps,
+            overlapped=None if hidden is None else hidden * 1e-9,
             phases=[
                 Phase(name, ns * 1e-9, n, typical[name], device.phases.get(name, Distribution()))
                 for name, (ns, n) in reading.phases.items()
@@ -328,7 +339,7 @@ class StepProfiler:
                     part.calls,
                     self._where.get((part.phase, part.name)) or None,
                     part.longest * 1e-9,
-                    self._bytes.get((part.phase, part.name)),
+                    moved.get(part.name) if part.phase == PHASE else self._bytes.get((part.phase, part.name)),
                 )
                 for part in reading.parts
             ],
@@ -347,7 +358,7 @@ class StepProfiler:
         let_others_run()
         spans = self._clock.spans(STEPS_SHOWN)
         let_others_run()
-        profile.timeline = [_span(span) for span in spans]
+        profile.timeline = [*map(_span, spans), *spans_of(self._flights, spans)]
         if abs(passed - profile.wall) > 1.0 + 0.01 * profile.wall:
             profile.warnings.append(
                 f"The system's clock jumped: {passed:.1f} s went by on it, {profile.wall:.1f} s by the steady clock, "
@@ -389,5 +400,6 @@ def _cost_of_a_call() -> float:
 
 
 def _span(span: ops.SpanTime) -> Span:
-    track = "phases" if span.part is None else "hooks"
-    return Span(track, span.part or span.phase, span.begin * 1e-9, span.duration * 1e-9, span.step)
+    track = "phases" if span.part is None else TRACK if span.phase == PHASE else "hooks"
+    name = f"waiting: {span.part}" if track == TRACK else span.part or span.phase
+    return Span(track, name, span.begin * 1e-9, span.duration * 1e-9, span.step)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lit_fast.distributed.buckets import RIDERS
+from lit_fast.distributed.flights import Flights
 from lit_fast.errors import MisconfigurationException
 
 
@@ -105,8 +106,15 @@ class Control:
     def agree(self) -> None:
         """Ask now. Every process must call this at the same step."""
         votes = torch.tensor(self._wishes)
-        dist.all_reduce(votes)
+        self._sum(votes)
         self._take(votes)
+
+    def _sum(self, votes: Tensor) -> None:
+        dist.all_reduce(votes)
+
+    def watch(self, flights: Flights) -> None:
+        """Tell a profiler of what is asked directly."""
+        self._sum = flights.timed(self._sum, "agreement")  # type: ignore[method-assign]
 
     def _take(self, sums: Tensor) -> None:
         heard = sums.tolist()

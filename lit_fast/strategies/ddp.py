@@ -137,8 +137,8 @@ class DDPStrategy(ParallelStrategy):
                 riders=self.control,
                 names=list(trained),
             )
-            if self.timed is not None:
-                self.buckets.time_waiting(self.timed)
+            if self.flights is not None:
+                self.buckets.watch(self.flights)
 
     def bind_backward(self, backward: Backward, reduces: bool) -> Backward:
         if self.world_size == 1 or not reduces:
@@ -200,10 +200,12 @@ class DDPStrategy(ParallelStrategy):
         if self.world_size == 1 or not self._sends_buffers:
             return step
 
+        send = broadcast_coalesced if self.flights is None else self.flights.timed(broadcast_coalesced, "buffers")
+
         def with_buffers(*args: Any) -> Any:
             if self._blocked:
                 return step(*args)
-            broadcast_coalesced(self.group, [b.detach() for b in module.buffers()], BROADCAST_BYTES, 0)
+            send(self.group, [b.detach() for b in module.buffers()], BROADCAST_BYTES, 0)
             return step(*args)
 
         return with_buffers

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_fast.checkpoint.plugins import CheckpointIO
+from lit_fast.distributed.flights import PHASE, Flights
 from lit_fast.errors import CheckpointError, MisconfigurationException
 from lit_fast.rank_zero import set_rank
 from lit_fast.strategies.control import Control
@@ -27,6 +28,7 @@ from lit_fast.strategies.watchdog import TIMEOUT as WATCHDOG_TIMEOUT
 TIMEOUT = timedelta(minutes=30)  # of a collective, torch's own default
 BROADCAST_BYTES = 250 << 20  # of one message that makes models or buffers equal
 broadcast_coalesced = dist._broadcast_coalesced  # type: ignore[attr-defined]  # as torch's own DDP calls it
+COLLECTIVES = ("barrier", "broadcast", "reduce", "all_gather", "gather_objects", "reduce_boolean_decision")
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
 
 
@@ -43,6 +45,7 @@ class ParallelStrategy(Strategy):
     """
 
     is_distributed = True
+    phases: ClassVar[dict[str, str]] = {**Strategy.phases, **dict.fromkeys(COLLECTIVES, PHASE)}
     # Seconds without a sign of life after which a process is given up, None: never. Set it before a run.
     watchdog_timeout: float | None = WATCHDOG_TIMEOUT
 
@@ -150,6 +153,11 @@ class ParallelStrategy(Strategy):
                 device=self.root_device if self.root_device.type == "cuda" else None,
                 watchdog_timeout=self.watchdog_timeout,
             )
+
+    def watch(self, timed: Callable[..., Callable[..., Any]], flights: Flights) -> None:
+        super().watch(timed, flights)
+        if self.control is not None:
+            self.control.watch(flights)
 
     def teardown(self) -> None:
         """All processes come to the end of the run together, unless one failed; their group stays."""

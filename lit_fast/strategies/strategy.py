@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lit_fast.checkpoint.plugins import CheckpointIO, TorchCheckpointIO
+from lit_fast.distributed.flights import PHASE, Flights
 
 if TYPE_CHECKING:
     from lit_fast.module import LightningModule
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 Backward = Callable[[Tensor], None]
-Timed = Callable[..., Callable[..., Any]]  # (phase, function, part=None) -> the same function, timed
 
 
 class SkipInit(TorchFunctionMode):
@@ -69,8 +69,9 @@ class Strategy:
     root_device: torch.device
     cluster_environment: ClusterEnvironment | None = None  # None on one device: nobody asked for one
     control: Control | None = None  # what several processes agree on
-    timed: Timed | None = None  # a profiler's `wrap`, while it times
-    phases: ClassVar[dict[str, str]] = {"backward": "backward", "clip_gradients": "optimizer"}  # of what it times then
+    flights: Flights | None = None  # what a profiler is told of collectives, while it records
+    # The phases of what it times then.
+    phases: ClassVar[dict[str, str]] = {"backward": "backward", "clip_gradients": "optimizer"}
 
     def __init__(
         self, accelerator: Any = None, checkpoint_io: CheckpointIO | None = None, precision_plugin: Any = None
@@ -107,14 +108,15 @@ class Strategy:
         """Inside, this is one of the processes that `launcher` has started: it is None here."""
         yield
 
-    def watch(self, timed: Timed) -> None:
-        """Have a profiler time what is asked of this strategy, until `unwatch`."""
-        self.timed = timed
+    def watch(self, timed: Callable[..., Callable[..., Any]], flights: Flights) -> None:
+        """Have a profiler time what is asked of this strategy, until `unwatch`: `timed(phase, function, part)`."""
+        self.flights = flights
         for name, phase in self.phases.items():
-            setattr(self, name, timed(phase, getattr(self, name)))
+            setattr(self, name, timed(phase, getattr(self, name), name if phase == PHASE else None))
 
     def unwatch(self) -> None:
-        self.timed = None
+        """No longer."""
+        self.flights = None
         for name in self.phases:
             vars(self).pop(name, None)
 

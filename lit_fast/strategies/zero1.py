@@ -105,6 +105,7 @@ class ZeRO1Strategy(DDPStrategy):
         homes = []
         for sharded in self._sharded.values():
             sharded.take_in()
+            sharded.watch(self.flights)
             for bucket in sharded.buckets:
                 bucket.arrive()
                 bucket.move_in()
@@ -118,8 +119,8 @@ class ZeRO1Strategy(DDPStrategy):
         self.buckets, self._bound_for = None, asked
         if homes:
             self.buckets = GradientShards(homes, self.group, wire_dtype=self.wire_dtype, riders=self.control)
-            if self.timed is not None:
-                self.buckets.time_waiting(self.timed)
+            if self.flights is not None:
+                self.buckets.watch(self.flights)
 
     def bind_update(self, optimizer: Optimizer, update: Callable[..., Any]) -> Callable[..., Any]:
         sharded = self._sharded.get(optimizer)
@@ -171,6 +172,7 @@ class ZeRO1Strategy(DDPStrategy):
     def teardown(self) -> None:
         for sharded in self._sharded.values():
             sharded.arrive()
+            sharded.watch(None)
         super().teardown()
 
     def on_exception(self, error: BaseException) -> None:

@@ -143,7 +143,7 @@ def test_nothing_of_it_is_left_after_the_run() -> None:
     [scheduler, _] = model.lr_schedulers()
     assert during == [(False, True, sorted(scheduler.state_dict())), []]
     assert type(scheduler) is SlowSteps and not {"toggle_optimizer", "untoggle_optimizer"} & set(vars(model))
-    assert not {"backward", "clip_gradients"} & set(vars(made.strategy)) and made.strategy.timed is None
+    assert not {"backward", "clip_gradients"} & set(vars(made.strategy)) and made.strategy.flights is None
     without = fitted(plain, batches(1), max_epochs=1)
     for optimizer in without.strategy._lightning_optimizers:
         assert not hasattr(optimizer._run_step, "__wrapped__") and not hasattr(optimizer._release, "__wrapped__")

@@ -117,6 +117,18 @@ def on_device(row: Phase, profile: Profile) -> list[str]:
     return [digits(1e3 * row.on_device.total / steps) if row.on_device.count else ""]
 
 
+def hidden(profile: Profile) -> str:
+    """Communication that is in no row; "" where it was not measured.
+
+    >>> hidden(Profile(steps=Distribution(count=10), overlapped=0.02))
+    'Hidden behind other work, and in no row: 2.00 ms of communication a step.'
+    """
+    if profile.overlapped is None or not profile.steps.count:
+        return ""
+    each = seconds(profile.overlapped / profile.steps.count)
+    return f"Hidden behind other work, and in no row: {each} of communication a step."
+
+
 def cause(slow: SlowStep, profile: Profile) -> str:
     """What a slow step was slow by: what was seen, else the phase that took most beyond its own median."""
     if slow.causes:

@@ -166,9 +166,8 @@ def _phase_table(report: Report) -> str:
             f" GPU ms: from where the device comes to a phase to where it comes to its end, the mean of "
             f"{count(profile.device_steps.count, 'step')}; idle: it waited for the host between phases."
         )
-    if profile.overlapped is not None and profile.steps.count:
-        hidden = seconds(profile.overlapped / profile.steps.count)
-        note += f" Hidden behind other work, and in no row: {hidden} of communication a step."
+    if facts.hidden(profile):
+        note += f" {facts.hidden(profile)}"
     if comparison is not None:
         windows = f"{count(comparison.windows, 'alternation')} of {count(comparison.steps, 'step')}"
         note += f" Against {comparison.against}: {windows}"

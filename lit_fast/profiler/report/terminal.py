@@ -47,9 +47,12 @@ def render(report: Report, ascii_only: bool = False) -> RenderableType:
     """The report as something that rich prints; `ascii_only` for terminals that have no other characters."""
     from rich.console import Group
     from rich.padding import Padding
+    from rich.text import Text
 
     profile = report.profiles[0]
     parts = [_header(report), _phases(report, profile, ascii_only)]
+    if facts.hidden(profile):
+        parts.append(Text(facts.hidden(profile)))
     if profile.steps.count:
         parts.append(_steps(profile))
     parts.append(_findings(report))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_fast.profiler.collectives import bus_bandwidth
 from lit_fast.profiler.record import Profile, Report, Span
 
 ORDER = ("steps", "phases", "hooks", "collectives", "kernels")
@@ -60,12 +61,12 @@ def write_perfetto(report: Report, path: str | os.PathLike[str]) -> None:
             packet.track_descriptor.process.pid = profile.header.rank + 1  # 0 is the idle process's
             packet.track_descriptor.process.process_name = _process_name(profile)
             builder.write_packet(packet)
-            for place, (name, slices) in enumerate(tracks(profile)):
+            for place, (track, slices) in enumerate(tracks(profile)):
                 number += 1
                 packet = builder.create_packet()
                 packet.trusted_packet_sequence_id = 1
                 described = packet.track_descriptor
-                described.uuid, described.parent_uuid, described.name = number, process, name
+                described.uuid, described.parent_uuid, described.name = number, process, track
                 described.sibling_order_rank = place
                 builder.write_packet(packet)
                 for at, begins, span in events(slices):
@@ -75,9 +76,13 @@ def write_perfetto(report: Report, path: str | os.PathLike[str]) -> None:
                     if begins:
                         packet.track_event.name = span.name
                         packet.track_event.categories.append(span.track)
-                        if span.step is not None:
+                        for name, value in _notes(span, profile).items():
                             note = packet.track_event.debug_annotations.add()
-                            note.name, note.int_value = "step", span.step
+                            note.name = name
+                            if isinstance(value, int):
+                                note.int_value = value
+                            else:
+                                note.double_value = value
                     builder.write_packet(packet)
 
 
@@ -94,7 +99,8 @@ def write_chrome(report: Report, path: str | os.PathLike[str]) -> None:
                     "ph": "X", "pid": rank, "tid": thread, "name": one.span.name, "cat": one.span.track,
                     "ts": one.begin / 1e3, "dur": (one.end - one.begin) / 1e3,
                 }  # fmt: skip
-                found.append(event if one.span.step is None else {**event, "args": {"step": one.span.step}})
+                notes = _notes(one.span, profile)
+                found.append({**event, "args": notes} if notes else event)
     Path(path).write_text(json.dumps({"traceEvents": found, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
@@ -144,6 +150,15 @@ def _steps(spans: Sequence[Span]) -> list[Span]:
             begin, end = around.get(span.step, (span.begin, span.begin))
             around[span.step] = min(begin, span.begin), max(end, span.begin + span.seconds)
     return [Span("steps", f"step {step}", begin, end - begin, step) for step, (begin, end) in around.items()]
+
+
+def _notes(span: Span, profile: Profile) -> dict[str, int | float]:
+    """What a viewer shows of a span beside its name."""
+    notes: dict[str, int | float] = {} if span.step is None else {"step": span.step}
+    if span.bytes is not None:
+        notes["bytes"] = int(span.bytes)
+    bandwidth = bus_bandwidth(span, profile.header.world_size)
+    return notes if bandwidth is None else {**notes, "bus GB/s": bandwidth * 1e-9}
 
 
 def _named(kind: str, process: int, thread: int, name: str) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def test_the_header_and_the_slowest_steps() -> None:
     assert re.search(r"A step: p50 (9\.9\d|10\.\d) ms, .* longest 15\.1 ms", text)
 
 
+def test_hidden_communication_is_told_below_the_rows() -> None:
+    assert "Hidden behind other work, and in no row: 2.00 ms of communication a step." in printed(of_profiles([deep()]))
+    assert "Hidden" not in printed(of_profiles([profile()]))
+
+
 def test_utilization_is_told_with_its_peak() -> None:
     text = printed(of_profiles([deep()]))
     assert "27.8 TFLOP/s of the model's own, MFU 2.8 % of 989 TFLOP/s" in text

@@ -82,6 +82,21 @@ def test_chrome_reads_back_what_was_recorded(tmp_path: Path) -> None:
     assert named[1, 1] == "steps" and all((e["pid"], e["tid"]) in named for e in shown)
 
 
+def test_collectives_show_their_bytes_and_the_bandwidth_of_each_link(tmp_path: Path) -> None:
+    from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace
+
+    made = profile(world_size=4)
+    made.timeline = [Span("collectives", "all_reduce gradients 0", 1.0, 1e-3, 7, 1e6)]
+    write_chrome(of_profiles([made]), tmp_path / "t.json")
+    [event] = [e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"] if e["ph"] == "X"]
+    assert event["args"] == {"step": 7, "bytes": 1_000_000, "bus GB/s": pytest.approx(1.5)}  # 2 * 3/4 * 1 MB in 1 ms
+    write_perfetto(of_profiles([made]), tmp_path / "t.pftrace")
+    trace = Trace()
+    trace.ParseFromString((tmp_path / "t.pftrace").read_bytes())
+    [notes] = [p.track_event.debug_annotations for p in trace.packet if p.track_event.debug_annotations]
+    assert {note.name: note.int_value or note.double_value for note in notes} == event["args"]
+
+
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)), max_size=30))
 def test_any_spans_nest(pairs: list[tuple[int, int]]) -> None:
     made = Profile(timeline=[Span("kernels", str(n), b * 1e-6, s * 1e-6) for n, (b, s) in enumerate(pairs)])

@@ -1,0 +1,189 @@
+"""What a profiler is told of collectives: what was sent, when it had come, and how long it was waited for.
+
+Nothing here runs without one. With one, a `Flights` watches methods that start a collective: what they start is wrapped
+in an object that times the wait, and a callback of the collective's future notes when it was over, in the thread of
+the process group's that ended it. What lies between the start and the wait is communication behind other work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+PHASE = "communication"
+KEPT = 512  # of the last collectives, for a timeline
+
+
+class Flight(NamedTuple):
+    """One collective that has come."""
+
+    name: str  # which collective, of what: "all_reduce gradients 3"
+    nbytes: int  # of the whole tensor that it moves
+    begin: int  # ns since the run's
+    end: int
+
+
+class Flights:
+    """The collectives of one run.
+
+    Attributes:
+        hidden: ns in which one was under way and this process did something else: the union of all, less the waits.
+            None where nobody could tell when any of them was over: on a GPU, or without futures.
+        bytes: by what they moved.
+
+    Args:
+        wrap: a profiler's, `wrap(phase, function, part)`: the same function, timed.
+        block: a profiler's, `block(phase, part)`: a context that is timed.
+        counts: whether time counts now, for phases and steps.
+
+    Example::
+
+        flights.watch(exchange, "start", "work", "all_reduce", "gradients", nbytes=tensor.nbytes)
+        exchange.start(tensor)  # sets exchange.work
+        exchange.work.wait()
+    """
+
+    def __init__(
+        self,
+        wrap: Callable[..., Callable[..., Any]],
+        block: Callable[..., AbstractContextManager[None]],
+        counts: Callable[[], bool],
+    ) -> None:
+        self._wrap, self._block, self._counts = wrap, block, counts
+        self.begin(on_host=True)
+
+    def begin(self, on_host: bool) -> None:
+        """A run begins; `on_host`: its collectives move the host's memory, so that its clock can time them."""
+        self._on_host, self._began = on_host, time.perf_counter_ns()
+        self.hidden: int | None = None
+        self.bytes: dict[str, float] = {}
+        self._waits: dict[str, Callable[..., Any]] = {}
+        self._landed: deque[Flight] = deque(maxlen=KEPT)
+        self._covered = 0  # until when `hidden` has been counted
+
+    # -- what is timed
+
+    def timed(self, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+        """`function`, which returns when all processes have called it: its time is communication."""
+        return self._wrap(PHASE, function, what)
+
+    def waiting(self, what: str) -> AbstractContextManager[None]:
+        """A context whose time is communication, good for one `with` at a time."""
+        return self._block(PHASE, what)
+
+    def sending(self, function: Callable[..., Any], collective: str, what: str) -> Callable[..., Any]:
+        """`function`, a collective of the tensors among its arguments, which may return one that is under way."""
+        timed, name = self.timed(function, what), f"{collective} {what}"
+
+        def sends(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter_ns()
+            work = timed(*args, **kwargs)
+            nbytes = max(each.nbytes for each in (*args, *kwargs.values()) if isinstance(each, Tensor))
+            if hasattr(work, "wait"):
+                return self._under_way(work, name, what, nbytes, begin)
+            if self._counts():
+                self.bytes[what] = self.bytes.get(what, 0.0) + nbytes
+                self._land(name, nbytes, begin, begin, time.perf_counter_ns() if self._on_host else None)
+            return work
+
+        return sends
+
+    def watch(
+        self,
+        owner: Any,
+        method: str,
+        attribute: str,
+        collective: str,
+        what: str,
+        nbytes: int,
+        number: int | None = None,
+    ) -> None:
+        """Watch what `owner.<method>` starts and leaves in `owner.<attribute>`, from here on.
+
+        Args:
+            collective: its name among torch.distributed's.
+            what: what it moves: the part that waiting for it belongs to.
+            nbytes: of the whole tensor.
+            number: which of those.
+        """
+        start = getattr(owner, method)
+        name = f"{collective} {what}" if number is None else f"{collective} {what} {number}"
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            before, begin = getattr(owner, attribute), time.perf_counter_ns()
+            result = start(*args, **kwargs)
+            work = getattr(owner, attribute)
+            if work is not None and work is not before:
+                setattr(owner, attribute, self._under_way(work, name, what, nbytes, begin))
+            return result
+
+        setattr(owner, method, watched)
+
+    def _under_way(self, work: Any, name: str, what: str, nbytes: int, begin: int) -> Any:
+        if not self._counts():
+            return work
+        wait = self._waits.get(what)
+        if wait is None:
+            wait = self._waits[what] = self.timed(_wait, what)
+        self.bytes[what] = self.bytes.get(what, 0.0) + nbytes
+        return _UnderWay(work, wait, partial(self._land, name, nbytes, begin), self._on_host)
+
+    # -- what was measured
+
+    def _land(self, name: str, nbytes: int, begin: int, asked: int, end: int | None) -> None:
+        """It was waited for from `asked` on, and over at `end`."""
+        if end is None or not self._counts():
+            return
+        self._landed.append(Flight(name, nbytes, begin - self._began, end - self._began))
+        # A wait is for what is under way, so it lies behind all that has been counted.
+        hidden = min(asked, end) - max(begin, self._covered)
+        self.hidden = (self.hidden or 0) + max(0, hidden)
+        self._covered = max(self._covered, end)
+
+    def landed(self) -> list[Flight]:
+        """The last ones, in the order in which they were waited for; from any thread."""
+        return list(self._landed)
+
+
+def _wait(work: Any, *args: Any) -> Any:
+    return work.wait(*args)
+
+
+class _UnderWay:
+    """A `torch.distributed.Work` whose wait is timed."""
+
+    __slots__ = ("_ended", "_land", "_wait", "_work")
+
+    def __init__(
+        self, work: Any, wait: Callable[..., Any], land: Callable[[int, int | None], None], on_host: bool
+    ) -> None:
+        self._work, self._wait = work, wait
+        self._land: Callable[[int, int | None], None] | None = land
+        self._ended: list[int] | None = [] if on_host else None
+        if self._ended is not None:
+            try:
+                work.get_future().add_done_callback(partial(_note_end, self._ended))
+            except (RuntimeError, NotImplementedError):  # a backend whose collectives have no futures
+                self._ended = None
+
+    def wait(self, *args: Any) -> Any:
+        asked = time.perf_counter_ns()
+        result = self._wait(self._work, *args)
+        land, self._land = self._land, None
+        if land is not None:
+            # Whoever waits is woken at the moment at which the callback runs: it may come later.
+            land(asked, None if self._ended is None else min([time.perf_counter_ns(), *self._ended]))
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
+
+
+def _note_end(ended: list[int], _: Any) -> None:
+    ended.append(time.perf_counter_ns())

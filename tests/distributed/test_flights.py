@@ -1,0 +1,305 @@
+"""What a profiler is told of collectives: hidden and waited for add up, and nothing is left of it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from time import perf_counter, sleep
+from typing import Any
+
+import pytest
+import torch
+from heart_models import Plain, fitted, trainer
+from ranks import run_ranks
+from torch import nn
+
+import lit_fast
+from lit_fast.distributed import flights as flights_module
+from lit_fast.distributed.flights import Flights
+from lit_fast.profiler.record import Profile, Span
+from lit_fast.profiler.step import StepProfiler
+from lit_fast.strategies import DDPStrategy, ZeRO1Strategy
+
+# -- on paper
+
+
+class Clock:
+    """Times as a test writes them."""
+
+    now = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(flights_module, "time", made)
+    return made
+
+
+class Work:
+    """A collective that the test ends; waiting for it takes until it is over."""
+
+    def __init__(self, clock: Clock, ends: int) -> None:
+        self.clock, self.ends, self.future = clock, ends, torch.futures.Future[None]()
+
+    def get_future(self) -> Any:
+        return self.future
+
+    def end(self) -> None:
+        self.clock.now = self.ends
+        self.future.set_result(None)
+
+    def wait(self) -> bool:
+        if not self.future.done():
+            self.end()
+        return True
+
+
+class Sender:
+    work: Any = None
+
+    def send(self, work: Any) -> None:
+        self.work = work
+
+
+def told(counts: bool = True) -> Flights:
+    return Flights(lambda phase, function, part: function, lambda phase, part: nullcontext(), lambda: counts)
+
+
+def sent(flights: Flights, clock: Clock, begin: int, ends: int) -> Sender:
+    made = Sender()
+    flights.watch(made, "send", "work", "all_reduce", "gradients", 100)
+    clock.now = begin
+    made.send(Work(clock, ends))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("journeys", "waits", "hidden"),
+    [
+        ([(0, 10)], [4], 4),  # waited for while under way
+        ([(0, 10)], [20], 10),  # over long before
+        ([(0, 10), (1, 12)], [5, 10], 5),  # two at a time are one time
+        ([(0, 3), (1, 10)], [5, 5], 5),
+        ([(0, 3), (6, 8)], [20, 20], 5),  # nothing was under way from 3 to 6
+        ([(0, 10), (1, 8)], [5, 10], 5),  # the second was over before the first
+        ([(5, 9)], [5], 0),  # waited for at once
+    ],
+)
+def test_hidden_is_what_was_under_way_less_the_waits(
+    clock: Clock, journeys: list[tuple[int, int]], waits: list[int], hidden: int
+) -> None:
+    flights = told()
+    senders = [sent(flights, clock, begin, ends) for begin, ends in journeys]
+    works = [sender.work._work for sender in senders]
+    for sender, asked in zip(senders, waits, strict=True):
+        for work in sorted(works, key=lambda work: work.ends):
+            if work.ends <= asked and not work.future.done():
+                work.end()
+        clock.now = max(asked, clock.now)
+        sender.work.wait()
+        sender.work.wait()  # once more tells nothing
+    assert flights.hidden == hidden
+    assert sorted((f.begin, f.end) for f in flights.landed()) == sorted(journeys)
+    assert flights.bytes == {"gradients": 100 * len(journeys)}
+
+
+def test_without_futures_nobody_knows(clock: Clock) -> None:
+    class Silent(Work):
+        def get_future(self) -> Any:
+            raise NotImplementedError
+
+    flights, made = told(), Sender()
+    flights.watch(made, "send", "work", "all_reduce", "gradients", 100)
+    made.send(Silent(clock, 5))
+    made.work.wait()
+    assert clock.now == 5 and flights.hidden is None and not flights.landed()
+    assert flights.bytes == {"gradients": 100.0}
+
+
+def test_nothing_is_watched_while_the_clock_stands(clock: Clock) -> None:
+    made = sent(told(counts=False), clock, 0, 5)
+    assert type(made.work) is Work
+
+
+def test_collectives_that_return_when_they_are_over(clock: Clock) -> None:
+    def gather(into: torch.Tensor, own: torch.Tensor, async_op: bool = False) -> Any:
+        clock.now += 7
+        return Work(clock, clock.now + 10) if async_op else None
+
+    flights = told()
+    watched = flights.sending(gather, "all_gather", "parameters")
+    assert watched(torch.zeros(4), own=torch.zeros(2)) is None
+    [flight] = flights.landed()
+    assert (flight.name, flight.nbytes, flight.end - flight.begin) == ("all_gather parameters", 16, 7)
+    assert flights.hidden == 0
+    work = watched(torch.zeros(4), torch.zeros(2), async_op=True)
+    clock.now += 4
+    work.wait()
+    assert flights.hidden == 7 + 4 and flights.bytes == {"parameters": 32.0}
+
+
+# -- in processes
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        sleep(0.04)
+        return grad
+
+
+class Late(Plain):
+    """A large layer whose gradients come first, and a small one whose come 40 ms later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            self.net = nn.ModuleList([nn.Linear(8, 1000), nn.Linear(1000, 1000)])  # type: ignore[assignment]
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        small, large = self.net
+        return large(SlowBackward.apply(small(batch).tanh())).square().mean()
+
+
+def profiled(model: Any, strategy: Any, steps: int, **options: Any) -> tuple[Profile, Any]:
+    profiler = StepProfiler(show=False)
+    data = [torch.randn(4, 8) for _ in range(steps)]
+    options = {"max_epochs": 1, "profiler": profiler, "use_distributed_sampler": False, **options}
+    made = fitted(model, data, strategy=strategy, devices=2, **options)
+    profile = profiler.profile()
+    assert sum(row.seconds for row in profile.phases) == pytest.approx(profile.wall, rel=1e-12)
+    assert profile.unexplained <= 0.02
+    return profile, made
+
+
+def union(spans: Iterator[Span]) -> float:
+    """s in which any of them was."""
+    total, covered = 0.0, 0.0
+    for begin, end in sorted((span.begin, span.begin + span.seconds) for span in spans):
+        total += max(0.0, end - max(begin, covered))
+        covered = max(covered, end)
+    return total
+
+
+def overlapping(strategy: str) -> dict[str, Any]:
+    made: Any = (DDPStrategy if strategy == "ddp" else ZeRO1Strategy)(first_bucket_mb=1, bucket_cap_mb=1)
+    profile, run = profiled(Late(), made, steps=6)
+    part = {part.name: part for part in profile.parts if part.phase == "communication"}
+    spans = [span for span in profile.timeline if span.track == "collectives"]
+    flights = [span for span in spans if span.bytes is not None]
+    sent = [span for span in flights if "gradients" in span.name]
+    large = [span for span in sent if span.bytes > 1e6]
+    plain = fitted(Late(), [torch.randn(4, 8)], strategy=strategy, devices=2, max_epochs=1)
+    homes = [home for sharded in getattr(made, "_sharded", {}).values() for home in [sharded, *sharded.buckets]]
+    return {
+        "steps": {span.step for span in sent},
+        "large": [span.seconds for span in large],
+        "overlapped": profile.overlapped,
+        "union": union(iter(flights)),
+        "waited": sum(part[name].seconds for name in ("gradients", "parameters") if name in part),
+        "bytes": part["gradients"].bytes,
+        "sent": sum(span.bytes or 0.0 for span in sent),
+        "backward": profile.phase("backward"),
+        "left": [*(name for home in homes for name in ("_send", "_sum_partials", "_of_ranks") if name in vars(home)),
+                 *(name for name in type(made).phases if name in vars(run.strategy))],
+        "plain": [name for name in (*type(made).phases, "flights") if name in vars(plain.strategy)],
+    }  # fmt: skip
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_a_bucket_behind_a_slow_backward_is_hidden(strategy: str) -> None:
+    for rank in run_ranks(overlapping, 2, strategy):
+        assert rank["steps"] == set(range(6)) and len(rank["large"]) == 6
+        assert rank["bytes"] == rank["sent"] >= 6 * 4e6
+        # The first backward may not know yet which gradient comes last; from then on 4 MB travel within 40 ms.
+        assert rank["overlapped"] >= sum(sorted(rank["large"])[:5]) > 0.0
+        assert rank["backward"] >= 6 * 0.04
+        # What was under way was either hidden or waited for; a wait ends a moment after what it is for.
+        assert rank["overlapped"] + rank["waited"] == pytest.approx(rank["union"], rel=0.1, abs=0.01)
+        assert rank["left"] == [] and rank["plain"] == []
+
+
+class SlowRank(Plain):
+    slept = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        began = perf_counter()
+        if self.global_rank == 1:
+            sleep(0.03)
+        self.slept += perf_counter() - began
+        return super().training_step(batch, batch_idx)
+
+
+def with_slow_rank(strategy: str) -> tuple[float, float, float]:
+    model = SlowRank()
+    profile, _ = profiled(model, strategy, steps=10)
+    return profile.phase("communication"), profile.phase("forward"), model.slept
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", ["ddp", "zero1"])
+def test_who_waits_for_a_slow_rank_is_in_communication(strategy: str) -> None:
+    quick, slow = run_ranks(with_slow_rank, 2, strategy)
+    assert slow[1] >= slow[2] >= 10 * 0.03  # its own time is no communication
+    assert quick[0] - slow[0] >= 0.7 * slow[2] and quick[1] < slow[1]
+
+
+class Says(Plain):
+    """Everything that processes say to each other without gradients."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, sync_dist=True)
+        self.all_gather(loss.detach())
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val", self.loss(batch), sync_dist=True)
+        self.trainer.strategy.barrier()
+
+    def on_train_epoch_end(self) -> None:
+        if self.global_rank == 0:
+            sleep(0.1)
+        self.trainer.save_checkpoint("epoch.ckpt")
+
+
+def saying(clip: float) -> tuple[dict[str, tuple[int, float]], float]:
+    profiler = StepProfiler(show=False)
+    made = trainer(max_epochs=1, strategy="zero1", devices=2, profiler=profiler, gradient_clip_val=clip,
+                   log_every_n_steps=2, use_distributed_sampler=False, num_sanity_val_steps=0)  # fmt: skip
+    data = [torch.randn(4, 8) for _ in range(4)]
+    made.fit(Says(), data, data[:1])
+    profile = profiler.profile()
+    found = {part.name: (part.calls, part.seconds) for part in profile.parts if part.phase == "communication"}
+    return found, profile.phase("communication")
+
+
+@pytest.mark.dist
+def test_what_else_processes_say_is_in_communication(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    waited = []
+    for parts, total in run_ranks(saying, 2, 1e-6):
+        assert {"gradients", "norm", "agreement", "barrier", "broadcast", "all_gather"} <= set(parts)
+        assert parts["norm"][0] == 4 and parts["all_gather"][0] >= 4 + 2
+        assert sum(seconds for _, seconds in parts.values()) == pytest.approx(total)
+        waited.append(parts["broadcast"][1] + parts["optimizer state"][1])
+    assert waited[1] - waited[0] >= 0.04  # the first process slept before it wrote
+
+
+@pytest.mark.dist
+def test_one_process_has_nothing_to_say() -> None:
+    profiler = StepProfiler(show=False)
+    fitted(Plain(), [torch.randn(4, 8)], max_epochs=1, profiler=profiler)
+    profile = profiler.profile()
+    assert profile.overlapped is None and profile.phase("communication") == 0.0
+    assert lit_fast.Trainer(strategy="auto", accelerator="cpu").strategy.flights is None
