@@ -29,6 +29,7 @@ from lit_fast.flat import squares as squares
 from lit_fast.flat import sum_pieces as sum_pieces
 from lit_fast.flat import unpack as unpack
 from lit_fast.phase_clock import MOST_PARTS as MOST_PARTS
+from lit_fast.phase_clock import PartTime as PartTime
 from lit_fast.phase_clock import PhaseClock as PhaseClock
 from lit_fast.phase_clock import Reading as Reading
 from lit_fast.phase_clock import SlowStepTime as SlowStepTime

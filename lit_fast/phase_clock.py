@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 MOST_PARTS = 500  # of a phase, with names of their own: a profile's size does not grow with a run
 OTHERS = "(others)"
+OFTEN = 64  # objects that are made in less than 0.1 ms, before others may run
 
 
 @dataclass(frozen=True)
@@ -160,16 +161,20 @@ class PhaseClock:
             raise ProfileError(f"This clock knows no interruption {kind!r}, only: {', '.join(self.interruptions)}.")
         self._core.interrupted(self.interruptions.index(kind), nanoseconds)
 
-    def read(self) -> Reading:
-        """What was recorded until now, also while it runs, and from any thread."""
+    def read(self, between: Callable[[], object] = lambda: None) -> Reading:
+        """What was recorded until now, also while it runs, and from any thread; `between` is called now and then."""
         read = self._core.read()
+        between()
         names = list(self._slots)
         totals = dict.fromkeys(self.phases, (0, 0))
         parts = []
-        for (phase, part), (_, total, calls, longest) in zip(names, read["slots"], strict=False):
-            totals[phase] = (totals[phase][0] + total, totals[phase][1] + calls)
+        for number, ((phase, part), (_, total, calls, longest)) in enumerate(zip(names, read["slots"], strict=False)):
+            before, times = totals[phase]
+            totals[phase] = before + total, times + calls
             if part is not None and calls:
                 parts.append(PartTime(phase, part, total, calls, longest))
+            if number % OFTEN == 0:
+                between()
         slowest = [
             SlowStepTime(
                 step,
@@ -182,6 +187,7 @@ class PhaseClock:
             )
             for step, duration, begin, phases, stops, slot, longest in read["slowest"]
         ]
+        between()
         return Reading(
             read["wall"],
             read["steps_begun"],
@@ -193,10 +199,15 @@ class PhaseClock:
             dict(zip(self.interruptions, read["interruptions"], strict=True)),
         )
 
-    def spans(self, steps: int = 64) -> list[SpanTime]:
+    def spans(self, steps: int = 64, between: Callable[[], object] = lambda: None) -> list[SpanTime]:
         """The timed calls of the last `steps` steps that are still kept, in the order in which they ended."""
-        names = list(self._slots)
-        return [SpanTime(*names[slot], step, begin, took) for slot, step, begin, took in self._core.spans(steps)]
+        kept, names, spans = self._core.spans(steps), list(self._slots), []
+        between()
+        for slot, step, begin, took in kept:
+            spans.append(SpanTime(*names[slot], step, begin, took))
+            if len(spans) % OFTEN == 0:
+                between()
+        return spans
 
     def _slot(self, phase: str, part: str | None) -> int:
         slot = self._slots.get((phase, part))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from lit_fast import ops
 from lit_fast.profiler.record import Distribution
@@ -11,35 +13,39 @@ SHARE = 0.2  # of the time that a step took longer than the median one: less is 
 NAMES = {"data": "waited for data", "validation": "validation", "checkpoint": "checkpoint", "logging": "logging"}
 
 
-def causes_of(slow: ops.SlowStepTime, steps: Distribution, typical: dict[str, Distribution]) -> list[str]:
+class Usual(NamedTuple):
+    """What a step usually takes, in s: medians."""
+
+    step: float
+    phases: dict[str, float]  # a phase that not even every second step has is not usual at all
+
+    @classmethod
+    def of(cls, steps: Distribution, phases: Mapping[str, Distribution]) -> Usual:
+        """From durations of all steps, and by phase, of its time in the steps in which it took any."""
+        common = {name: found.quantile(0.5) for name, found in phases.items() if 2 * found.count > steps.count}
+        return cls(steps.quantile(0.5), common)
+
+
+def causes_of(slow: ops.SlowStepTime, usual: Usual) -> list[str]:
     """What made that step slower than the median one, with figures: what stopped it, then the phases it took longer in.
 
-    Args:
-        slow: the step.
-        steps: durations of all steps.
-        typical: by phase, its time in the steps in which it took any.
-
     Example:
-        >>> usual, slow = Distribution(), ops.SlowStepTime(9, 5_000_000, 0, {"data": 4_100_000}, {}, None, 0)
-        >>> usual.add(1e-3, 99)
-        >>> causes_of(slow, usual, {})
+        >>> slow = ops.SlowStepTime(9, 5_000_000, 0, {"data": 4_100_000}, {}, None, 0)
+        >>> causes_of(slow, Usual(1e-3, {}))
         ['waited for data 4.1 ms']
     """
-    excess = slow.duration * 1e-9 - steps.quantile(0.5)
-    if excess <= 0.05 * steps.quantile(0.5):
+    excess = slow.duration * 1e-9 - usual.step
+    if excess <= 0.05 * usual.step:
         return []
     stopped = [(ns * 1e-9, f"{kind} {_milliseconds(ns * 1e-9)}") for kind, ns in slow.interruptions.items()]
     if slow.step == 0:
         stopped.append((math.inf, "the first step"))
     found: list[tuple[float, str]] = []
     for phase, ns in slow.phases.items():
-        rows = typical.get(phase, Distribution())
-        # A phase that not even every second step has is a cause as a whole.
-        usual = rows.quantile(0.5) if 2 * rows.count > steps.count else 0.0
-        more = ns * 1e-9 - usual
+        more = ns * 1e-9 - usual.phases.get(phase, 0.0)
         if phase == "hooks" and slow.longest_part is not None and slow.longest_part[0] == "hooks":
             found.append((more, f"{slow.longest_part[1]} {_milliseconds(slow.longest * 1e-9)}"))
-        elif usual and phase != "data":
+        elif phase in usual.phases and phase != "data":
             found.append((more, f"{phase} {_milliseconds(more)} more than usual"))
         else:
             found.append((more, f"{NAMES.get(phase, phase)} {_milliseconds(ns * 1e-9)}"))

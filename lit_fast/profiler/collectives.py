@@ -17,11 +17,12 @@ _TIMES = {"all_reduce": 2.0, "reduce_scatter": 1.0, "all_gather": 1.0, "all_to_a
 
 def spans_of(flights: Flights, timed: Sequence[SpanTime]) -> list[Span]:
     """Those that began since the first of the calls that are shown, each with the step in which it did."""
-    if not timed:
+    landed = flights.landed()
+    if not timed or not landed:
         return []
     begins = sorted((span.begin, span.step) for span in timed)
     found = []
-    for flight in flights.landed():
+    for flight in landed:
         place = bisect_right(begins, (flight.begin, len(timed) + begins[-1][1])) - 1
         if place >= 0:
             seconds = (flight.end - flight.begin) * 1e-9

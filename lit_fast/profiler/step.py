@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,10 @@ from lit_fast import ops
 from lit_fast.distributed.flights import PHASE, Flights
 from lit_fast.profiler import device_clock, header
 from lit_fast.profiler import export as exports
-from lit_fast.profiler.causes import causes_of
+from lit_fast.profiler.causes import Usual, causes_of
 from lit_fast.profiler.collectives import TRACK, spans_of
 from lit_fast.profiler.record import PHASES, Device, Distribution, Header, Part, Phase, Profile, SlowStep, Span
-from lit_fast.profiler.writer import PeriodicWriter, let_others_run
+from lit_fast.profiler.writer import PeriodicWriter, in_pieces, let_others_run
 
 if TYPE_CHECKING:
     from lit_fast.strategies.strategy import Strategy
@@ -307,7 +307,7 @@ class StepProfiler:
 
     def profile(self) -> Profile:
         """Everything that was recorded until now, also while the run goes on."""
-        reading, passed = self._clock.read(), self._system_clock
+        reading, passed = self._clock.read(let_others_run), self._system_clock
         if self._running:
             passed = time.time() - passed
             if self._trainer is not None and self._first_batch is not None:
@@ -317,6 +317,9 @@ class StepProfiler:
         typical = {name: _distribution(spread) for name, spread in reading.per_step.items()}
         device = device_clock.DeviceTimes() if self._on_device is None else self._on_device.read()
         steps = _distribution(reading.steps)
+        let_others_run()
+        usual = Usual.of(steps, typical)
+        let_others_run()
         profile = Profile(
             header=replace(self._header, notes=[*self._header.notes, *device.notes]),
             wall=reading.wall * 1e-9,
@@ -331,34 +334,13 @@ class StepProfiler:
                 if n or ns or name in device.phases
             ],
             device_steps=device.steps,
-            parts=[
-                Part(
-                    part.phase,
-                    part.name,
-                    part.total * 1e-9,
-                    part.calls,
-                    self._where.get((part.phase, part.name)) or None,
-                    part.longest * 1e-9,
-                    moved.get(part.name) if part.phase == PHASE else self._bytes.get((part.phase, part.name)),
-                )
-                for part in reading.parts
-            ],
-            slowest=[
-                SlowStep(
-                    slow.step,
-                    slow.duration * 1e-9,
-                    {name: ns * 1e-9 for name, ns in slow.phases.items()},
-                    causes_of(slow, steps, typical),
-                    slow.begin * 1e-9,
-                )
-                for slow in reading.slowest
-            ],
             own_cost=_own_cost(reading, device.cost),
         )
         let_others_run()
-        spans = self._clock.spans(STEPS_SHOWN)
-        let_others_run()
-        profile.timeline = [*map(_span, spans), *spans_of(self._flights, spans)]
+        profile.slowest = in_pieces(partial(_slow_step, usual=usual), reading.slowest)
+        profile.parts = in_pieces(partial(self._part, moved=moved), reading.parts)
+        timed = self._clock.spans(STEPS_SHOWN, let_others_run)
+        profile.timeline = [*in_pieces(_span, timed), *spans_of(self._flights, timed)]
         if abs(passed - profile.wall) > 1.0 + 0.01 * profile.wall:
             profile.warnings.append(
                 f"The system's clock jumped: {passed:.1f} s went by on it, {profile.wall:.1f} s by the steady clock, "
@@ -366,11 +348,21 @@ class StepProfiler:
             )
         return profile
 
+    def _part(self, part: ops.PartTime, moved: dict[str, float]) -> Part:
+        key = (part.phase, part.name)
+        size = moved.get(part.name) if part.phase == PHASE else self._bytes.get(key)
+        return Part(*key, part.total * 1e-9, part.calls, self._where.get(key) or None, part.longest * 1e-9, size)
+
 
 def _distribution(spread: ops.Spread) -> Distribution:
     if not spread.count:
         return Distribution()
     return Distribution(spread.count, spread.total * 1e-9, spread.minimum * 1e-9, spread.maximum * 1e-9, spread.buckets)
+
+
+def _slow_step(slow: ops.SlowStepTime, usual: Usual) -> SlowStep:
+    phases = {name: ns * 1e-9 for name, ns in slow.phases.items()}
+    return SlowStep(slow.step, slow.duration * 1e-9, phases, causes_of(slow, usual), slow.begin * 1e-9)
 
 
 def _own_cost(reading: ops.Reading, marks: float) -> float | None:

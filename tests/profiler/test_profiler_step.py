@@ -24,7 +24,7 @@ import lit_fast
 from lit_fast.errors import ProfileError
 from lit_fast.ops import SlowStepTime
 from lit_fast.profiler import header, record
-from lit_fast.profiler.causes import causes_of
+from lit_fast.profiler.causes import Usual, causes_of
 from lit_fast.profiler.profiler import PassThroughProfiler
 from lit_fast.profiler.record import PHASES, Distribution, Part, Profile
 from lit_fast.profiler.step import StepProfiler
@@ -380,9 +380,12 @@ def test_the_table_is_shown_at_the_end_of_a_fit(capsys: pytest.CaptureFixture[st
 
 
 def test_causes_need_a_slow_step() -> None:
-    steps = Distribution()
+    steps, rare = Distribution(), Distribution()
     steps.add(1e-3, 100)
-    usual = SlowStepTime(3, 1_000_000, 0, {"forward": 1_000_000}, {}, None, 0)
-    assert causes_of(usual, steps, {"forward": steps}) == []
+    rare.add(2e-3, 10)
+    usual = Usual.of(steps, {"forward": steps, "validation": rare})
+    assert usual.phases == {"forward": pytest.approx(1e-3)} and usual.step == pytest.approx(1e-3)
+    ordinary = SlowStepTime(3, 1_000_000, 0, {"forward": 1_000_000}, {}, None, 0)
+    assert causes_of(ordinary, usual) == []
     slow = SlowStepTime(3, 9_000_000, 0, {"forward": 9_000_000}, {"compilation": 7_500_000}, None, 0)
-    assert causes_of(slow, steps, {"forward": steps}) == ["compilation 7.5 ms", "forward 8 ms more than usual"]
+    assert causes_of(slow, usual) == ["compilation 7.5 ms", "forward 8 ms more than usual"]
