@@ -62,7 +62,9 @@ class Mapping:
         refused_keys: keys of a param group that must be absent or false.
         state_keys: keys of `optimizer.state[p]`, one for each state of the formula.
         step_key: key of the float32 step counter in `optimizer.state[p]`, or None.
+        flops: `flops(group)` of an element's step with those options: an FMA is two, all else of the vocabulary one.
         whole_tensors: whether an element's update depends on others of its parameter, so that no part can be stepped.
+        measured: whether norms of whole tensors are taken in a pass before the step.
         init_state: `init_state(state, group, param)` fills what is missing in `state[param]`, as the torch class
             would and as the group's storage options ask (lit_fast/optim/storage.py).
     """
@@ -74,7 +76,9 @@ class Mapping:
     state_keys: tuple[str, ...]
     step_key: str | None
     init_state: Callable[[State, dict[str, Any], Tensor], None]
+    flops: Callable[[dict[str, Any]], int]
     whole_tensors: bool = False
+    measured: bool = False
 
     def stepper(self, device: torch.device) -> Stepper:
         """What steps these classes on a device."""

@@ -284,6 +284,7 @@ def assert_no_spills(report: str) -> None:
 )
 def test_a_step_moves_128_bits_at_a_time_without_spills_and_without_float64(formula, compute_capability) -> None:
     code, report = step_code(formula, compute_capability)
+    assert "lit_fast_step_kernel" in code  # what a profiler shows
     assert_no_spills(report)
     tensors = 4 if formula == "adamw" else 3
     # In each of three layouts, in the loop over whole blocks.

@@ -33,6 +33,10 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
         entry["sum"].fill_(group["initial_accumulator_value"])
 
 
+def flops(group: dict[str, Any]) -> int:
+    return 7 + (2 if group["weight_decay"] else 0)
+
+
 class Adagrad(Compiled, torch.optim.Adagrad):
     """`torch.optim.Adagrad`, compiled, with the storage options of lit_fast/optim/storage.py.
 
@@ -80,5 +84,6 @@ MAPPING = Mapping(
     state_keys=("sum",),
     step_key="step",
     init_state=init_state,
+    flops=flops,
 )
 Adagrad.mapping = MAPPING

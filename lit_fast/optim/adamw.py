@@ -48,6 +48,11 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     fill(entry, group, param, MAPPING.state_keys if group["amsgrad"] else MAPPING.state_keys[:2])
 
 
+def flops(group: dict[str, Any]) -> int:
+    decays_gradient = group["weight_decay"] and not group.get("decoupled_weight_decay", True)
+    return 14 + (1 if group["amsgrad"] else 0) + (2 if decays_gradient else 0)
+
+
 class AdamW(Compiled, torch.optim.AdamW):
     """`torch.optim.AdamW`, compiled, with the storage options of lit_fast/optim/storage.py.
 
@@ -124,5 +129,6 @@ MAPPING = Mapping(
     state_keys=("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
     step_key="step",
     init_state=init_state,
+    flops=flops,
 )
 AdamW.mapping = Adam.mapping = MAPPING

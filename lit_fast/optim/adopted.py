@@ -202,6 +202,12 @@ class AdoptedOptimizer:
         return self._skips_on_device and self.compiled and not has_step_hooks(self.optimizer)
 
     @property
+    def reads_gradients_first(self) -> bool:
+        """Whether a step begins with a pass over all gradients: for their norm, or to see whether they are finite."""
+        by_norm = self._max_norm >= 0.0 and self._norm_type == 2.0 and not self._per_group
+        return by_norm or (self.guard is not None and not self.guard.told)
+
+    @property
     def device(self) -> torch.device:
         """Where the first parameter lies."""
         first = next((p for group in self.optimizer.param_groups for p in group["params"]), None)

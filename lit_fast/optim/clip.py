@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch.autograd.profiler import record_function
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from lit_fast import ops
@@ -16,6 +18,14 @@ from lit_fast.optim.nonfinite import Guard, all_finite
 # Torch sums squares in float32, in another order than the core. Its norm of a gradient cannot be further from the
 # core's than this: below it the coefficient is 1 in both, and nothing needs torch's own.
 SURELY_BELOW = 0.99
+
+NORM_RANGE = "lit_fast_gradient_norm"  # marks a norm before a step for torch.profiler, which does not see the core
+_UNMARKED = nullcontext()
+_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
+def _marked() -> AbstractContextManager[object]:
+    return record_function(NORM_RANGE) if _profiler_enabled() else _UNMARKED
 
 
 def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float, guard: Guard | None = None) -> Callable[..., None]:
@@ -32,7 +42,8 @@ def step_clipped_by_norm(adopted: AdoptedOptimizer, max_norm: float, guard: Guar
 
     def step(grad_scale: float = 1.0) -> None:
         try:
-            norm = ops.gradient_norm(optimizer.param_groups, grad_scale).item()
+            with _marked():
+                norm = ops.gradient_norm(optimizer.param_groups, grad_scale).item()
         except KernelError:  # a dtype or layout without a kernel
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             if guard is not None and not all_finite(optimizer.param_groups):
@@ -75,7 +86,8 @@ def step_by_shared_norm(
     optimizer = adopted.optimizer
 
     def step(grad_scale: float | torch.Tensor = 1.0) -> None:
-        total = norm(grad_scale)
+        with _marked():
+            total = norm(grad_scale)
         if guard is not None and not math.isfinite(total.item()):  # waits for a GPU: all decide before anyone steps
             guard.refuse(optimizer.param_groups)
             return

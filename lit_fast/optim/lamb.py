@@ -29,6 +29,10 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     fill(entry, group, param, MAPPING.state_keys)
 
 
+def flops(group: dict[str, Any]) -> int:
+    return 16
+
+
 class Lamb(Compiled):
     """LAMB, compiled for the CPU and CUDA; torch has no class of it.
 
@@ -102,6 +106,8 @@ MAPPING = Mapping(
     state_keys=("exp_avg", "exp_avg_sq"),
     step_key="step",
     init_state=init_state,
+    flops=flops,
     whole_tensors=True,
+    measured=True,
 )
 Lamb.mapping = MAPPING

@@ -26,6 +26,10 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     fill(entry, group, param, MAPPING.state_keys)
 
 
+def flops(group: dict[str, Any]) -> int:
+    return 10
+
+
 class Lion(Compiled):
     """Lion, compiled; torch has no class of it.
 
@@ -76,5 +80,6 @@ MAPPING = Mapping(
     state_keys=("exp_avg",),
     step_key="step",
     init_state=init_state,
+    flops=flops,
 )
 Lion.mapping = MAPPING

@@ -392,6 +392,11 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     fill(entry, group, param, MAPPING.state_keys)
 
 
+def flops(group: dict[str, Any]) -> int:
+    """Of one of the two passes."""
+    return 3 if group["second_pass"] or not group["nesterov"] else 6
+
+
 class _MuonMapping(Mapping):
     def stepper(self, device: torch.device) -> ops.Stepper:
         return MuonStepper(device)
@@ -406,6 +411,7 @@ MAPPING = _MuonMapping(
     state_keys=("momentum_buffer",),
     step_key="step",
     init_state=init_state,
+    flops=flops,
     whole_tensors=True,
 )
 Muon.mapping = MAPPING

@@ -50,6 +50,11 @@ def _check_variance(group: dict[str, Any], param: Tensor) -> None:
         )
 
 
+def flops(group: dict[str, Any]) -> int:
+    moments = 4 + (6 if group["centered"] else 0)
+    return moments + 2 + (5 if group["momentum"] else 3) + (2 if group["weight_decay"] else 0)
+
+
 class RMSprop(Compiled, torch.optim.RMSprop):
     """`torch.optim.RMSprop`, compiled, with the storage options of lit_fast/optim/storage.py.
 
@@ -92,5 +97,6 @@ MAPPING = Mapping(
     state_keys=("square_avg", "grad_avg", "momentum_buffer"),
     step_key="step",
     init_state=init_state,
+    flops=flops,
 )
 RMSprop.mapping = MAPPING

@@ -45,6 +45,11 @@ def init_state(state: State, group: dict[str, Any], param: Tensor) -> None:
     fill(entry, group, param, MAPPING.state_keys if group["momentum"] else ())
 
 
+def flops(group: dict[str, Any]) -> int:
+    momentum = 0 if not group["momentum"] else 5 if group["nesterov"] else 3
+    return 2 + momentum + (2 if group["weight_decay"] else 0)
+
+
 class SGD(Compiled, torch.optim.SGD):
     """`torch.optim.SGD`, compiled, with the storage options of lit_fast/optim/storage.py.
 
@@ -93,5 +98,6 @@ MAPPING = Mapping(
     state_keys=("momentum_buffer",),
     step_key="step",
     init_state=init_state,
+    flops=flops,
 )
 SGD.mapping = MAPPING

@@ -146,37 +146,3 @@ def _formulas() -> dict[str, Callable[..., Any]]:
 
 
 _FORMULAS = _formulas()
-
-
-def step_cost(optimizer: torch.optim.Optimizer, clips: bool) -> Cost | None:
-    """What one compiled step of `optimizer` moves, by its tensors: gradients are read, the rest is read and written.
-
-    Args:
-        clips: gradients are read once more, for their norm.
-
-    Returns:
-        None for optimizers whose step passes over tensors more than once (LAMB, Muon): only one pass is known exactly.
-    """
-    if type(optimizer).__name__ in ("Lamb", "Muon"):
-        return None
-    moved, flops, known = 0, 0, True
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            an_element = _arithmetic(type(optimizer).__name__, group)
-            known = known and an_element is not None
-            flops += (an_element or 0) * param.numel()
-            state = [t for t in optimizer.state.get(param, {}).values() if isinstance(t, Tensor) and t.dim()]
-            moved += 2 * _size(param) + (2 if clips else 1) * _size(param.grad) + 2 * sum(map(_size, state))
-    return Cost(float(moved), float(flops) if known and flops else None)
-
-
-def _arithmetic(name: str, group: dict[str, Any]) -> int | None:
-    """FLOPs of an element's step, counted from csrc/formulas/adamw.h and sgd.h: an FMA is two, a root one."""
-    if name == "AdamW":
-        return 15 if group.get("amsgrad") else 14
-    if name == "SGD":
-        momentum = 0 if not group.get("momentum") else 5 if group.get("nesterov") else 3
-        return 2 + momentum + (2 if group.get("weight_decay") else 0)
-    return None

@@ -21,9 +21,10 @@ from torch.autograd.profiler import record_function
 
 from lit_fast.errors import MisconfigurationException
 from lit_fast.ops import PhaseClock
+from lit_fast.optim.traffic import Pass, passes_of
 from lit_fast.profiler.ceilings import measure_ceilings, peak_of
-from lit_fast.profiler.costs import Costs, step_cost
-from lit_fast.profiler.kernels import OPTIMIZER, STEP, Window, events_of
+from lit_fast.profiler.costs import Costs
+from lit_fast.profiler.kernels import STEP, Window, events_of
 from lit_fast.profiler.memory import StepMemory
 from lit_fast.profiler.record import Ceilings, Device, Kernel, Memory, Profile, Span, Sync
 from lit_fast.profiler.sensors import Sensors
@@ -187,7 +188,7 @@ class _Look:
         self.wanted = self.first + 2 + profiler.window
         self.batches = 0  # of the step that goes on
         self.compiled = False
-        self.own_step: str | None = None  # the kernel that is ours
+        self.compiled_steps: dict[str, list[list[Pass]]] = {}  # by an optimizer's class
         self.memory: StepMemory | None = None
         self.costs, self.syncs = Costs(), Syncs(self.device)
         self.tracing: _Tracing | None = None
@@ -272,21 +273,16 @@ class _Look:
         dtype = compute_dtype(str(self.trainer.precision))
         found.peak = peak_of(self.device, dtype, found.ceilings)
         plans = self.trainer.fit_loop.plans
-        adopted = plans.binding.stepping.adopted if plans is not None else []
-        if len(adopted) == 1 and adopted[0].compiled:  # the core's steps pass by torch's dispatcher
-            optimizer = adopted[0].optimizer
-            self.own_step = f"{type(optimizer).__name__} step"
-            cost = step_cost(optimizer, clips=bool(self.trainer.gradient_clip_val))
-            if cost is not None:
-                costs.calls[f"{OPTIMIZER}{type(optimizer).__name__}.step"] = [cost]
+        by_norm = bool(self.trainer.gradient_clip_val) and self.trainer.gradient_clip_algorithm != "value"
+        for adopted in plans.binding.stepping.adopted if plans is not None else ():
+            if adopted.compiled:  # the core's steps pass by torch's dispatcher
+                made = self.compiled_steps.setdefault(type(adopted.optimizer).__name__, [])
+                made.append(passes_of(adopted, clips_by_norm=by_norm and not adopted.reads_gradients_first))
 
     def _end(self) -> None:
         if self.tracing is not None:
             tracing, self.tracing = self.tracing, None
-            tracing.end(self.costs, self.found)
-            for kernel in self.found.kernels:
-                if kernel.name == self.own_step:
-                    kernel.name = f"lit_fast {kernel.name}"
+            tracing.end(self.costs, self.compiled_steps, self.found)
             if self.usual and self.traced:
                 usual, traced = statistics.median(self.usual), statistics.median(self.traced)
                 said = (
@@ -351,13 +347,13 @@ class _Tracing:
         self.mark.__exit__(None, None, None)
         self.mark = None
 
-    def end(self, costs: Costs, found: _Found) -> None:
+    def end(self, costs: Costs, compiled: dict[str, list[list[Pass]]], found: _Found) -> None:
         if self.mark is not None:
             self._end_step()
         self.profiler.stop()
         if self.teardown is None:
             os.environ.pop(TEARDOWN, None)
-        window = Window(events_of(self.profiler), costs.calls, self.batches)
+        window = Window(events_of(self.profiler), costs.calls, self.batches, compiled)
         if window.steps:
             found.kernels = window.kernels(found.ceilings)
             found.timeline = [*window.ranges(RANGE, self.since), *window.spans(self.since)]

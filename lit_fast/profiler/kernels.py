@@ -3,7 +3,8 @@
 On a GPU a row is a kernel, on the CPU an operator by its self time. What an operation moves and computes (costs.py) is
 known by call: the k-th call of that name in a step is taken for the k-th in the step that was counted, and its bytes
 and FLOPs are credited to the kernel that takes most of the time in most of these calls. Where a step has other calls
-than the counted one, bytes and FLOPs of that name stay unknown.
+than the counted one, bytes and FLOPs of that name stay unknown. torch does not see the core's steps: their passes are
+counted from the tensors that they take (lit_fast/optim/traffic.py), and shared out among the launches of their kernels.
 
 A call cannot be faster than its bytes at the measured bandwidth, nor than its FLOPs at the measured matrix rate. The
 headroom of a row is its time above the larger of both, a step; "bound" says which of them is larger.
@@ -11,16 +12,20 @@ headroom of a row is its time above the larger of both, a step; "bound" says whi
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_fast.optim.clip import NORM_RANGE
+from lit_fast.optim.traffic import Pass
 from lit_fast.profiler.costs import Cost
 from lit_fast.profiler.record import Ceilings, Kernel, Span
 
 STEP = "lit_fast step"  # the name of the range around each step of the window
 OPTIMIZER = "Optimizer.step#"  # how torch's optimizers, and our compiled steps, mark theirs
+OURS = "lit_fast"  # how rows begin that are kernels of this package, or its compiled steps
 ROWS, SPANS = 40, 2000  # kept, the longest
 _LAUNCHES = ("cuda", "cu", "hip")  # how the runtime's calls begin that launch kernels
 
@@ -79,16 +84,24 @@ class Window:
         events: all of them, in any order; those around the steps are left out (a validation between two steps).
         calls: what each call costs, by operation, of one step: `Costs.calls`.
         batches: of a step, which may accumulate gradients; a row's `steps` are batches, as everywhere in a profile.
+        compiled: by the class of an optimizer, the passes of each such optimizer that the core steps, once a step.
     """
 
-    def __init__(self, events: Iterable[Event], calls: Mapping[str, Sequence[Cost]], batches: int = 1) -> None:
+    def __init__(
+        self,
+        events: Iterable[Event],
+        calls: Mapping[str, Sequence[Cost]],
+        batches: int = 1,
+        compiled: Mapping[str, Sequence[Sequence[Pass]]] | None = None,
+    ) -> None:
         events, self.batches = list(events), batches
         self.steps = sorted((e for e in events if e.name == STEP and not e.on_device), key=lambda e: e.begin)
         host = [e for e in events if not e.on_device]
         roots = nest(host)
         self.top = [e for e in roots if any(step.begin <= e.begin < step.end for step in self.steps)]
         self.device = self._launched(host, [e for e in events if e.on_device and not e.annotation])
-        self.costs = self._credited(calls)
+        self.compiled = compiled or {}
+        self.costs = self._credited(calls) | self._credited_passes()
 
     def _launched(self, host: list[Event], device: list[Event]) -> list[Event]:
         """The kernels of these steps; each is entered where it was launched."""
@@ -124,12 +137,33 @@ class Window:
                         credited[id(max(within, key=lambda pair: pair[0])[1] if within else event)] = cost
         return credited
 
+    def _credited_passes(self) -> dict[int, Cost]:
+        """The same, of compiled steps."""
+        marked = [e for root in self.top for e in root.everything() if e.annotation]
+        passes: list[Pass] = []
+        credited: dict[int, Cost] = {}
+        for name, optimizers in self.compiled.items():
+            ranges = [e for e in marked if e.name == f"{OPTIMIZER}{name}.step"]
+            if len(ranges) != len(optimizers) * len(self.steps):  # one of them does not step once a step
+                continue
+            passes += [each for made in optimizers for each in made]
+            within = [each for made in optimizers for each in made if each.within]
+            if not self.device:
+                _share(within, len(self.steps), ranges, credited)
+        if not self.device:
+            norms = [each for each in passes if each.name == "norm" and not each.within]
+            _share(norms, len(self.steps), [e for e in marked if e.name == NORM_RANGE], credited)
+        for each in passes:
+            kernels = [e for e in self.device if is_ours(e.name) and re.search(each.kernels, e.name, re.IGNORECASE)]
+            _share([each], len(self.steps), kernels, credited)
+        return credited
+
     def kernels(self, ceilings: Ceilings) -> list[Kernel]:
         """The longest, longest first. Calls, seconds, bytes and FLOPs are sums over the window's `steps`."""
         rows: dict[str, _Row] = {}
         steps = len(self.steps) * self.batches
         for event, nanoseconds in self._timed():
-            row = rows.setdefault(_shown(event.name), _Row())
+            row = rows.setdefault(self._shown(event.name), _Row())
             row.add(nanoseconds * 1e-9, self.costs.get(id(event)), ceilings)
         made = [row.kernel(name, steps) for name, row in rows.items()]
         return sorted(made, key=lambda kernel: -kernel.seconds)[:ROWS]
@@ -141,7 +175,7 @@ class Window:
             return
         for root in self.top:
             for event in root.everything():
-                if event.name.startswith(OPTIMIZER) or not (event.annotation or event.name == STEP):
+                if event.name.startswith((OPTIMIZER, NORM_RANGE)) or not (event.annotation or event.name == STEP):
                     yield event, event.own
 
     def ranges(self, prefix: str, since: Callable[[int], float]) -> list[Span]:
@@ -149,6 +183,14 @@ class Window:
         marked = [e for root in self.top for e in root.everything() if e.name.startswith(prefix) and e.name != STEP]
         kept = sorted(marked, key=lambda e: e.begin)[-SPANS:]
         return [Span("phases", e.name.removeprefix(prefix), since(e.begin), (e.end - e.begin) * 1e-9) for e in kept]
+
+    def _shown(self, name: str) -> str:
+        """As people know it: an optimizer's step without the words that torch marks it by, ours with our name."""
+        if name.startswith(OPTIMIZER):
+            kind = name.removeprefix(OPTIMIZER).removesuffix(".step")
+            return f"{OURS} {kind} step" if kind in self.compiled else f"{kind} step"
+        name = _short(name) if is_ours(name) else name
+        return name if len(name) <= 200 else f"{name[:199]}…"  # kernels of templates
 
     def spans(self, since: Callable[[int], float]) -> list[Span]:
         """The kernels of the last step for a timeline: the longest, in order.
@@ -164,7 +206,7 @@ class Window:
         else:
             events = [e for root in self.top for e in _operations(root) if last.begin <= e.begin < last.end]
         kept = sorted(sorted(events, key=lambda e: e.begin - e.end)[:SPANS], key=lambda e: e.begin)
-        return [Span("kernels", _shown(e.name), since(e.begin), (e.end - e.begin) * 1e-9) for e in kept]
+        return [Span("kernels", self._shown(e.name), since(e.begin), (e.end - e.begin) * 1e-9) for e in kept]
 
 
 def nest(events: Iterable[Event]) -> list[Event]:
@@ -208,11 +250,30 @@ def _operations(root: Event) -> Iterator[Event]:
             waiting.extend(event.inside)
 
 
-def _shown(name: str) -> str:
-    """As people know it: an optimizer's step without the words that torch marks it by."""
-    if name.startswith(OPTIMIZER):
-        return f"{name.removeprefix(OPTIMIZER).removesuffix('.step')} step"
-    return name if len(name) <= 200 else f"{name[:199]}…"  # kernels of templates
+def is_ours(name: str) -> bool:
+    """Whether a GPU's kernel is of this package: in its namespace in C++, by its prefix in Triton."""
+    return OURS in name
+
+
+def _short(name: str) -> str:
+    """A kernel of ours without what they have in common, and without its parameters.
+
+    >>> _short("void lit_fast::cuda::direct_kernel<lit_fast::Sgd, 256u, float, float, false>(StepTable)")
+    'lit_fast direct_kernel<Sgd, 256u, float, float, false>'
+    >>> _short("lit_fast_step_kernel")
+    'lit_fast step_kernel'
+    """
+    name = name[: name.rindex(">(") + 1] if ">(" in name else name.partition("(")[0]
+    return f"{OURS} {re.sub(r'^void |lit_fast::(cuda::)?|^lit_fast_', '', name)}"
+
+
+def _share(passes: Sequence[Pass], steps: int, events: Sequence[Event], credited: dict[int, Cost]) -> None:
+    """Credit to each of these events, of all `steps`, its part of what the passes cost in each step."""
+    for event in events if passes else ():
+        known = credited.get(id(event), Cost(0.0))
+        moved = sum(each.bytes for each in passes) * steps / len(events)
+        flops = sum(each.flops for each in passes) * steps / len(events)
+        credited[id(event)] = Cost(known.bytes + moved, (known.flops or 0.0) + flops)
 
 
 class _Row:

@@ -24,6 +24,7 @@ from lit_fast.triton.table import (
     NUMEL,
     float64_at,
     load,
+    named,
     row_of_chunk,
 )
 
@@ -43,7 +44,7 @@ def _chunk_sum(grad, begin, count, HALF: tl.constexpr, ALIGNED: tl.constexpr):
     return tl.sum(sums)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], repr=named("square_kernel"))
 def square_kernel(table, rows, partial, CHUNK: tl.constexpr, ROW_WORDS: tl.constexpr, ALIGNED: tl.constexpr):
     """partial: [chunks] float64, the sum of squares of each."""
     chunk = tl.program_id(0)

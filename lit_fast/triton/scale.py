@@ -12,6 +12,7 @@ from lit_fast.triton.table import (
     LAYOUT,
     NUMEL,
     load,
+    named,
     row_of_chunk,
     scaled_gradient,
     store,
@@ -34,7 +35,7 @@ def _scale_chunk(grad, begin, count, factor, limit, HALF: tl.constexpr, ALIGNED:
         _scale_block(grad, begin + whole, inside, factor, limit, HALF, True, ALIGNED)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], repr=named("scale_kernel"))
 def scale_kernel(table, rows, scale, CHUNK: tl.constexpr, ROW_WORDS: tl.constexpr, ALIGNED: tl.constexpr):
     """scale: as `store_scale` leaves it."""
     chunk = tl.program_id(0)

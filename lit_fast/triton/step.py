@@ -27,6 +27,7 @@ from lit_fast.triton.table import (
     STEP,
     float64_at,
     load,
+    named,
     row_of_chunk,
     scaled_gradient,
     store,
@@ -37,7 +38,7 @@ LARGEST = tl.constexpr(1.7976931348623157e308)  # finite float64
 ROWS = tl.constexpr(128)  # tensors whose coefficients are computed side by side
 
 
-@triton.jit(do_not_specialize=["rows", "chunks", "options_at", "clipping_at"])
+@triton.jit(do_not_specialize=["rows", "chunks", "options_at", "clipping_at"], repr=named("prepare_kernel"))
 def prepare_kernel(
     table,
     rows,
@@ -202,7 +203,7 @@ def _step_chunk(
         )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], repr=named("step_kernel"))
 def step_kernel(
     table,
     rows,

@@ -37,6 +37,11 @@ FLOAT32 = tl.constexpr(0)
 BFLOAT16 = tl.constexpr(1)
 
 
+def named(kernel: str):
+    """For `triton.jit(repr=...)`: the name that a profiler shows, which says whose it is (profiler/kernels.py)."""
+    return lambda specialization: f"lit_fast_{kernel}"
+
+
 @triton.jit
 def row_of_chunk(table, rows, chunk, ROW_WORDS: tl.constexpr):
     """The last row whose chunks begin at `chunk` or before: rows without elements have none."""

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import lit_fast
 from lit_fast.profiler import costs as costs_room
-from lit_fast.profiler.costs import Cost, Costs, step_cost
+from lit_fast.profiler.costs import Costs
 from lit_fast.profiler.throughput import measure_flops
 
 
@@ -65,21 +64,6 @@ def test_attention_on_the_cpu_is_counted_too() -> None:
         nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
     product = 2 * 2 * 4 * 16 * 16 * 8
     assert costs.hardware_flops == (2 + 5) * product and costs.model_flops == pytest.approx((2 + 4) * product)
-
-
-def test_bytes_of_a_compiled_step() -> None:
-    def stepped(make: type, **options: object) -> torch.optim.Optimizer:
-        params = [nn.Parameter(torch.ones(10)), nn.Parameter(torch.ones(6))]
-        optimizer = make(params, lr=0.1, **options)
-        params[0].grad = torch.ones(10)
-        optimizer.step()
-        return optimizer
-
-    assert step_cost(stepped(torch.optim.AdamW), clips=False) == Cost(280.0, 140.0)  # 28 bytes of each with a gradient
-    assert step_cost(stepped(torch.optim.AdamW), clips=True) == Cost(320.0, 140.0)
-    assert step_cost(stepped(torch.optim.SGD), clips=False) == Cost(120.0, 20.0)
-    assert step_cost(stepped(torch.optim.SGD, momentum=0.9), clips=False) == Cost(200.0, 50.0)
-    assert step_cost(lit_fast.optim.Lamb([nn.Parameter(torch.ones(4))]), clips=False) is None
 
 
 def test_what_cannot_be_counted_does_not_stop_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_a_profile_of_a_fit() -> None:
     assert found.header.flops_per_step == found.header.hardware_flops_per_step
     assert rows["lit_fast AdamW step"].bytes == 3 * 28 * parameters and rows["lit_fast AdamW step"].calls == 3
     assert rows["lit_fast AdamW step"].bound == "memory" and rows["lit_fast AdamW step"].steps == 3
-    assert rows["lit_fast AdamW step"].flops == 3 * 14 * parameters
+    assert rows["lit_fast AdamW step"].flops == 3 * 15 * parameters
     products = [rows[name].flops for name in ("aten::addmm", "aten::mm") if name in rows]
     assert sum(filter(None, products)) == 3 * found.header.flops_per_step
     points = {sample.point: sample for sample in found.memory.over_step}
@@ -226,7 +226,7 @@ def test_on_cuda_cupti_is_told_to_leave(monkeypatch: pytest.MonkeyPatch) -> None
     tracing = _Tracing.begin(torch.device("cuda"), profiler._clock, 1, profiler._found)
     assert tracing is not None and ProfilerActivity.CUDA in FakeProfile.last.activities
     assert FakeProfile.last.teardown == "1"
-    tracing.end(lit_fast.profiler.costs.Costs(), profiler._found)
+    tracing.end(lit_fast.profiler.costs.Costs(), {}, profiler._found)
     assert TEARDOWN not in os.environ and profiler._found.kernels == []
 
 

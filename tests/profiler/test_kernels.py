@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+from heart_models import Plain, batches, fitted
 from torch import nn
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
+import lit_fast
+from lit_fast.optim import adopt
+from lit_fast.optim.traffic import Pass, passes_of
+from lit_fast.profiler import DeepProfiler
 from lit_fast.profiler.costs import Cost, Costs
-from lit_fast.profiler.kernels import STEP, Event, Window, events_of, nest
+from lit_fast.profiler.kernels import STEP, Event, Window, _short, events_of, is_ours, nest
 from lit_fast.profiler.record import Ceilings, Kernel
 
 STEPS = 4
@@ -98,3 +107,151 @@ def test_nesting_is_by_thread() -> None:
     outer, inner, other = Event("outer", 0, 100), Event("inner", 10, 40), Event("other", 20, 30, thread=1)
     assert nest([other, inner, outer]) in ([outer, other], [other, outer])
     assert outer.inside == [inner] and (outer.own, inner.own) == (70, 30) and other.inside == []
+
+
+# -- kernels of ours
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def kernels_of_cuda() -> dict[str, Path]:
+    """Every kernel in csrc/cuda by name."""
+    found = {}
+    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+        for name in re.findall(r"__global__[^;{]*?\b(\w+)\((?!k|\w+\))", path.read_text()):
+            if name != "__launch_bounds__":
+                found[name] = path
+    return found
+
+
+def kernels_of_triton() -> dict[str, str]:
+    """Every kernel in lit_fast/triton that is launched, and not called by another: with what it is decorated."""
+    found = {}
+    for path in sorted((ROOT / "lit_fast" / "triton").glob("*.py")):
+        text = path.read_text()
+        for name in re.findall(r"(\w+)\[\(.*\)\]\(", text):
+            home = next(p for p in path.parent.glob("*.py") if f"def {name}(" in p.read_text())
+            found[name] = re.search(rf"(@triton.jit.*)\ndef {name}\(", home.read_text())[1]
+    return found
+
+
+def test_every_kernel_in_the_sources_is_known_as_ours() -> None:
+    cuda, by_triton = kernels_of_cuda(), kernels_of_triton()
+    names = {"direct_kernel", "staged_kernel", "measure_kernel", "square_kernel", "scale_kernel", "prepare_kernel"}
+    assert set(cuda) == {*names, "pack_kernel", "sum_kernel"}
+    assert sum(path.read_text().count("__global__") for path in set(cuda.values())) == len(cuda)
+    for name, path in cuda.items():
+        assert "namespace lit_fast::cuda {" in path.read_text()
+        assert is_ours(f"void lit_fast::cuda::{name}<float>(Table)") and is_ours(f"lit_fast::cuda::{name}(Table)")
+    assert set(by_triton) == {"square_kernel", "prepare_kernel", "step_kernel", "scale_kernel"}
+    for name, decorator in by_triton.items():
+        assert f'repr=named("{name}")' in decorator and is_ours(f"lit_fast_{name}")
+    for other in ("void at::native::vectorized_elementwise_kernel<4>", "triton_poi_fused_0", "step_kernel"):
+        assert not is_ours(other)
+
+
+def test_nvcc_names_kernels_as_expected(tmp_path: Path) -> None:
+    for tool in ("nvcc", "readelf", "c++filt"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"not installed: {tool}")
+    source, binary = tmp_path / "names.cu", tmp_path / "names.cubin"
+    source.write_text(
+        """
+        #include <cuda_runtime.h>
+        #include <cstring>
+        #include "cuda/measure.cuh"
+        #include "cuda/gradients.cuh"
+        namespace lit_fast::cuda {
+        void* keep[] = {(void*)square_kernel, (void*)scale_kernel, (void*)prepare_kernel};
+        #define TABLES const __grid_constant__ StepTable, const __grid_constant__ DeviceScale
+        template __global__ void staged_kernel<Muon, kGeneral | 1>(TABLES);
+        template __global__ void direct_kernel<RmsProp, kGeneral | 1, float, bf16, false>(TABLES);
+        template __global__ void measure_kernel<Lamb, kGeneral | 3, Layout::staged>(
+            TABLES, const __grid_constant__ Measurement);
+        }
+        """
+    )
+    flags = ["-std=c++17", "-O0", "--fmad=false", "-arch=sm_90", "-cubin", f"-I{ROOT / 'csrc'}"]
+    subprocess.run(["nvcc", *flags, str(source), "-o", str(binary)], check=True, capture_output=True)
+    table = subprocess.run(["readelf", "-sW", str(binary)], check=True, capture_output=True, text=True).stdout
+    mangled = [line.split()[-1] for line in table.splitlines() if " FUNC " in line and "$" not in line]
+    said = subprocess.run(["c++filt", *mangled], check=True, capture_output=True, text=True).stdout.splitlines()
+    assert {_short(name) for name in said} == {
+        "lit_fast square_kernel",
+        "lit_fast scale_kernel",
+        "lit_fast prepare_kernel",
+        "lit_fast staged_kernel<Muon, 257u>",
+        "lit_fast direct_kernel<RmsProp, 257u, float, bf16, false>",
+        "lit_fast measure_kernel<Lamb, 259u, (Layout)6>",
+    }
+    weights = {"rmsprop": torch.ones(8, 4), "lamb": torch.ones(8, 4), "muon": torch.ones(8, 4)}
+    kinds = {"rmsprop": lit_fast.optim.RMSprop, "lamb": lit_fast.optim.Lamb, "muon": lit_fast.optim.Muon}
+    for name, weight in weights.items():
+        param = nn.Parameter(weight)
+        optimizer = kinds[name]([param])
+        param.grad = torch.ones(8, 4)
+        optimizer.step()
+        for each in passes_of(adopt(optimizer)):
+            matching = [kernel for kernel in said if re.search(each.kernels, kernel, re.IGNORECASE)]
+            assert len(matching) == (0 if each.name in ("second pass",) else 1), (each, matching)
+
+
+def on_a_gpu(*launches: tuple[str, int]) -> list[Event]:
+    """Two steps, each with kernels of these names and durations (ns) that an AdamW's step has launched."""
+    events = []
+    for step in range(2):
+        at = 1_000_000 * step
+        events += [Event(STEP, at, at + 900_000), Event("Optimizer.step#AdamW.step", at, at + 800_000, annotation=True)]
+        for number, (name, took) in enumerate(launches):
+            launch, begin = 100 * step + number + 1, at + 10_000 * number
+            events.append(Event("cudaLaunchKernel", begin, begin + 100, launch=launch))
+            events.append(Event(name, begin + 5_000, begin + 5_000 + took, on_device=True, launch=launch))
+    return events
+
+
+def adamws(clip: float | None) -> list[Pass]:
+    param = nn.Parameter(torch.ones(1000))
+    adopted = adopt(torch.optim.AdamW([param]), max_norm=clip)
+    param.grad = torch.ones(1000)
+    adopted.step()
+    return passes_of(adopted)
+
+
+def test_passes_are_credited_to_their_kernels() -> None:
+    step = "void lit_fast::cuda::direct_kernel<lit_fast::AdamW, 259u, float, float, false>(StepTable, DeviceScale)"
+    events = on_a_gpu(
+        ("lit_fast::cuda::square_kernel(GradTable, double*)", 400),
+        ("lit_fast::cuda::prepare_kernel(PrepareTable)", 200),
+        (step, 1000), (step, 1500),
+    )  # fmt: skip
+    window = Window(events, {}, compiled={"AdamW": [adamws(1.0)]})
+    rows = {kernel.name: kernel for kernel in window.kernels(Ceilings(copy=1e12))}
+    taken = rows["lit_fast direct_kernel<AdamW, 259u, float, float, false>"]
+    assert (taken.calls, taken.seconds, taken.steps) == (4, pytest.approx(5e-6), 2)
+    assert taken.bytes == 2 * 28 * 1000 and taken.flops == 2 * 15 * 1000
+    assert rows["lit_fast square_kernel"].bytes == 2 * 4 * 1000
+    assert rows["lit_fast prepare_kernel"].bytes is None
+
+
+def test_passes_of_triton_are_one_kernel() -> None:
+    events = on_a_gpu(("lit_fast_prepare_kernel", 200), ("lit_fast_step_kernel", 1000))
+    window = Window(events, {}, compiled={"AdamW": [adamws(None)]})
+    rows = {kernel.name: kernel for kernel in window.kernels(Ceilings(copy=1e12))}
+    assert rows["lit_fast step_kernel"].bytes == 2 * 28 * 1000
+
+
+def test_an_optimizer_that_steps_otherwise_than_once_a_step_has_no_bytes() -> None:
+    events = [e for e in on_a_gpu(("lit_fast_step_kernel", 1000)) if not (e.annotation and e.begin > 500_000)]
+    (row,) = Window(events, {}, compiled={"AdamW": [adamws(None)]}).kernels(Ceilings(copy=1e12))
+    assert row.bytes is None
+
+
+def test_a_clipped_step_on_the_cpu_has_its_norm_as_a_row() -> None:
+    profiler = DeepProfiler(skip=1, window=3)
+    model = Plain(lambda p: torch.optim.AdamW(p, lr=0.01))
+    fitted(model, batches(8), max_epochs=1, profiler=profiler, gradient_clip_val=100.0)
+    rows = {kernel.name: kernel for kernel in profiler.profile().kernels}
+    parameters = sum(p.numel() for p in model.parameters())
+    assert rows["lit_fast gradient_norm"].bytes == 3 * 4 * parameters and rows["lit_fast gradient_norm"].calls == 3
+    assert rows["lit_fast AdamW step"].bytes == 3 * 28 * parameters
