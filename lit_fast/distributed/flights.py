@@ -66,6 +66,7 @@ class Flights:
         self._waits: dict[str, Callable[..., Any]] = {}
         self._landed: deque[Flight] = deque(maxlen=KEPT)
         self._covered = 0  # until when `hidden` has been counted
+        self._waited: list[tuple[int, int]] = []  # after that: whoever is woken late waits while others are under way
 
     # -- what is timed
 
@@ -89,7 +90,8 @@ class Flights:
                 return self._under_way(work, name, what, nbytes, begin)
             if self._counts():
                 self.bytes[what] = self.bytes.get(what, 0.0) + nbytes
-                self._land(name, nbytes, begin, begin, time.perf_counter_ns() if self._on_host else None)
+                end = time.perf_counter_ns()
+                self._land(name, nbytes, begin, begin, end, end if self._on_host else None)
             return work
 
         return sends
@@ -136,19 +138,32 @@ class Flights:
 
     # -- what was measured
 
-    def _land(self, name: str, nbytes: int, begin: int, asked: int, end: int | None) -> None:
-        """It was waited for from `asked` on, and over at `end`."""
+    def _land(self, name: str, nbytes: int, begin: int, asked: int, woken: int, end: int | None) -> None:
+        """It was waited for from `asked` to `woken`, and over at `end`."""
         if end is None or not self._counts():
             return
         self._landed.append(Flight(name, nbytes, begin - self._began, end - self._began))
-        # A wait is for what is under way, so it lies behind all that has been counted.
-        hidden = min(asked, end) - max(begin, self._covered)
-        self.hidden = (self.hidden or 0) + max(0, hidden)
+        first, last = max(begin, self._covered), min(asked, end)
+        waited = sum(max(0, min(last, until) - max(first, since)) for since, until in self._waited)
+        self.hidden = (self.hidden or 0) + max(0, last - first - waited)
         self._covered = max(self._covered, end)
+        self._waited = [wait for wait in (*self._waited, (asked, woken)) if wait[1] > self._covered]
 
     def landed(self) -> list[Flight]:
         """The last ones, in the order in which they were waited for; from any thread."""
         return list(self._landed)
+
+
+def put_method(owner: Any, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Have `owner.<name>(...)` call `function(...)`; what is returned takes it away again.
+
+    By a class that only `owner` has, which is no other to isinstance: an attribute would come into the state that
+    `owner` saves, and would not be found where `owner` itself is called.
+    """
+    kind = type(owner)
+    # A function of the class would be given `owner`; this one is bound already.
+    owner.__class__ = type(kind.__name__, (kind,), {name: staticmethod(function), "__module__": kind.__module__})
+    return lambda: setattr(owner, "__class__", kind)
 
 
 def _wait(work: Any, *args: Any) -> Any:
@@ -161,10 +176,10 @@ class _UnderWay:
     __slots__ = ("_ended", "_land", "_wait", "_work")
 
     def __init__(
-        self, work: Any, wait: Callable[..., Any], land: Callable[[int, int | None], None], on_host: bool
+        self, work: Any, wait: Callable[..., Any], land: Callable[[int, int, int | None], None], on_host: bool
     ) -> None:
         self._work, self._wait = work, wait
-        self._land: Callable[[int, int | None], None] | None = land
+        self._land: Callable[[int, int, int | None], None] | None = land
         self._ended: list[int] | None = [] if on_host else None
         if self._ended is not None:
             try:
@@ -175,10 +190,10 @@ class _UnderWay:
     def wait(self, *args: Any) -> Any:
         asked = time.perf_counter_ns()
         result = self._wait(self._work, *args)
-        land, self._land = self._land, None
-        if land is not None:
-            # Whoever waits is woken at the moment at which the callback runs: it may come later.
-            land(asked, None if self._ended is None else min([time.perf_counter_ns(), *self._ended]))
+        woken, land = time.perf_counter_ns(), self._land
+        self._land = None
+        if land is not None:  # the callback may come later than who waits is woken
+            land(asked, woken, None if self._ended is None else min([woken, *self._ended]))
         return result
 
     def __getattr__(self, name: str) -> Any:

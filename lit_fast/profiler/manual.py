@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from lit_fast.distributed.flights import put_method
 from lit_fast.module import TOGGLES
 
 if TYPE_CHECKING:
@@ -17,21 +18,11 @@ if TYPE_CHECKING:
 
 
 def time_manual(profiler: StepProfiler, module: LightningModule, schedulers: Iterable[Any]) -> Callable[[], None]:
-    """Time them from here on; what is returned ends that.
-
-    A scheduler gets a class of its own meanwhile, whose `step` is timed: an attribute would come into its state.
-    """
+    """Time them from here on; what is returned ends that."""
     undo: list[Callable[[], None]] = []
 
-    def give_back(scheduler: Any, kind: type) -> Callable[[], None]:
-        return lambda: setattr(scheduler, "__class__", kind)
-
     for scheduler in schedulers:
-        kind: type = type(scheduler)
-        timed = profiler.wrap("schedulers", scheduler.step)
-        # A function that an instance finds in its class is bound to it, and `timed` is bound already.
-        scheduler.__class__ = type(kind.__name__, (kind,), {"step": staticmethod(timed), "__module__": kind.__module__})
-        undo.append(give_back(scheduler, kind))
+        undo.append(put_method(scheduler, "step", profiler.wrap("schedulers", scheduler.step)))
     for name in TOGGLES:
         if name not in vars(module):
             vars(module)[name] = profiler.wrap("optimizer", getattr(module, name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,8 @@ class TorchDDPStrategy(ParallelStrategy):
             Step(module), device_ids=[device] if device.type == "cuda" else None, **self._ddp_kwargs
         )
         state, hook, wrapper = self._comm
+        if self.flights is not None:
+            vars(self.ddp)["_sync_buffers"] = self.flights.timed(self.ddp._sync_buffers, "buffers")
         if hook is not None:
             self.ddp.register_comm_hook(state, hook if wrapper is None else wrapper(hook))
 
@@ -169,7 +171,11 @@ class TorchDDPStrategy(ParallelStrategy):
 
     def bind_backward(self, backward: Backward, reduces: bool) -> Backward:
         assert self.lightning_module is not None
-        if self.world_size == 1 or self.lightning_module.automatic_optimization:
+        if self.world_size == 1:
+            return backward
+        if self.flights is not None and reduces:
+            backward = _with_timed_end(backward, self.flights.waiting("gradients"))
+        if self.lightning_module.automatic_optimization:
             return backward
 
         def prepared(loss: Tensor) -> None:
@@ -196,3 +202,30 @@ class TorchDDPStrategy(ParallelStrategy):
     def teardown(self) -> None:
         self.ddp = None
         super().teardown()
+
+
+def _with_timed_end(backward: Backward, waiting: AbstractContextManager[None]) -> Backward:
+    """Where DistributedDataParallel waits for its buckets and copies them out is no backward.
+
+    It does so in a callback at the end of autograd's run, which it asks for when its last bucket has been sent. One
+    that was asked for at the beginning of that run is called just before.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+
+    def until_the_end(loss: Tensor) -> None:
+        if not loss.requires_grad:
+            return backward(loss)  # which says so
+        entered: list[None] = []
+
+        def begin() -> None:
+            entered.append(waiting.__enter__())
+
+        handle = loss.register_hook(lambda grad: queue(begin))  # type: ignore[no-untyped-call]
+        try:
+            backward(loss)
+        finally:
+            handle.remove()
+            if entered:
+                waiting.__exit__(None, None, None)
+
+    return until_the_end

@@ -133,6 +133,7 @@ class FSDP2Strategy(SplitModelStrategy):
             )
         else:
             self._shard(module)
+        self.watch_fsdp()
 
     def _shard(self, module: nn.Module) -> None:
         """From the innermost blocks outwards, each made on the device just before: only one of them is whole."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_fast.checkpoint import sharded
+from lit_fast.distributed.flights import put_method
 from lit_fast.errors import MisconfigurationException
 from lit_fast.states import TrainerFn
 from lit_fast.strategies.parallel import ParallelStrategy
@@ -39,6 +40,31 @@ class SplitModelStrategy(ParallelStrategy):
         super().__init__(*args, **kwargs)
         self.save_distributed_checkpoint = save_distributed_checkpoint
         self._syncs = True  # whether the next backward reduces
+        self._unwatch: list[Callable[[], None]] = []
+
+    def watch_fsdp(self) -> None:
+        """Tell a profiler, where there is one, what FSDP2 gathers and scatters: once the model is split.
+
+        Sums over the copies of a model in parts (a mesh of two dimensions), and what DTensors send, stay in the
+        phase in which they are.
+        """
+        comms: dict[int, tuple[Any, str, str]] = {}
+        for module in _fsdp_modules(self.lightning_module) if self.flights is not None else ():
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
+                for collective, what in (("all_gather", "parameters"), ("reduce_scatter", "gradients")):
+                    comm = getattr(group, f"_{collective}_comm", None)  # torch 2.8 has none: they stay in their phase
+                    if comm is not None:
+                        comms[id(comm)] = comm, collective, what
+        for comm, collective, what in comms.values():
+            assert self.flights is not None
+            timed = self.flights.sending(comm.__call__, collective, what)
+            self._unwatch.append(put_method(comm, "__call__", timed))
+
+    def unwatch(self) -> None:
+        super().unwatch()
+        while self._unwatch:
+            self._unwatch.pop()()
 
     # -- a step
 
@@ -273,6 +299,7 @@ class ModelParallelStrategy(SplitModelStrategy):
             )
         materialize(module, self.root_device)
         self.model_to_device()
+        self.watch_fsdp()
 
 
 def join_alone(strategy: ParallelStrategy) -> None:
