@@ -84,9 +84,9 @@ def passes_of(adopted: AdoptedOptimizer, clips_by_norm: bool = False) -> list[Pa
             if is_muons:
                 before, after = ({**group, "second_pass": second} for second in (False, True))
                 flops = numel * (formula.flops(before) + 1)
-                add("first pass", _step_kernels("muon, 257"), read + 2 * state + _size(param), flops)
+                add("first pass", _step_kernels("muon, 257u"), read + 2 * state + _size(param), flops)
                 flops = numel * (formula.flops(after) + 1)
-                add("second pass", _step_kernels("muon, 256"), weight + _size(param), flops)
+                add("second pass", _step_kernels("muon, 256u"), weight + _size(param), flops)
                 continue
             flops = numel * (formula.flops(group) + 1)
             if formula.measured:  # all but its last FMA, and squares of what it finds and of the weights

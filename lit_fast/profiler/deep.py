@@ -26,7 +26,7 @@ from lit_fast.profiler.ceilings import measure_ceilings, peak_of
 from lit_fast.profiler.costs import Costs
 from lit_fast.profiler.kernels import STEP, Window, events_of
 from lit_fast.profiler.memory import StepMemory
-from lit_fast.profiler.record import Ceilings, Device, Kernel, Memory, Profile, Span, Sync
+from lit_fast.profiler.record import Ceilings, Device, DeviceWindow, Kernel, Memory, Profile, Span, Sync
 from lit_fast.profiler.sensors import Sensors
 from lit_fast.profiler.step import StepProfiler
 from lit_fast.profiler.syncs import Syncs
@@ -158,6 +158,7 @@ class DeepProfiler(StepProfiler):
             profile.header.peak_flops, profile.header.peak_source = found.peak
         profile.ceilings, profile.kernels, profile.syncs = found.ceilings, found.kernels, found.syncs
         profile.memory, profile.window_steps = found.memory, found.counted
+        profile.device_window = found.device_window
         profile.timeline = [*found.timeline, *profile.timeline]
         return profile
 
@@ -170,6 +171,7 @@ class _Found:
         self.peak: tuple[float | None, str | None] = (None, None)
         self.flops: tuple[float, float] | None = None  # of a batch: the model's, and the hardware's
         self.kernels: list[Kernel] = []
+        self.device_window: DeviceWindow | None = None
         self.syncs: list[Sync] = []
         self.counted: int | None = None  # batches that host reads were looked for in
         self.memory = Memory()
@@ -222,6 +224,8 @@ class _Look:
         elif done == self.first + 1:
             if not self.compiled:
                 self._say_costs()
+            if self.device.type == "cuda":  # between two steps: what they have queued is not the window's
+                torch.cuda.synchronize(self.device)
             self.tracing = _Tracing.begin(self.device, self.profiler._clock, self.batches, self.found)
         else:
             self.traced.append(self.spent)
@@ -355,7 +359,7 @@ class _Tracing:
             os.environ.pop(TEARDOWN, None)
         window = Window(events_of(self.profiler), costs.calls, self.batches, compiled)
         if window.steps:
-            found.kernels = window.kernels(found.ceilings)
+            found.kernels, found.device_window = window.kernels(found.ceilings), window.on_device()
             found.timeline = [*window.ranges(RANGE, self.since), *window.spans(self.since)]
 
 

@@ -21,13 +21,16 @@ from typing import Any
 from lit_fast.optim.clip import NORM_RANGE
 from lit_fast.optim.traffic import Pass
 from lit_fast.profiler.costs import Cost
-from lit_fast.profiler.record import Ceilings, Kernel, Span
+from lit_fast.profiler.intervals import Intervals, length, shared, union
+from lit_fast.profiler.record import Ceilings, DeviceWindow, Kernel, Span
 
 STEP = "lit_fast step"  # the name of the range around each step of the window
 OPTIMIZER = "Optimizer.step#"  # how torch's optimizers, and our compiled steps, mark theirs
 OURS = "lit_fast"  # how rows begin that are kernels of this package, or its compiled steps
 ROWS, SPANS = 40, 2000  # kept, the longest
-_LAUNCHES = ("cuda", "cu", "hip")  # how the runtime's calls begin that launch kernels
+_LAUNCH = re.compile(r"(cuda|cu|hip)[A-Z]")  # the runtime's and the driver's calls that launch kernels
+_COMMUNICATION = re.compile("nccl|rccl", re.IGNORECASE)
+_COPY = re.compile(r"Mem(cpy|set)\b")  # "Memcpy HtoD (Pinned -> Device)"
 
 
 @dataclass(eq=False)
@@ -95,17 +98,18 @@ class Window:
         compiled: Mapping[str, Sequence[Sequence[Pass]]] | None = None,
     ) -> None:
         events, self.batches = list(events), batches
+        self.all_on_device = [e for e in events if e.on_device and not e.annotation]
         self.steps = sorted((e for e in events if e.name == STEP and not e.on_device), key=lambda e: e.begin)
         host = [e for e in events if not e.on_device]
         roots = nest(host)
         self.top = [e for e in roots if any(step.begin <= e.begin < step.end for step in self.steps)]
-        self.device = self._launched(host, [e for e in events if e.on_device and not e.annotation])
+        self.device = self._launched(host, self.all_on_device)
         self.compiled = compiled or {}
         self.costs = self._credited(calls) | self._credited_passes()
 
     def _launched(self, host: list[Event], device: list[Event]) -> list[Event]:
         """The kernels of these steps; each is entered where it was launched."""
-        launches = {e.launch: e for e in host if e.launch and e.name.startswith(_LAUNCHES)}
+        launches = {e.launch: e for e in host if e.launch and not e.annotation and _LAUNCH.match(e.name)}
         kept = []
         for kernel in device:
             launch = launches.get(kernel.launch)
@@ -167,6 +171,33 @@ class Window:
             row.add(nanoseconds * 1e-9, self.costs.get(id(event)), ceilings)
         made = [row.kernel(name, steps) for name, row in rows.items()]
         return sorted(made, key=lambda kernel: -kernel.seconds)[:ROWS]
+
+    def on_device(self) -> DeviceWindow | None:
+        """What the device did meanwhile, with what ran between the steps; None without one."""
+        if not self.steps or not self.device:
+            return None
+        begin = self.steps[0].begin
+        end = max(self.steps[-1].end, *(e.end for e in self.device))
+        within = [(begin, end)]
+
+        def of(wanted: Callable[[str], object]) -> Intervals:
+            return shared(union((e.begin, e.end) for e in self.all_on_device if wanted(e.name)), within)
+
+        communication = of(_COMMUNICATION.search)
+        compute = of(lambda name: not _COMMUNICATION.search(name) and not _COPY.match(name))
+        hidden = length(shared(communication, compute))
+        seconds = {
+            "seconds": end - begin,
+            "idle": end - begin - length(of(lambda name: True)),
+            "compute": length(compute),
+            "communication": length(communication),
+            "exposed": length(communication) - hidden,
+            "overlapped": hidden,
+            "to_device": length(of(lambda name: name.startswith("Memcpy HtoD"))),
+            "to_host": length(of(lambda name: name.startswith("Memcpy DtoH"))),
+        }
+        steps = len(self.steps) * self.batches
+        return DeviceWindow(steps, **{name: nanoseconds * 1e-9 for name, nanoseconds in seconds.items()})
 
     def _timed(self) -> Iterator[tuple[Event, int]]:
         """What counts as a kernel, with its ns."""

@@ -271,6 +271,25 @@ class Kernel:
 
 
 @dataclass
+class DeviceWindow:
+    """What a GPU did in the window of a deep profile, by the intervals of its kernels and copies: sums over `steps`.
+
+    Kernels that run side by side count once. `seconds` are from where the host begins the first step to where both
+    are done with the last; `idle` of them are in no interval at all.
+    """
+
+    steps: int
+    seconds: float
+    idle: float
+    compute: float  # kernels that are no communication
+    communication: float  # NCCL's kernels
+    exposed: float  # of communication: no other kernel runs meanwhile
+    overlapped: float  # of communication: another one does
+    to_device: float  # copies from the host, hidden or not
+    to_host: float
+
+
+@dataclass
 class Ceilings:
     """What this very device reached in a measurement of its own."""
 
@@ -300,6 +319,7 @@ class Profile:
     memory: Memory = field(default_factory=Memory)
     devices: list[Device] = field(default_factory=list)
     kernels: list[Kernel] = field(default_factory=list)
+    device_window: DeviceWindow | None = None  # what `kernels` come to on a GPU
     ceilings: Ceilings = field(default_factory=Ceilings)
     timeline: list[Span] = field(default_factory=list)
     own_cost: float | None = None  # s a step that recording itself takes

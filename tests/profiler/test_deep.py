@@ -273,3 +273,21 @@ def test_what_is_compiled_stays_compiled() -> None:
     assert (model.graphs, model.runs) == (1, 12)
     assert any("compiled by torch.compile" in note for note in found.header.notes)
     assert found.kernels and found.memory.over_step == [] and found.header.flops_per_step is None
+
+
+@pytest.mark.gpu
+def test_a_profile_of_a_fit_on_a_gpu() -> None:
+    class OnGPU(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.loss(batch)
+
+    model = OnGPU(lambda p: torch.optim.AdamW(p, lr=0.01))
+    _, found = deep(model, count=20, accelerator="gpu", gradient_clip_val=1.0)
+    ours = {kernel.name: kernel for kernel in found.kernels if kernel.name.startswith("lit_fast ")}
+    parameters = sum(p.numel() for p in model.parameters())
+    assert sum(kernel.bytes or 0.0 for kernel in ours.values()) == 3 * (28 + 4) * parameters, sorted(ours)
+    assert found.device_window is not None and found.device_window.steps == 3
+    assert 0.0 < found.device_window.compute < found.device_window.seconds
+    assert found.device_steps.count and {"sm clock", "power"} <= {r.name for r in found.devices[0].readings}
+    assert not found.syncs, found.syncs
+    assert TEARDOWN not in os.environ

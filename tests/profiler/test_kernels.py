@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from lit_fast.optim.traffic import Pass, passes_of
 from lit_fast.profiler import DeepProfiler
 from lit_fast.profiler.costs import Cost, Costs
 from lit_fast.profiler.kernels import STEP, Event, Window, _short, events_of, is_ours, nest
-from lit_fast.profiler.record import Ceilings, Kernel
+from lit_fast.profiler.record import Ceilings, Kernel, Profile, read, write
+from lit_fast.profiler.report import facts
+from lit_fast.profiler.report.units import seconds
 
 STEPS = 4
 
@@ -109,6 +112,77 @@ def test_nesting_is_by_thread() -> None:
     assert outer.inside == [inner] and (outer.own, inner.own) == (70, 30) and other.inside == []
 
 
+# -- what a device did
+
+
+def kernels(*made: tuple[str, int, int]) -> list[Event]:
+    return [Event(name, begin, end, on_device=True) for name, begin, end in made]
+
+
+ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+
+
+def test_a_devices_time_is_told_by_its_intervals(tmp_path: Path) -> None:
+    """Two steps from 1,000 to 11,000 ns for the host; the device ends at 12,000."""
+    events = [
+        Event(STEP, 1_000, 5_000),
+        Event(STEP, 6_000, 11_000),
+        *kernels(
+            ("gemm", 2_000, 4_000),
+            ("gelu", 3_500, 4_500),  # on another stream, beside it: 2,500 together
+            (ALL_REDUCE, 4_000, 5_500),  # 500 behind gelu
+            ("Memcpy HtoD (Pinned -> Device)", 5_000, 5_800),  # 500 beside the all-reduce
+            ("Memset (Device)", 5_800, 5_900),
+            ("gemm", 7_000, 9_000),
+            ("ncclKernel_AllGather_RING_LL_Sum_int8_t(ncclWorkElem)", 8_000, 8_600),  # behind gemm, all of it
+            ("Memcpy DtoH (Device -> Pinned)", 9_000, 9_200),
+            ("void lit_fast::cuda::direct_kernel<lit_fast::AdamW, 259u>(T)", 11_500, 12_000),
+        ),
+        Event("nccl:all_reduce", 4_000, 6_500, on_device=True, annotation=True),  # a range, not a kernel
+        *kernels(("gemm", 0, 900), ("gemm", 900, 1_100)),  # of before; 100 in the window
+    ]
+    found = Window(events, {}, batches=2).on_device()
+    assert found is not None
+    busy = 100 + (5_900 - 2_000) + (9_200 - 7_000) + 500
+    expected = {
+        "seconds": 11_000,
+        "idle": 11_000 - busy,
+        "compute": 100 + 2_500 + 2_000 + 500,
+        "communication": 1_500 + 600,
+        "exposed": 1_000,
+        "overlapped": 500 + 600,
+        "to_device": 800,
+        "to_host": 200,
+    }
+    assert {name: round(value * 1e9, 6) for name, value in vars(found).items() if name != "steps"} == expected
+    assert found.steps == 4
+    profile = Profile(device_window=found)
+    write(profile, tmp_path / "rank-00000.json")
+    kept = read(tmp_path / "rank-00000.json")
+    assert isinstance(kept, Profile) and kept.device_window == found
+    assert facts.device_window(profile)[-1] == f"idle {seconds(expected['idle'] * 1e-9 / 4)}"
+
+
+def test_without_a_device_there_is_no_window_of_it() -> None:
+    assert Window([Event(STEP, 0, 10), Event("aten::add", 0, 5)], {}).on_device() is None
+    assert facts.device_window(Profile()) == []
+
+
+def test_no_range_of_a_users_is_a_launch() -> None:
+    """Operations and ranges have numbers, too, which need not differ from those of launches."""
+    events = [
+        Event(STEP, 0, 1_000),
+        Event("custom_loss", 10, 400, launch=7, annotation=True),
+        Event("cutlass::gemm", 20, 90, launch=7),
+        Event("cudaLaunchKernelExC_v11060", 30, 40, launch=7),
+        Event("curious", 1_100, 1_200, launch=7, annotation=True),
+        *[Event("gemm", 500, 900, on_device=True, launch=7)],
+    ]
+    window = Window(events, {})
+    (launch,) = (e for e in events if e.kernels)
+    assert launch.name == "cudaLaunchKernelExC_v11060" and len(window.device) == 1
+
+
 # -- kernels of ours
 
 
@@ -194,7 +268,7 @@ def test_nvcc_names_kernels_as_expected(tmp_path: Path) -> None:
         optimizer.step()
         for each in passes_of(adopt(optimizer)):
             matching = [kernel for kernel in said if re.search(each.kernels, kernel, re.IGNORECASE)]
-            assert len(matching) == (0 if each.name in ("second pass",) else 1), (each, matching)
+            assert len(matching) == (0 if each.name in ("second pass", "lamb") else 1), (each, matching)
 
 
 def on_a_gpu(*launches: tuple[str, int]) -> list[Event]:
@@ -255,3 +329,46 @@ def test_a_clipped_step_on_the_cpu_has_its_norm_as_a_row() -> None:
     parameters = sum(p.numel() for p in model.parameters())
     assert rows["lit_fast gradient_norm"].bytes == 3 * 4 * parameters and rows["lit_fast gradient_norm"].calls == 3
     assert rows["lit_fast AdamW step"].bytes == 3 * 28 * parameters
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+def test_times_of_a_gpus_kernels_are_those_of_torch() -> None:
+    from torch.autograd import DeviceType
+
+    model = nn.Sequential(nn.Linear(512, 2048), nn.GELU(), nn.Linear(2048, 512)).cuda()
+    adopted = adopt(torch.optim.AdamW(model.parameters(), lr=1e-3), max_norm=1.0)
+    x = torch.randn(256, 512).pin_memory()
+
+    def step() -> None:
+        adopted.zero_grad()
+        model(x.to("cuda", non_blocking=True)).square().mean().backward()
+        adopted.step()
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(STEPS):
+            with record_function(STEP):
+                step()
+            time.sleep(0.005)
+    window = Window(events_of(profiler), {}, compiled={"AdamW": [passes_of(adopted)]})
+    rows = {kernel.name: kernel for kernel in window.kernels(Ceilings(copy=1e12))}
+    theirs: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            theirs.setdefault(window._shown(event.name), []).append(event.time_range.elapsed_us() * 1e-6)
+    assert rows and set(rows) <= set(theirs)
+    for name, row in rows.items():
+        assert (row.calls, row.seconds) == (len(theirs[name]), pytest.approx(sum(theirs[name]), rel=0.02, abs=1e-7))
+    ours = {name: row for name, row in rows.items() if name.startswith("lit_fast ")}
+    parameters = sum(p.numel() for p in model.parameters())
+    known = [row for row in ours.values() if row.bytes is not None]
+    assert sum(row.bytes or 0.0 for row in known) == pytest.approx(STEPS * (28 + 4) * parameters), sorted(ours)
+    found = window.on_device()
+    assert found is not None and found.idle >= (STEPS - 1) * 0.004 and found.to_device > 0
+    covered = found.seconds - found.idle
+    assert max(found.compute, found.to_device) <= covered <= found.compute + found.to_device + found.to_host + 1e-3

@@ -52,6 +52,7 @@ def header(report: Report) -> list[tuple[str, str]]:
         ("versions", _joined(versions)),
         ("steps", _joined(speeds(report))),
         ("utilization", _joined(utilization(profile))),
+        ("GPU, a step", _joined(device_window(profile))),
     ]
     return [(name, text) for name, text in rows if text]
 
@@ -86,6 +87,18 @@ def utilization(profile: Profile) -> list[str]:
         if head.hardware_flops_per_step:
             said.append(f"HFU {share(head.hardware_flops_per_step / profile.steps.mean / head.peak_flops)}")
     return said
+
+
+def device_window(profile: Profile) -> list[str]:
+    """What a GPU's time went into in the steps of a deep profile, of each of them."""
+    found = profile.device_window
+    if found is None:
+        return []
+    each = {name: seconds(getattr(found, name) / found.steps) for name in vars(found) if name != "steps"}
+    said = [each["seconds"], f"kernels {each['compute']}", f"copies from the host {each['to_device']}"]
+    if found.communication:
+        said.append(f"exposed communication {each['exposed']}, {each['overlapped']} more is hidden")
+    return [*said, f"idle {each['idle']}"]
 
 
 def phase_rows(profile: Profile) -> list[Phase]:
