@@ -94,7 +94,7 @@ def profile(steps: int = 200, rank: int = 0, world_size: int = 1, spans: int = 8
                 "hooks", "[Callback]TQDMProgressBar.on_train_batch_end", 0.05e-3 * steps, steps, "tqdm_progress.py:80"
             ),
             Part("hooks", "[LightningModule]GPT.on_train_batch_start", 0.02e-3 * steps, steps, "train.py:31"),
-            Part("checkpoint", "ModelCheckpoint", per_step["checkpoint"] * steps, 2, "model_checkpoint.py:200"),
+            Part("checkpoint", "ModelCheckpoint", per_step["checkpoint"] * steps, 4, "model_checkpoint.py:200"),
         ],
         slowest=[
             SlowStep(

@@ -6,12 +6,15 @@ import argparse
 import functools
 import inspect
 import json
+import logging
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ USAGE = (
 )
 STEPS = 200
 WINDOW_SECONDS = 0.02  # below, what else a machine does shows in every window
+OTHERS = 10.0  # s that the first process waits for the others' last files
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,9 +69,20 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"there is no file {options.program!r}; for a module: lit-fast profile -m {options.program}")
     if options.against not in ("eager", "lightning", "none") and not Path(options.against).is_file():
         parser.error(f"--against {options.against}: allowed are eager, lightning, none, or the report.json of a run.")
+    if why := _not_writable(options.out):
+        parser.error(f"--out {options.out}: {why}; name a folder that the report can be written to.")
     if options.fail_if_slower is not None and options.against == "none":
         parser.error("--fail-if-slower needs a baseline, and there is none with --against none.")
     return options
+
+
+def _not_writable(folder: Path) -> str | None:
+    """Why nothing can be written there, as far as that can be told before hours of training."""
+    whole = folder.absolute()
+    nearest = next(path for path in (whole, *whole.parents) if path.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"there is no permission to write to {nearest}"
 
 
 def _positive(text: str) -> int:
@@ -96,7 +111,7 @@ class Watch:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.fits = 0
-        self.comparing = False
+        self.busy = False  # in the first fit, which may call fit again in its processes, or in a comparison
         self.recorded: Any = None  # the clock of the first fit
         self.report: Any = None
         self.source: str | None = None  # of the loop by hand
@@ -131,6 +146,8 @@ class Watch:
             self._attempt(self._against_lightning)
         if self.report is not None:
             self._finish()
+        elif self.fits and not code:
+            return 0  # one of several processes: the first has the report
         if isinstance(self.error, LitFastError):
             raise self.error
         if self.error is not None:  # of the program's own code, in the loop by hand
@@ -145,13 +162,17 @@ class Watch:
 
         @functools.wraps(original)
         def fit(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.comparing:
+            if self.busy:
                 return original(trainer, *args, **kwargs)
             self.fits += 1
             if self.fits > 1:
                 return original(trainer, *args, **kwargs)
             given = signature.bind(trainer, *args, **kwargs)
-            return self._first_fit(trainer, given, lambda: original(*given.args, **given.kwargs))
+            self.busy = True
+            try:
+                return self._first_fit(trainer, given, lambda: original(*given.args, **given.kwargs))
+            finally:
+                self.busy = False
 
         return fit
 
@@ -206,26 +227,31 @@ class Watch:
 
     def _attempt(self, compare: Callable[[], Any]) -> Any:
         """What goes wrong in a comparison is told after the report: what was recorded is not lost."""
-        self.comparing = True
         try:
             return compare()
         except Exception as error:
             self.error = error
             return None
-        finally:
-            self.comparing = False
 
     def _against_eager(self, prepared: Any, clock: Any, trainer: Any) -> None:
-        from lit_fast.profiler.windows import WINDOWS
+        from lit_fast.errors import ProfileError
+        from lit_fast.profiler.windows import FEWEST, WINDOWS
 
         size, windows, accumulated = clock.size, WINDOWS, trainer.accumulate_grad_batches
+        batches, taken = _batches_of(trainer, clock), self.report.profiles[0].steps.count
+        if batches <= FEWEST * accumulated:
+            raise ProfileError(
+                f"The fit took {taken} steps, too few to compare: {(FEWEST + 2) * accumulated} are needed at least. "
+                f"Train longer (max_steps, max_epochs, more data), or profile without a comparison (--against none)."
+            )
         if self.options.steps is not None:
             windows = min(WINDOWS, self.options.steps)
         elif clock.windows:
             step = min(sum(window.values()) for window in clock.windows)
             size = max(size, ceil(WINDOW_SECONDS / step / accumulated) * accumulated)
-        most = _batches_of(trainer, clock) // (windows + 1) // accumulated * accumulated
-        self.report.comparison, self.source = prepared.against_eager(max(accumulated, min(size, most)), windows)
+        most = batches // (windows + 1) // accumulated * accumulated
+        with _silent():  # the fit that was recorded has said it
+            self.report.comparison, self.source = prepared.against_eager(max(accumulated, min(size, most)), windows)
 
     def _against_report(self) -> None:
         from lit_fast.profiler.compare import against_report
@@ -255,30 +281,54 @@ class Watch:
     # -- the end
 
     def _finish(self) -> None:
-        """Findings, files, and the table."""
+        """Findings, the table, and files."""
+        from lit_fast.errors import ProfileError
         from lit_fast.profiler.compare import differing_losses
         from lit_fast.profiler.record import write
         from lit_fast.profiler.report import findings
         from lit_fast.profiler.report.html import write_html
         from lit_fast.profiler.report.terminal import print_report
 
-        report, out = self.report, self.options.out
+        out = self.options.out
+        if self.report.profiles[0].header.world_size > 1:
+            self._add_other_ranks()
+        report = self.report
         report.findings = [*differing_losses(report.comparison), *findings.find(report)]
-        write(report, out / "report.json")
-        if self.source is not None:
-            (out / "eager.py").write_text(self.source, encoding="utf-8")
         print_report(report)
-        if report.comparison is not None:
-            print_comparison(report.comparison)
+        if self.fits > 1:
+            print(f"\nThe program fitted {self.fits} times; the first one is shown.")
         written = ["report.json", *(["eager.py"] if self.source is not None else [])]
         try:
+            write(report, out / "report.json")
+            if self.source is not None:
+                (out / "eager.py").write_text(self.source, encoding="utf-8")
             write_html(report, out / "report.html")
             written.append("report.html")
         except ModuleNotFoundError as error:
             print(error)
-        print(f"written: {', '.join(str(out / name) for name in written)}")
-        if self.fits > 1:
-            print(f"The program fitted {self.fits} times; the first one is shown.")
+        except OSError as error:
+            raise ProfileError(f"The report cannot be written to {out}: {error.strerror}.") from error
+        print(f"\nwritten: {', '.join(str(out / name) for name in written)}")
+
+    def _add_other_ranks(self) -> None:
+        """What the other processes have written; they may end a little later than the first."""
+        from lit_fast.errors import ProfileError
+        from lit_fast.profiler.merge import merge
+
+        until = time.monotonic() + OTHERS
+        while True:
+            try:
+                found = merge(self.options.out)
+            except ProfileError:  # the folder cannot be written: the figures of this process are left
+                return
+            ended = all(rank.finished or rank.ended_by for rank in found.ranks)
+            if (ended and not found.missing) or time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        own = self.report.profiles[0]
+        found.profiles = [own if one.header.rank == own.header.rank else one for one in found.profiles]
+        found.comparison = self.report.comparison
+        self.report = found
 
     def _verdict(self) -> int:
         from lit_fast.profiler.compare import differing_losses
@@ -297,28 +347,15 @@ class Watch:
         return code
 
 
-def print_comparison(comparison: Any) -> None:
-    """Each phase of both sides, the ratio and its interval; then what has to be known about them."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Against {comparison.against}, {comparison.windows} windows of {comparison.steps} steps")
-    for name in ("", f"{Path(comparison.against).stem} ms", "ours ms", "ratio", "95 %"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in comparison.rows:
-        known = row.ratio == row.ratio
-        ratio = [f"{row.ratio:.3f}", f"{row.low:.3f} to {row.high:.3f}"] if known else ["", ""]
-        if row.name == "step":
-            table.add_section()
-        table.add_row(row.name, f"{1e3 * row.baseline:.4g}", f"{1e3 * row.ours:.4g}", *ratio)
-    console = Console()
-    console.print(table)
-    if comparison.largest_loss_difference is not None:
-        console.print(
-            f"losses differ by {comparison.largest_loss_difference:.2g} at most (allowed: {comparison.loss_bound:g})"
-        )
-    for note in comparison.notes:
-        console.print(note, markup=False, soft_wrap=True)
+@contextmanager
+def _silent() -> Iterator[None]:
+    log = logging.getLogger("lit_fast")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def _batches_of(trainer: Any, clock: Any) -> int:

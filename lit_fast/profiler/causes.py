@@ -46,7 +46,7 @@ def causes_of(slow: ops.SlowStepTime, usual: Usual) -> list[str]:
         if phase == "hooks" and slow.longest_part is not None and slow.longest_part[0] == "hooks":
             found.append((more, f"{slow.longest_part[1]} {_milliseconds(slow.longest * 1e-9)}"))
         elif phase in usual.phases and phase != "data":
-            found.append((more, f"{phase} {_milliseconds(more)} more than usual"))
+            found.append((more, f"{phase} +{_milliseconds(more)}"))
         else:
             found.append((more, f"{NAMES.get(phase, phase)} {_milliseconds(ns * 1e-9)}"))
     by_weight = (*sorted(stopped, reverse=True), *sorted(found, reverse=True))

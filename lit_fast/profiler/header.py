@@ -8,6 +8,7 @@ import platform
 import re
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from lit_fast.profiler.record import Header
 from lit_fast.profiler.throughput import compute_dtype, get_available_flops
@@ -53,6 +55,7 @@ def begin(header: Header, trainer: Trainer) -> None:
         header.versions["triton"] = str(getattr(sys.modules["triton"], "__version__", ""))
     header.module = type(module).__name__ if module is not None else ""
     header.precision, header.strategy = str(trainer.precision), type(strategy).__name__
+    header.accumulate_grad_batches = trainer.accumulate_grad_batches
 
 
 def complete(header: Header, trainer: Trainer, batch: Batch | None) -> None:
@@ -69,7 +72,44 @@ def complete(header: Header, trainer: Trainer, batch: Batch | None) -> None:
         header.parameters = sum(p.numel() for p in module.parameters() if not isinstance(p, _LAZY))
     if plans is not None and plans.module is module and not header.optimizer:
         adopted = plans.binding.stepping.adopted
-        header.optimizer = ", ".join(each.reason for each in adopted)
+        reasons = Counter(each.reason for each in adopted)
+        header.optimizer = ", ".join(f"{n} x {reason}" if n > 1 else reason for reason, n in reasons.items())
+    if trainer.fit_loop.loader is not None and not header.data:
+        header.data, header.data_where, header.workers = source_of(trainer.fit_loop.loader)
+
+
+def source_of(loader: Any) -> tuple[str, str | None, int | None]:
+    """What a loader is; file:line of what the program itself does for a sample or a batch; workers. Never an error.
+
+    Example:
+        >>> source_of(DataLoader([1, 2, 3], num_workers=2))
+        ('a DataLoader with 2 workers of list', None, 2)
+    """
+    parts = getattr(loader, "flattened", None)
+    if isinstance(parts, list) and len(parts) == 1:
+        loader = parts[0]
+    elif isinstance(parts, list) and parts:
+        return f"{len(parts)} loaders", next(filter(None, (source_of(each)[1] for each in parts)), None), None
+    if not isinstance(loader, DataLoader):
+        return type(loader).__name__, _own(type(loader), "__iter__", "__getitem__"), None
+    dataset = loader.dataset
+    while isinstance(inner := getattr(dataset, "dataset", None), Dataset):  # a Subset, and wrappers like it
+        dataset = inner
+    collate = where(loader.collate_fn) if callable(loader.collate_fn) else ""
+    place = _own(type(dataset), "__getitems__", "__getitem__", "__iter__") or (collate if _is_own(collate) else None)
+    workers = loader.num_workers
+    with_workers = f" with {workers} worker{'' if workers == 1 else 's'}" if workers else ""
+    return f"a {type(loader).__name__}{with_workers} of {type(dataset).__name__}", place, workers
+
+
+def _own(kind: type, *methods: str) -> str | None:
+    """Where the first of those methods is defined that a program, and no package, defines for that class."""
+    places = (where(getattr(kind, method)) for method in methods if hasattr(kind, method))
+    return next(filter(_is_own, places), None)
+
+
+def _is_own(place: str) -> bool:
+    return bool(place) and not place.startswith("<") and "site-packages" not in place
 
 
 _LAZY = torch.nn.parameter.UninitializedParameter

@@ -147,6 +147,10 @@ class Header:
     precision: str = ""
     strategy: str = ""
     optimizer: str = ""  # and who steps it
+    accumulate_grad_batches: int = 1  # steps of which the optimizer takes one: a step is a batch
+    data: str = ""  # what the training loader is, and what it reads
+    data_where: str | None = None  # file:line of what the program itself does for a sample or a batch
+    workers: int | None = None  # of the training loader
     batch: str = ""  # shapes and dtypes of the first one
     samples_per_step: float | None = None  # of this process
     tokens_per_step: float | None = None
@@ -475,7 +479,9 @@ def read(path: str | os.PathLike[str], without: Iterable[str] = ()) -> Profile |
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise ProfileError(f"{path} is not JSON ({error}); a profile of lit_fast is wanted.") from error
+        held = Path(path).stat().st_size
+        what = f"is not JSON, or only the beginning of it: {held:,} bytes ({error})" if held else "is empty"
+        raise ProfileError(f"{path} {what}; a profile of lit_fast is wanted.") from error
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise ProfileError(
             f"{path} is no profile of lit_fast: it has no 'schema': {SCHEMA!r}. StepProfiler(dirpath=...) and "
@@ -483,8 +489,8 @@ def read(path: str | os.PathLike[str], without: Iterable[str] = ()) -> Profile |
         )
     if data.get("version") != VERSION:
         raise ProfileError(
-            f"{path} was written in version {data.get('version')} of the schema, and this release reads version "
-            f"{VERSION}: record it again, or read it with the release that wrote it ({_release(data)})."
+            f"{path} was written in version {data.get('version')} of the schema by {_release(data)}, and this release "
+            f"reads version {VERSION}: record it again, or read it with the release that wrote it."
         )
     for name in without:
         data.pop(name, None)

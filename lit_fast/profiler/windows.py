@@ -40,7 +40,11 @@ class Borders(StepProfiler):
         timed = super().wrap_batches(batches, phase)
         while True:
             if not self.left:
-                self.left = self.visit()
+                self._clock.pause("profiling")  # between two steps, and in none of their phases
+                try:
+                    self.left = self.visit()
+                finally:
+                    self._clock.resume()
             for batch in islice(timed, self.left):
                 self.left -= 1
                 yield batch

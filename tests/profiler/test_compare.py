@@ -14,7 +14,7 @@ import lit_fast
 from lit_fast.callbacks import EarlyStopping, ModelCheckpoint
 from lit_fast.errors import ProfileError
 from lit_fast.profiler import record
-from lit_fast.profiler.compare import Prepared, against_report, largest_difference
+from lit_fast.profiler.compare import FIRST_LOSSES, Prepared, against_report, differ, largest_difference
 from lit_fast.profiler.ratios import bootstrap, row, rows
 from lit_fast.profiler.record import Comparison
 
@@ -154,6 +154,30 @@ def test_largest_difference() -> None:
     assert largest_difference(losses(float("nan")), losses(float("nan"))) == 0.0
     assert largest_difference(losses(float("nan")), losses(1.0)) == float("inf")
     assert largest_difference([], losses(1.0)) is None
+
+
+def test_only_the_first_losses_are_compared_one_by_one() -> None:
+    """A bit grows as training carries it on: what it does to single steps later is no fault, what to their means is."""
+    losses = [torch.tensor(1.0)] * 200
+    chaos = [torch.tensor(1.0 + (0.0 if n < FIRST_LOSSES else 1e-2 * (-1) ** n)) for n in range(200)]
+    assert differ(losses, chaos, 20, few_bits=False) == (0.0, 1e-5)
+    early = [torch.tensor(1.0 + (1e-4 if n == FIRST_LOSSES - 1 else 0.0)) for n in range(200)]
+    difference, bound = differ(losses, early, 20, few_bits=False)
+    assert difference is not None and difference > bound == 1e-5
+    late = [torch.tensor(1.0 + (0.1 if n > 150 else 0.0)) for n in range(200)]
+    difference, bound = differ(losses, late, 20, few_bits=False)
+    assert difference is not None and difference > bound == 2e-2
+    assert differ(losses, late, 20, few_bits=True) == (difference, bound)
+
+
+def test_losses_that_are_nan_are_told() -> None:
+    class Nan(Plain):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx > 5 else 1.0)
+
+    notes = compared(Nan(), batches(40), size=2, accumulate_grad_batches=2).notes
+    assert any("losses are not finite" in note for note in notes)
+    assert "a step is a micro-batch; the optimizer takes one in 2" in notes
 
 
 def test_the_bootstrap_finds_a_known_ratio() -> None:

@@ -69,7 +69,8 @@ def test_files_that_are_no_profile_are_told_and_left_out(tmp_path: Path) -> None
     assert [rank.rank for rank in report.ranks] == [0, 1, 2] and report.missing == [3, 4, 5, 6, 7]
     for said, name in zip(report.problems, (3, 4, 5, 7), strict=True):
         assert f"rank-0000{name}.json" in said
-    assert "is not JSON" in report.problems[0] and "version 0 of the schema" in report.problems[2]
+    assert "is not JSON" in report.problems[0] and "5,000 bytes" in report.problems[0]
+    assert "version 0 of the schema" in report.problems[2]
 
 
 def test_runs_that_were_killed_or_raised(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import os
 import pickle
 import signal
@@ -165,6 +166,27 @@ def test_hooks_have_names_and_lines_in_a_step_and_outside() -> None:
     [waited] = [slow for slow in profile.slowest if slow.step == 5]
     assert waited.causes[0].startswith("[Callback]Waits.on_train_batch_start 3")
     assert any(cause.startswith("validation ") for slow in profile.slowest if slow.step == 9 for cause in slow.causes)
+
+
+class Squares(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(float(index**2))
+
+
+def test_where_the_data_comes_from() -> None:
+    """The line of the program's own that a loader runs, and not torch's."""
+    part = torch.utils.data.Subset(Squares(), [1, 2])
+    said, where, workers = header.source_of(torch.utils.data.DataLoader(part, num_workers=1))
+    line = inspect.getsourcelines(Squares.__getitem__)[1]
+    assert (said, where, workers) == ("a DataLoader with 1 worker of Squares", f"{__file__}:{line}", 1)
+    tensors = torch.utils.data.TensorDataset(torch.ones(3))
+    assert header.source_of(torch.utils.data.DataLoader(tensors)) == ("a DataLoader of TensorDataset", None, 0)
+    own = torch.utils.data.DataLoader(tensors, collate_fn=lambda rows: rows)
+    assert str(header.source_of(own)[1]).startswith(__file__)
+    assert header.source_of([1, 2]) == ("list", None, None)
 
 
 def test_the_header_says_what_ran() -> None:
@@ -388,4 +410,4 @@ def test_causes_need_a_slow_step() -> None:
     ordinary = SlowStepTime(3, 1_000_000, 0, {"forward": 1_000_000}, {}, None, 0)
     assert causes_of(ordinary, usual) == []
     slow = SlowStepTime(3, 9_000_000, 0, {"forward": 9_000_000}, {"compilation": 7_500_000}, None, 0)
-    assert causes_of(slow, usual) == ["compilation 7.5 ms", "forward 8 ms more than usual"]
+    assert causes_of(slow, usual) == ["compilation 7.5 ms", "forward +8 ms"]

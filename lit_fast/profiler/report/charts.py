@@ -29,13 +29,14 @@ from bokeh.models import (
 from bokeh.plotting import figure
 
 from lit_fast.profiler.merge import own_work
-from lit_fast.profiler.record import PHASES, Comparison, Profile, RankSummary, Span, bucket_end
+from lit_fast.profiler.record import PHASES, Comparison, Profile, RankSummary, Report, Span, bucket_end
 from lit_fast.profiler.report import facts, palette
 from lit_fast.profiler.report.units import digits, rate, seconds, share
 
 ROW = 26  # pixels of a bar and the gap below it
 TIMELINE_SPANS = 2500  # that are drawn: some 300 kB of the page
 SHOWN = 8  # steps of the timeline at first sight
+LEAST_COMPARED = 0.01  # of the step: ratios of less are noise, and would stretch the axis
 LABELLED = 6  # kernels with their names in the chart; the table beside it has all
 OWN_COLOUR = "own-colour"  # a tag: page.js leaves the model's colours alone
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
@@ -58,18 +59,19 @@ class Chart:
     keys: list[Key] = field(default_factory=list)
 
 
-def waterfall(profile: Profile) -> Chart:
+def waterfall(report: Report) -> Chart:
     """The step from left to right: each phase begins where the one before has ended; the last row is their sum."""
+    profile, (factor, unit) = report.profiles[0], facts.unit(report)
     rows = [row for row in facts.phase_rows(profile) if row.per_step.total]
-    each = [1e3 * facts.in_step(row, profile) for row in rows]
+    each = [factor * facts.in_step(row, profile) for row in rows]
     ends = np.cumsum(each)
     total = float(ends[-1])
     names = [*(row.name for row in rows), "step"]
-    plot = _figure(names, height=ROW * len(names) + 60, x_axis_label="ms of a step, the mean of all")
+    plot = _figure(names, height=ROW * len(names) + 60, x_axis_label=f"{unit} of a step, the mean of all")
     plot.x_range = Range1d(start=0.0, end=1.02 * total)
     left, right = [*(ends - each), 0.0], [*ends, total]
     looks = [*(palette.of_phase(row.name) for row in rows), ("#5B6470", " ")]
-    texts = [f"{digits(ms)} ms  {share(ms / total)}" for ms in [*each, total]]
+    texts = [f"{digits(time)} {unit}  {share(time / total)}" for time in [*each, total]]
     source = ColumnDataSource(
         {
             "name": names,
@@ -113,18 +115,23 @@ def waterfall(profile: Profile) -> Chart:
 
 def ratios(comparison: Comparison) -> Chart:
     """Ours against the baseline: a point a row, with its interval; left of the line at 1 we are faster."""
-    names = [row.name for row in comparison.rows]
+    step = next(row for row in comparison.rows if row.name == "step")
+    rows = [
+        row
+        for row in comparison.rows
+        if math.isfinite(row.ratio) and max(row.ours, row.baseline) >= LEAST_COMPARED * step.baseline
+    ]
+    names = [row.name for row in rows]
     plot = _figure(names, height=ROW * len(names) + 76, x_axis_label=f"time in lit_fast / time in {comparison.against}")
-    low = min(0.9, *(row.low for row in comparison.rows))
-    high = max(1.1, *(row.high for row in comparison.rows))
+    low, high = min([0.9, *(row.low for row in rows)]), max([1.1, *(row.high for row in rows)])
     plot.x_range = Range1d(start=low - 0.08 * (high - low), end=high + 0.35 * (high - low))
     source = ColumnDataSource(
         {
             "name": names,
-            "low": [row.low for row in comparison.rows],
-            "high": [row.high for row in comparison.rows],
-            "ratio": [row.ratio for row in comparison.rows],
-            "text": [f"{row.ratio:.2f}  [{row.low:.2f}, {row.high:.2f}]" for row in comparison.rows],
+            "low": [row.low for row in rows],
+            "high": [row.high for row in rows],
+            "ratio": [row.ratio for row in rows],
+            "text": [f"{row.ratio:.2f}  [{row.low:.2f}, {row.high:.2f}]" for row in rows],
             "column": [high + 0.04 * (high - low)] * len(names),
         }
     )

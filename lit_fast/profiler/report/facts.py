@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean
 
 from lit_fast.profiler import merge
-from lit_fast.profiler.record import PHASES, Phase, Profile, RankSummary, Report, SlowStep
-from lit_fast.profiler.report.units import count, digits, rate, seconds, share, size
+from lit_fast.profiler.record import PHASES, Compared, Comparison, Phase, Profile, RankSummary, Report, SlowStep
+from lit_fast.profiler.report.units import count, digits, rate, scale, seconds, share, size
 
 
 def ranks(report: Report) -> list[RankSummary]:
@@ -40,14 +41,16 @@ def header(report: Report) -> list[tuple[str, str]]:
         count(head.cores, "core") if head.cores else "",
     ]
     versions = [f"{name} {version}" for name, version in head.versions.items()]
+    accumulated = head.accumulate_grad_batches
+    every = f"a step of it in {accumulated} steps of the report, each a micro-batch" if accumulated > 1 else ""
     rows = [
         (
             "run",
             _joined([head.script, head.commit and f"commit {head.commit}", head.started.replace("+00:00", " UTC")]),
         ),
         ("model", _joined(model)),
-        ("optimizer", head.optimizer),
-        ("batch", head.batch),
+        ("optimizer", _joined([head.optimizer, every])),
+        ("batch", _joined([head.batch, head.data and f"of {head.data}"])),
         ("device", _joined([*machine, where, head.driver and f"driver {head.driver}"])),
         ("versions", _joined(versions)),
         ("steps", _joined(speeds(report))),
@@ -58,17 +61,36 @@ def header(report: Report) -> list[tuple[str, str]]:
 
 
 def speeds(report: Report) -> list[str]:
+    """How many steps in which time; what one takes, and what that comes to a second.
+
+    What a run does outside of its steps is in the first figure and not in the others.
+    """
     profile = report.profiles[0]
     steps = profile.steps.count
-    said = [f"{count(steps, 'step')} in {seconds(profile.wall)}"]
+    said = [f"{count(steps, 'step')}, a run of {seconds(profile.wall)}"]
     if not steps or not profile.steps.total:
         return said
-    a_second, processes = 1.0 / profile.steps.mean, world_size(report)
-    said.append(rate(a_second, "steps/s"))
+    a_step, processes = step_seconds(profile), world_size(report)
+    compiled = _compiling(profile)
+    which = f" but for {count(len(compiled), 'step')} that compiled" if compiled else ""
+    said.append(f"{seconds(a_step)} each{which}")
+    said.append(rate(1.0 / a_step, "steps/s"))
     for amount, unit in ((profile.header.samples_per_step, "samples/s"), (profile.header.tokens_per_step, "tokens/s")):
         if amount:
-            said.append(rate(a_second * amount * processes, unit))
+            said.append(rate(amount * processes / a_step, unit))
     return said
+
+
+def _compiling(profile: Profile) -> list[SlowStep]:
+    """The steps in which torch.compile was at work: what they took says nothing about the others."""
+    return [step for step in profile.slowest if any(cause.startswith("compilation") for cause in step.causes)]
+
+
+def step_seconds(profile: Profile) -> float:
+    """s of a step, the mean of all but those in which something was compiled."""
+    compiled = _compiling(profile)
+    rest = profile.steps.count - len(compiled)
+    return (profile.steps.total - sum(step.seconds for step in compiled)) / rest if rest > 0 else profile.steps.mean
 
 
 def utilization(profile: Profile) -> list[str]:
@@ -79,13 +101,13 @@ def utilization(profile: Profile) -> list[str]:
     head = profile.header
     if not head.flops_per_step or not profile.steps.total:
         return []
-    reached = head.flops_per_step / profile.steps.mean
+    reached = head.flops_per_step / step_seconds(profile)
     said = [f"{rate(reached, 'FLOP/s')} of the model's own"]
     if head.peak_flops:
         of = f" ({head.peak_source})" if head.peak_source else ""
         said.append(f"MFU {share(reached / head.peak_flops)} of {rate(head.peak_flops, 'FLOP/s')}{of}")
         if head.hardware_flops_per_step:
-            said.append(f"HFU {share(head.hardware_flops_per_step / profile.steps.mean / head.peak_flops)}")
+            said.append(f"HFU {share(head.hardware_flops_per_step / step_seconds(profile) / head.peak_flops)}")
     return said
 
 
@@ -109,25 +131,91 @@ def phase_rows(profile: Profile) -> list[Phase]:
 
 
 def in_step(row: Phase, profile: Profile) -> float:
-    """s a step that a phase takes within steps; what it does before the first and between epochs is left out."""
-    steps = profile.steps.count
-    return row.per_step.total / steps if steps else 0.0
+    """s a step that a phase takes within steps; what it does before the first and between epochs is left out, and so
+    are steps in which something was compiled."""
+    compiled = _compiling(profile)
+    rest = profile.steps.count - len(compiled)
+    if rest <= 0:
+        return row.per_step.total / profile.steps.count if profile.steps.count else 0.0
+    if row.name == "sum":
+        return step_seconds(profile)
+    return max(0.0, row.per_step.total - sum(step.phases.get(row.name, 0.0) for step in compiled)) / rest
 
 
-def in_steps(row: Phase, profile: Profile) -> list[str]:
-    """ms: a step's mean, the median and the slowest hundredth of those steps that had that phase."""
+def outside_of_steps(profile: Profile) -> list[str]:
+    """What the rows without a step's figures are, with what took most of them."""
+    rows = [
+        row
+        for row in phase_rows(profile)
+        if row.seconds and not row.per_step.count and row.name not in ("setup", "profiling")
+    ]
+    if not rows or not profile.steps.count:
+        return []
+    said = []
+    for row in rows:
+        parts = sorted((part for part in profile.parts if part.phase == row.name), key=lambda part: -part.seconds)
+        if parts and row.seconds > 0.05 * profile.wall:
+            said.append(f"{row.name} mostly {parts[0].name}, {seconds(parts[0].seconds)}")
+    names = f" ({'; '.join(said)})" if said else ""
+    return [f"-: in no step, but before the first, between epochs, or after the last{names}."]
+
+
+def unit(report: Report) -> tuple[float, str]:
+    """In what the times of a step are told, all in the same: by what to multiply s, and its name."""
+    steps = report.profiles[0].steps
+    longest = max([row.baseline for row in report.comparison.rows] if report.comparison is not None else [], default=0)
+    return scale(max(longest, steps.quantile(0.5) if steps.count else 0.0))
+
+
+def in_steps(row: Phase, profile: Profile, factor: float) -> list[str]:
+    """A step's mean, the median and the slowest hundredth of those steps that had that phase, in s times `factor`.
+
+    "-" where it was in no step: it ran before the first, between epochs, or after the last.
+    """
     if not row.per_step.count:
-        return ["", "", ""]
+        return ["-", "-", "-"]
     values = (in_step(row, profile), row.per_step.quantile(0.5), row.per_step.quantile(0.99))
-    return [digits(1e3 * value) for value in values]
+    return [digits(factor * value) for value in values]
 
 
-def on_device(row: Phase, profile: Profile) -> list[str]:
-    """ms: a step's mean of a GPU's own time; nothing where that was not measured, not even a column."""
+def compared_rows(comparison: Comparison) -> dict[str, Compared]:
+    """By phase; what neither side does in most of its windows is left out."""
+    return {row.name: row for row in comparison.rows if row.ours or row.baseline}
+
+
+def against(comparison: Comparison) -> str:
+    """What the baseline is called at the head of a column."""
+    return comparison.against if comparison.against in ("eager", "lightning") else "earlier"
+
+
+def compared(row: Compared, factor: float) -> list[str]:
+    """Baseline, ours and their difference in s times `factor`, the ratio, and its interval."""
+    known = math.isfinite(row.ratio)
+    more = row.ours - row.baseline
+    ratio = [f"{row.ratio:.2f}", f"{row.low:.2f} to {row.high:.2f}"] if known else ["-", "-"]
+    sign = "+" if more > 0.0 else "-" if more < 0.0 else ""
+    return [digits(factor * row.baseline), digits(factor * row.ours), f"{sign}{digits(factor * abs(more))}", *ratio]
+
+
+def how_compared(comparison: Comparison) -> list[str]:
+    """What has to be known to believe the figures."""
+    how = "in turns" if comparison.against == "eager" else "on each side"
+    said = [
+        f"Against {comparison.against}: medians of {count(comparison.windows, 'window')} of "
+        f"{count(comparison.steps, 'step')} {how}; the ratio's interval holds 95 % of a bootstrap."
+    ]
+    if comparison.largest_loss_difference is not None:
+        allowed = "" if comparison.loss_bound is None else f" (allowed: {comparison.loss_bound:g})"
+        said.append(f"Losses differ by {comparison.largest_loss_difference:.2g} of a loss at most{allowed}.")
+    return [*said, *(f"{note[0].upper()}{note[1:]}." for note in comparison.notes if note)]
+
+
+def on_device(row: Phase, profile: Profile, factor: float) -> list[str]:
+    """A step's mean of a GPU's own time, in s times `factor`; no column where that was not measured."""
     steps = profile.device_steps.count
     if not steps:
         return []
-    return [digits(1e3 * row.on_device.total / steps) if row.on_device.count else ""]
+    return [digits(factor * row.on_device.total / steps) if row.on_device.count else "-"]
 
 
 def hidden(profile: Profile) -> str:
@@ -149,7 +237,7 @@ def cause(slow: SlowStep, profile: Profile) -> str:
     usual = {row.name: row.per_step.quantile(0.5) if row.per_step.count else 0.0 for row in profile.phases}
     beyond = {name: took - usual.get(name, 0.0) for name, took in slow.phases.items()}
     most = max(beyond, key=lambda name: beyond[name], default=None)
-    return f"{most} {seconds(beyond[most])} longer" if most is not None and beyond[most] > 0.0 else ""
+    return f"{most} +{seconds(beyond[most])}" if most is not None and beyond[most] > 0.0 else ""
 
 
 def energy(report: Report) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from statistics import median_low
 
 from lit_fast.profiler import merge
 from lit_fast.profiler.record import Finding, Part, Profile, RankSummary, Report
+from lit_fast.profiler.report import facts
 from lit_fast.profiler.report.units import count, digits, seconds, share, size
 
 AVOIDABLE = 0.02
@@ -27,6 +28,10 @@ USUAL = 0.05
 FEW_STEPS = 5  # of fewer nothing is said: the first steps of every run allocate, compile and fill caches
 # Waiting for a device in one step of ten is a log row's; in every second one it is the program's own.
 SYNCS_A_STEP = 0.5
+# s of a save: below, nobody waits for one that comes once in a run or in an epoch of a short one.
+FEW_SAVES, SHORT_SAVE = 2, 0.1
+# s of a batch: sending one from a worker's process takes about as long (measured: 0.1 to 0.5 ms for 8 to 800 KB).
+QUICK_BATCH = 1e-3
 # What only the first process does: no reason to call it slow, since each has a rule of its own.
 DUTIES = ("checkpoint", "logging")
 WAITS = ("communication", "idle", "unexplained", "setup", "profiling")
@@ -55,7 +60,8 @@ class Run:
     def step(self) -> float:
         """s of wall time a step, whatever it was spent on, without what a run does once, however long it is."""
         once = sum(part.seconds for part in self.profile.parts if part.phase == "hooks" and part.calls == 1)
-        beside = self.profile.phase("setup") + self.profile.phase("profiling") + once
+        compiling = self.steps * (self.profile.steps.mean - facts.step_seconds(self.profile))
+        beside = self.profile.phase("setup") + self.profile.phase("profiling") + once + compiling
         return (self.profile.wall - beside) / self.steps
 
     def each(self, phase: str) -> list[float]:
@@ -106,6 +112,19 @@ def find(report: Report) -> list[Finding]:
         return []
     found = [finding for rule in RULES for finding in rule(run)]
     return sorted(found, key=lambda finding: -(finding.seconds_per_step or 0.0))
+
+
+def nothing(report: Report) -> str:
+    """What is said where nothing was found.
+
+    Example:
+        >>> nothing(Report(profiles=[Profile()]))
+        'Too few steps to find anything in: 0, and it takes 5.'
+    """
+    steps = report.profiles[0].steps.count
+    if steps < FEW_STEPS:
+        return f"Too few steps to find anything in: {steps}, and it takes {FEW_STEPS}."
+    return "Nothing stands out."
 
 
 # -- several processes
@@ -208,19 +227,32 @@ def data_loader(run: Run) -> Iterator[Finding]:
     row = next((row for row in run.profile.phases if row.name == "data"), None)
     ordinary = row.per_step.quantile(0.5) if row is not None and row.per_step.count else lost
     longest = row.per_step.maximum if row is not None else 0.0
-    named = run.parts("data")
-    where = (named[0].where or named[0].name) if named else "train_dataloader"
+    named, head = run.parts("data"), run.profile.header
+    where = head.data_where or ((named[0].where or named[0].name) if named else "train_dataloader")
     detail = f"A step waits {seconds(lost)} for its batch ({share(lost / run.step)}), {seconds(ordinary)} in the median"
-    if ordinary < lost / 2 and longest > 10.0 * lost:
+    title = "The data loader keeps the step waiting"
+    if ordinary < lost / 2 and longest > 10.0 * lost and longest > lost * run.steps / 4:
         # A few long waits: most fetches are quick, and starting the workers is what takes time.
         title = "The data loader takes long to begin"
-        advice = "Keep its workers from epoch to epoch: DataLoader(persistent_workers=True); open the data faster."
+        advice = "Open the data faster."
+        if head.workers != 0:
+            advice = "Keep its workers from epoch to epoch: DataLoader(persistent_workers=True); open the data faster."
         detail += f"; the longest wait was {seconds(longest)}"
-    else:
-        title = "The data loader keeps the step waiting"
+    elif head.workers:
         advice = (
-            "Load in other processes: DataLoader(num_workers=2 or more, prefetch_factor=4, persistent_workers=True). "
-            "If it has such, give it more, or do less for each sample (decode once, store arrays)."
+            f"Its {count(head.workers, 'worker')} cannot keep up: give it more (num_workers, prefetch_factor=4), or do "
+            f"less for each sample (decode once, store arrays)."
+        )
+    elif ordinary < QUICK_BATCH:
+        advice = (
+            "A worker's process would take as long to send so small a batch. Make whole batches at once, not sample by "
+            "sample: index tensors by a batch of numbers, DataLoader(..., batch_size=None, "
+            "sampler=BatchSampler(RandomSampler(data), 32, False))."
+        )
+    else:
+        advice = (
+            "Load in other processes: DataLoader(num_workers=2 or more, prefetch_factor=4, persistent_workers=True); "
+            "or do less for each sample (decode once, store arrays)."
         )
     yield Finding(title, f"{detail}.", advice, where, lost, _rank_of(run))
 
@@ -272,10 +304,11 @@ def checkpoint_stall(run: Run) -> Iterator[Finding]:
     parts = sorted((part for part in own.parts if part.phase == "checkpoint"), key=lambda part: -part.seconds)
     row = next((row for row in own.phases if row.name == "checkpoint"), None)
     calls = sum(part.calls for part in parts) or (row.calls if row is not None else 0)
-    # One save, at the end of a short run, says little about a longer one.
-    if lost < (USUAL if calls == 1 else AVOIDABLE) * run.step:
-        return
     total = writer.phases.get("checkpoint", 0.0)
+    # One or two saves, at the end of an epoch or of a short run, say little about a longer one.
+    few = calls <= FEW_SAVES
+    if lost < (USUAL if few else AVOIDABLE) * run.step or (few and total < SHORT_SAVE * calls):
+        return
     detail = (
         f"{count(calls, 'save')} of {seconds(total / max(1, calls))}: {seconds(lost)} a step ({share(lost / run.step)})"
     )

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING
 
-from lit_fast.profiler.record import Compared, Phase, Profile, Report
+from lit_fast.profiler.record import Phase, Profile, Report
 from lit_fast.profiler.report import facts, findings
-from lit_fast.profiler.report.units import count, digits, seconds, share
+from lit_fast.profiler.report.units import count, seconds, share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -75,51 +75,45 @@ def _header(report: Report) -> RenderableType:
 
 def _phases(report: Report, profile: Profile, ascii_only: bool) -> RenderableType:
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    compared = {row.name: row for row in report.comparison.rows} if report.comparison is not None else {}
+    rows, comparison, (factor, unit) = facts.phase_rows(profile), report.comparison, facts.unit(report)
+    largest = max((row.seconds for row in rows), default=1.0)
+    total = Phase("sum", sum(row.seconds for row in rows), 0, profile.steps, profile.device_steps)
     table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("phase", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
-    if not compared:
+    if comparison is None:
         table.add_column("", no_wrap=True, style="cyan", min_width=BAR)
-    # Beside a baseline's columns there is room for three of ours.
-    for column in ("ms a step", "p50", "p99") if compared else ("s", "ms a step", "p50", "p99"):
-        table.add_column(column, justify="right", no_wrap=True)
-    if profile.device_steps.count and not compared:
-        table.add_column("GPU", justify="right", no_wrap=True)
-    if report.comparison is not None:
-        table.add_column(report.comparison.against.rpartition("/")[2][:10], justify="right", no_wrap=True)
-        table.add_column("ratio [95 %]", justify="right", no_wrap=True)
-    rows = facts.phase_rows(profile)
-    largest = max((row.seconds for row in rows), default=1.0)
-    for row in rows:
-        bar = [] if compared else [Text(_bar(row.seconds / largest, ascii_only))]
-        figures = [*_durations(row, profile, bool(compared)), *_ratio(row.name, compared)]
-        table.add_row(Text(row.name), _share(row.seconds, profile), *bar, *figures)
-    table.add_section()
-    wall = [] if compared else [Text(f"wall {seconds(profile.wall)}")]
-    total = Phase("sum", sum(row.seconds for row in rows), 0, profile.steps, profile.device_steps)
-    figures = [*_durations(total, profile, bool(compared)), *_ratio("step", compared)]
-    table.add_row("sum", _share(total.seconds, profile), *wall, *figures, style="bold")
-    return table
-
-
-def _share(part: float, profile: Profile) -> str:
-    return share(part / profile.wall) if profile.wall else "-"
-
-
-def _durations(row: Phase, profile: Profile, compared: bool) -> list[str]:
-    figures = facts.in_steps(row, profile)
-    return figures if compared else [f"{row.seconds:.3f}", *figures, *facts.on_device(row, profile)]
-
-
-def _ratio(name: str, compared: dict[str, Compared]) -> list[str]:
-    if not compared:
-        return []
-    row = compared.get(name)
-    return ["", ""] if row is None else [digits(1e3 * row.baseline), f"{row.ratio:.2f} [{row.low:.2f}, {row.high:.2f}]"]
+        heads = ["s", f"{unit} a step", "p50", "p99", *(["GPU"] if profile.device_steps.count else [])]
+        after = facts.outside_of_steps(profile)
+    else:
+        # What our steps take stands there once: beside the baseline's, in the windows in which both were measured.
+        heads = [facts.against(comparison), "lit_fast", "change", "ratio", "95 %"]
+        times = f"Shares are of the recorded run, times {unit} a step."
+        after = [" ".join([times, *facts.outside_of_steps(profile)]), *facts.how_compared(comparison)]
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    compared = {} if comparison is None else facts.compared_rows(comparison)
+    for row in [*rows, total]:
+        last = row is total
+        cells: list[str | Text] = [Text(row.name), share(row.seconds / profile.wall) if profile.wall else "-"]
+        if comparison is None:
+            cells.append(Text(f"wall {seconds(profile.wall)}" if last else _bar(row.seconds / largest, ascii_only)))
+            cells += [
+                f"{row.seconds:.3f}",
+                *facts.in_steps(row, profile, factor),
+                *facts.on_device(row, profile, factor),
+            ]
+        else:
+            found = compared.get("step" if last else row.name)
+            cells += facts.compared(found, factor) if found is not None else ["-"] * len(heads)
+        if last:
+            table.add_section()
+        table.add_row(*cells, style="bold" if last else "")
+    return Group(table, *(Text(line, "dim") for line in after))
 
 
 def _bar(part: float, ascii_only: bool) -> str:
@@ -148,7 +142,8 @@ def _steps(profile: Profile) -> RenderableType:
     for slow in profile.slowest[:SLOWEST]:
         table.add_row(f"step {slow.step:,}", seconds(slow.seconds), Text(facts.cause(slow, profile)))
     line = Text.assemble(("A step: ", "bold"), f"{spread}, longest {seconds(steps.maximum)}")
-    return Group(line, table) if profile.slowest else line
+    head = Text("The slowest, and what took longer in them than in the median step:", "dim")
+    return Group(line, head, table) if profile.slowest and steps.count > 1 else line
 
 
 def _findings(report: Report) -> RenderableType:
@@ -157,7 +152,7 @@ def _findings(report: Report) -> RenderableType:
 
     found = report.findings or findings.find(report)
     if not found:
-        return Text("Nothing stands out.", "bold")
+        return Text(findings.nothing(report), "bold")
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", style="bold")
     table.add_column(overflow="fold")

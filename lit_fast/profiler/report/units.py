@@ -24,6 +24,16 @@ def seconds(value: float) -> str:
     return f"{digits(value / factor)} {unit}" if value else "0 s"
 
 
+def scale(value: float) -> tuple[float, str]:
+    """Of a table's column whose largest figure is `value` s: by what to multiply, and the unit.
+
+    Example:
+        >>> scale(1.2e-3), scale(0.25), scale(90.0)
+        ((1000000.0, 'us'), (1000.0, 'ms'), (1.0, 's'))
+    """
+    return (1.0, "s") if value >= 10.0 else (1e3, "ms") if value >= 0.00995 else (1e6, "us")
+
+
 def size(value: float) -> str:
     """
     Example:

@@ -8,7 +8,7 @@ import pytest
 from profiles import deep, profile
 
 from lit_fast.profiler.merge import of_profiles
-from lit_fast.profiler.record import Distribution, Finding, Part, Profile, Sync
+from lit_fast.profiler.record import Distribution, Finding, Part, Profile, SlowStep, Sync
 from lit_fast.profiler.report.findings import FEW_STEPS, find
 
 
@@ -133,6 +133,39 @@ def test_workers_that_start_slowly_are_not_a_loader_that_is_slow() -> None:
     assert "580 ms" in found.detail
 
 
+@pytest.mark.parametrize(
+    ("seconds", "workers", "said"),
+    [
+        (8e-4, 0, "A worker's process would take as long"),
+        (3e-3, 0, "num_workers=2 or more"),
+        (3e-3, 4, "Its 4 workers cannot keep up"),
+        (8e-4, 1, "Its 1 worker cannot keep up"),
+    ],
+)
+def test_what_helps_depends_on_the_loader_there_is(seconds: float, workers: int, said: str) -> None:
+    made = profile(data=seconds)
+    made.header.workers, made.header.data_where = workers, "train.py:12"
+    found = first(made)
+    assert said in found.advice and found.where == "train.py:12"
+
+
+def test_a_compiled_first_step_hides_nothing() -> None:
+    made = with_hook(1e-3)
+    made.steps.total += 100.0
+    made.wall += 100.0
+    made.slowest.insert(0, SlowStep(0, 100.01, {"forward": 100.0}, ["the first step", "compilation 100 s"]))
+    (found,) = find(of_profiles([made]))
+    assert found.where == "plots.py:7" and "(9." in found.detail
+
+
+def test_a_save_that_came_once_or_twice_is_told_where_it_took_long() -> None:
+    """At Ctrl-C, at the end of an epoch: 20 ms say nothing about a longer run."""
+    for saves, each, told in ((1, 0.09, False), (2, 0.09, False), (2, 0.11, True), (3, 0.09, True)):
+        made = profile(checkpoint=saves * each / 200)
+        made.parts = [Part("checkpoint", "last.ckpt", saves * each, saves)]
+        assert bool(find(of_profiles([made]))) is told
+
+
 def test_the_memory_that_is_nearly_full() -> None:
     made = deep()
     made.memory.allocator_retries = 3
@@ -144,7 +177,7 @@ def test_bytes_of_a_checkpoint_give_the_speed_of_the_disk() -> None:
     part = next(part for part in made.parts if part.phase == "checkpoint")
     part.bytes = 2 * 50 * 2**20
     found = first(made)
-    assert "2 saves of 100 ms" in found.detail and "100 MiB at 500 MiB/s" in found.detail
+    assert "4 saves of 50.0 ms" in found.detail and "100 MiB at 500 MiB/s" in found.detail
     assert found.where == "model_checkpoint.py:200"
 
 

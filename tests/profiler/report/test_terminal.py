@@ -10,7 +10,7 @@ from profiles import comparison, deep, profile
 from rich.console import Console
 
 from lit_fast.profiler.merge import of_profiles
-from lit_fast.profiler.record import Part, Phase, Profile, Report
+from lit_fast.profiler.record import Distribution, Part, Phase, Profile, Report, SlowStep
 from lit_fast.profiler.report.terminal import print_report, render
 
 
@@ -37,7 +37,7 @@ def test_the_header_and_the_slowest_steps() -> None:
     for said in ("commit 0123abc", "10,800,000 parameters", "AMD EPYC 7763", "99.4 steps/s", "407k tokens/s"):
         assert said in text
     assert re.search(r"step 96 +15\.1 ms +garbage collection 3 ms", text)
-    assert re.search(r"step 193 +15\.0 ms +backward 2\.\d+ ms longer", text)
+    assert re.search(r"step 193 +15\.0 ms +backward \+2\.\d+ ms", text)
     assert re.search(r"A step: p50 (9\.9\d|10\.\d) ms, .* longest 15\.1 ms", text)
 
 
@@ -69,9 +69,46 @@ def test_it_fits_into_80_columns(report: Report) -> None:
 
 def test_a_comparison_stands_beside_the_rows_uncut() -> None:
     text = printed(all_kinds()[1])
-    assert re.search(r"communication .*1\.00", text) and "…" not in text
-    assert re.search(r"optimizer .* 2\.00 +0\.60 \[0\.57, 0\.64\]", text)
-    assert re.search(r"sum .* 11\.2 +0\.89 \[0\.88, 0\.91\]", text) and "eager" in text
+    assert re.search(r"phase +share +eager +lit_fast +change +ratio +95 %", text) and "…" not in text
+    assert re.search(r"communication +[\d.]+ % +- +- +- +- +-\n", text)
+    assert re.search(r"optimizer +[\d.]+ % +2\.00 +1\.20 +-0\.80 +0\.60 +0\.57 to 0\.64", text)
+    assert re.search(r"sum +100\.0 % +11\.2 +10\.0 +-1\.20 +0\.89 +0\.88 to 0\.91", text)
+    assert "nan" not in text and text.count("0.88 to 0.91") == 1, "each figure stands there once"
+
+
+def compiled() -> Profile:
+    """Its first step took 10 s more, which torch.compile needed."""
+    made = profile()
+    for row in made.phases:
+        if row.name == "forward":
+            row.seconds += 10.0
+            row.per_step.add(10.0032)
+            row.per_step.count -= 1
+    made.wall += 10.0
+    made.steps.total += 10.0
+    slow = SlowStep(0, 10.01, {"forward": 10.0032}, ["the first step", "compilation 10 s"])
+    made.steps.maximum, made.slowest = slow.seconds, [slow, *made.slowest[:9]]
+    return made
+
+
+def test_the_step_that_compiled_is_told_apart() -> None:
+    text = " ".join(printed(of_profiles([compiled()])).split())
+    assert "200 steps, a run of 12.0 s, 10.1 ms each but for 1 step that compiled, 99." in text
+    assert "Nothing stands out." in text
+
+
+def test_rows_that_are_in_no_step_say_so() -> None:
+    made = profile()
+    row = next(row for row in made.phases if row.name == "hooks")
+    row.per_step, row.seconds, made.wall = Distribution(), row.seconds + 1.0, made.wall + 1.0
+    made.parts.append(Part("hooks", "[Callback]Slow.on_fit_start", 1.0, 1))
+    text = printed(of_profiles([made]))
+    assert re.search(r"hooks .* - +- +-\n", text)
+    assert "(hooks mostly [Callback]Slow.on_fit_start, 1.00 s)" in " ".join(text.split())
+
+
+def test_of_too_few_steps_nothing_is_claimed() -> None:
+    assert "Too few steps to find anything in: 4" in printed(of_profiles([profile(steps=4)]))
 
 
 def test_names_are_no_markup() -> None:
