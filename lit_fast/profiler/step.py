@@ -8,12 +8,10 @@ device's own stand beside them (device_clock.py).
 
 from __future__ import annotations
 
-import gc
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lit_fast import ops
 from lit_fast.distributed.flights import PHASE, Flights
-from lit_fast.profiler import device_clock, header
+from lit_fast.profiler import device_clock, header, interruptions
 from lit_fast.profiler import export as exports
 from lit_fast.profiler.causes import Usual, causes_of
 from lit_fast.profiler.collectives import TRACK, spans_of
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 UNEXPLAINED = PHASES[-1]
-COLLECTION, COMPILATION = "garbage collection", "compilation"
 STEPS_SHOWN = 64  # the last ones, on the timeline
 
 # Hooks whose time is not "hooks".
@@ -97,7 +94,7 @@ class StepProfiler:
         self._renew()
 
     def _renew(self) -> None:
-        self._clock = ops.PhaseClock(PHASES, (COLLECTION, COMPILATION))
+        self._clock = ops.PhaseClock(PHASES, (interruptions.COLLECTION, interruptions.COMPILATION))
         self._on_device: device_clock.DeviceClock | None = None  # on a GPU, in a run
         self._where: dict[tuple[str, str], str] = {}  # file:line of parts
         self._bytes: dict[tuple[str, str], float] = {}  # written by them
@@ -110,7 +107,7 @@ class StepProfiler:
         self._system_clock = 0.0  # at the start; once it has ended, what has passed by it
         self._writer: PeriodicWriter | None = None
         self._exporter: exports.Exporter | None = None
-        self._watched: list[Callable[[], None]] = []  # undo what watches for interruptions
+        self._watched = ExitStack()  # that looks for interruptions
 
     def __getstate__(self) -> dict[str, Any]:
         """Its options: a copy, or one in another process, records a run of its own."""
@@ -131,7 +128,7 @@ class StepProfiler:
         if trainer is not None:
             header.begin(self._header, trainer)
         if trainer is not None:
-            self._watch()
+            self._watched = interruptions.watch(self._clock)
         if trainer is not None and self.marks_device:
             self._on_device = device_clock.of(trainer.config.device, self._on_device)
         self._running, self._system_clock = True, time.time()
@@ -169,9 +166,7 @@ class StepProfiler:
         if self._on_device is not None:
             self._on_device.finish(wait=self._ended_by is None)
         self._running, self._system_clock = False, time.time() - self._system_clock
-        for undo in self._watched:
-            undo()
-        self._watched = []
+        self._watched.close()
         trainer = self._trainer
         if trainer is not None:
             header.complete(self._header, trainer, self._first_batch)
@@ -261,32 +256,6 @@ class StepProfiler:
     def _note_batch(self, batch: Any) -> None:
         if self._trainer is not None and self._first_batch is None:
             self._first_batch = header.Batch.of(batch)
-
-    def _watch(self) -> None:
-        """Notice what stops a step inside whatever it does: the garbage collector, torch.compile."""
-        clock, began = self._clock, [0, 0]
-
-        def collection(phase: str, info: dict[str, int]) -> None:
-            if phase == "start":
-                began[0] = time.perf_counter_ns()
-            else:
-                clock.interrupted(COLLECTION, time.perf_counter_ns() - began[0])
-
-        gc.callbacks.append(collection)
-        self._watched.append(lambda: gc.callbacks.remove(collection))
-        compiler = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
-        if compiler is None:  # nothing is compiled, or not yet
-            return
-
-        def begin(*_: Any) -> None:
-            began[1] = time.perf_counter_ns()
-
-        def end(*_: Any) -> None:
-            clock.interrupted(COMPILATION, time.perf_counter_ns() - began[1])
-
-        compiler.register_start_callback(begin)
-        compiler.register_end_callback(end)
-        self._watched += [lambda: compiler.remove_start_callback(begin), lambda: compiler.remove_end_callback(end)]
 
     # -- reading
 
