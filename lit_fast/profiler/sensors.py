@@ -28,7 +28,11 @@ _REASONS = {  # NVML's clock-event reasons; "idle" is none that slows anybody do
     "nvmlClocksEventReasonHwThermalSlowdown": "thermal (hardware)",
     "nvmlClocksEventReasonHwPowerBrakeSlowdown": "power brake",
     "nvmlClocksEventReasonDisplayClockSetting": "display clocks",
+    "nvmlClocksThrottleReasonBoardLimit": "board limit",
+    "nvmlClocksThrottleReasonReliability": "reliability",
 }
+# Of these no later call can recover.
+_FATAL = ("NVMLError_GpuIsLost", "NVMLError_ResetRequired", "NVMLError_Uninitialized", "NVMLError_DriverNotLoaded")
 _GPM = {  # counters of the device's own, on Hopper and newer: percent of the time between two samples
     "NVML_GPM_METRIC_SM_UTIL": "sm active",
     "NVML_GPM_METRIC_SM_OCCUPANCY": "sm occupancy",
@@ -126,6 +130,8 @@ class _Source:
 
     def read(self, now: float) -> None:
         for name in list(self.sensors):
+            if name not in self.sensors:  # one before it has ended them all
+                continue
             unit, function = self.sensors[name]
             value = self.ask(name, function)
             if value is not None:
@@ -136,9 +142,11 @@ class _Source:
         try:
             return function()
         except Exception as error:  # NVMLError_NotSupported, _NoPermission, ..., AttributeError of an old package
-            self.notes.append(f"{self.of}: no {name}, {_said(error)}")
-            self.sensors.pop(name, None)
-            return None
+            return self.refused(name, error)
+
+    def refused(self, name: str, error: Exception) -> None:
+        self.notes.append(f"{self.of}: no {name}, {_said(error)}")
+        self.sensors.pop(name, None)
 
     def add(self, name: str, unit: str, value: float) -> None:
         reading = self.readings.get(name)
@@ -208,9 +216,11 @@ class _Nvidia(_Source):
             "sm clock": ("MHz", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
             "memory clock": ("MHz", lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
             "power": ("W", lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3),
-            "temperature": ("C", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+            "temperature": ("C", self._temperature),
             "device memory": ("bytes", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used),
         }
+        self.began = time.monotonic()
+        self.lost = False
         self.last: float | None = None  # when the sensors were read before
         self.throttled: dict[str, float] = {}
         self.asked_reasons = True
@@ -222,9 +232,26 @@ class _Nvidia(_Source):
         self.before = {name: self._count(name) for name in list(self.counters)}
         self.errors: dict[str, int] = {}
         self.until_errors = 0  # readings until they are counted again
+        self.has_rows = True
         self.gpm: Any = self.ask("GPM counters", self._gpm_samples)
 
+    def ask(self, name: str, function: Callable[[], Any]) -> Any:
+        """Nothing at all once the device is lost: one note says so."""
+        if self.lost:
+            return None
+        try:
+            return function()
+        except Exception as error:
+            if type(error).__name__ not in _FATAL:
+                return self.refused(name, error)
+            after = time.monotonic() - self.began
+            self.lost, self.sensors = True, {}
+            self.notes.append(f"{self.of}: its sensors end {after:.0f} s after they began, {_said(error)}")
+            return None
+
     def read(self, now: float) -> None:
+        if self.lost:
+            return
         super().read(now)
         if self.asked_reasons:
             reasons = self.ask("clock-event reasons", self._reasons)
@@ -244,12 +271,20 @@ class _Nvidia(_Source):
             self.errors, self.until_errors = self._errors(), ERRORS_EVERY
         self.last = now
 
+    def _temperature(self) -> int:
+        nvml = self.nvml
+        try:
+            return int(nvml.nvmlDeviceGetTemperature(self.handle, nvml.NVML_TEMPERATURE_GPU))
+        except (AttributeError, nvml.NVMLError_FunctionNotFound):  # from CUDA 14 on
+            return int(nvml.nvmlDeviceGetTemperatureV(self.handle, nvml.NVML_TEMPERATURE_GPU))
+
     def _reasons(self) -> list[str]:
         """Those that hold at this moment; each is booked for the time since the reading before."""
         nvml = self.nvml
         ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
         bits = (ask or nvml.nvmlDeviceGetCurrentClocksThrottleReasons)(self.handle)  # their name before 12.535
-        return [name for constant, name in _REASONS.items() if bits & getattr(nvml, constant, 0)]
+        named = {name: [event, event.replace("ClocksEvent", "ClocksThrottle")] for event, name in _REASONS.items()}
+        return [name for name, either in named.items() if any(bits & getattr(nvml, each, 0) for each in either)]
 
     # -- counters of errors, told as what was added in the run; rows remapped as what there are
 
@@ -295,10 +330,12 @@ class _Nvidia(_Source):
             now, before = self._count(name), self.before[name]
             if now is not None and before is not None:
                 errors[name] = now - before
-        try:
-            correctable, uncorrectable, pending, failed = self.nvml.nvmlDeviceGetRemappedRows(self.handle)
-        except self.nvml.NVMLError:
-            return errors
+        ask = self.nvml.nvmlDeviceGetRemappedRows
+        remapped = self.ask("remapped rows", lambda: ask(self.handle)) if self.has_rows else None
+        self.has_rows = remapped is not None
+        if remapped is None:
+            return self.errors if self.lost else errors
+        correctable, uncorrectable, pending, failed = remapped
         rows = {"rows remapped": correctable + uncorrectable, "rows to remap": pending, "row remapping failed": failed}
         return errors | {name: int(count) for name, count in rows.items()}
 
@@ -342,6 +379,8 @@ class _Nvidia(_Source):
         return began is not None and now is not None and now[0] - began[0] < ENERGY_WINDOW
 
     def close(self) -> None:
+        if self.lost:
+            return
         self.errors = self._errors()
         if self.short():
             self.notes.append(f"NVML: no energy, its counter wants {ENERGY_WINDOW:.0f} s and the run was shorter")

@@ -1,15 +1,18 @@
-"""Sensors: the host's for real; NVML's on a fake of nvidia-ml-py, no GPU being there."""
+"""Sensors: the host's for real; NVML's by the real nvidia-ml-py on a library that is none, and where there is a GPU."""
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import pynvml
 import pytest
 import torch
+from fake_nvml import NO_PERMISSION, NOT_SUPPORTED, FakeLibrary, install
 
 from lit_fast.profiler import sensors as room
 from lit_fast.profiler.sensors import Sensors
@@ -17,116 +20,9 @@ from lit_fast.profiler.sensors import Sensors
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
-class NVMLError(Exception):
-    pass
-
-
-class FakeNVML:
-    """One device, "GPU-b", that another process sees as number 1; whatever is in `refused` raises."""
-
-    NVMLError = NVMLError
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU, NVML_VOLATILE_ECC = 1, 2, 0, 0
-    NVML_MEMORY_ERROR_TYPE_CORRECTED, NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 0, 1
-    NVML_NVLINK_MAX_LINKS, NVML_SUCCESS, NVML_GPM_METRICS_GET_VERSION = 3, 0, 1
-    NVML_NVLINK_ERROR_DL_REPLAY, NVML_NVLINK_ERROR_DL_RECOVERY, NVML_NVLINK_ERROR_DL_CRC_FLIT = 0, 1, 2
-    NVML_GPM_METRIC_SM_UTIL, NVML_GPM_METRIC_SM_OCCUPANCY = 2, 3
-    NVML_GPM_METRIC_ANY_TENSOR_UTIL, NVML_GPM_METRIC_DRAM_BW_UTIL = 5, 10
-    nvmlClocksEventReasonSwPowerCap, nvmlClocksEventReasonGpuIdle = 4, 1
-
-    def __init__(self, refused: tuple[str, ...] = ()) -> None:
-        self.refused = refused
-        self.calls: list[str] = []
-        self.power, self.joules, self.reasons, self.ecc, self.freed = 300e3, 0.0, 0, 7, 0
-
-    def __getattribute__(self, name: str) -> Any:
-        get = object.__getattribute__
-        if name.startswith("nvml") and not name.startswith("nvmlClocks"):
-            get(self, "calls").append(name)
-            if name in get(self, "refused"):
-
-                def refuse(*_: Any) -> None:
-                    raise NVMLError(f"{name}: Not Supported")
-
-                return refuse
-        return get(self, name)
-
-    def nvmlInit(self) -> None: ...
-
-    def nvmlShutdown(self) -> None: ...
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        if uuid != "GPU-b":
-            raise NVMLError("Not Found")
-        return "handle b"
-
-    def nvmlDeviceGetName(self, handle: str) -> bytes:
-        assert handle == "handle b"
-        return b"NVIDIA Fake"
-
-    def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:
-        return SimpleNamespace(gpu=80, memory=40)
-
-    def nvmlDeviceGetClockInfo(self, handle: str, clock: int) -> int:
-        return 1000 * clock
-
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> float:
-        return self.power
-
-    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
-        return 60
-
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
-        return SimpleNamespace(used=1 << 30)
-
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
-        return self.reasons
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> float:
-        return self.joules * 1e3
-
-    def nvmlDeviceGetTotalEccErrors(self, handle: str, kind: int, counter: int) -> int:
-        return self.ecc
-
-    def nvmlDeviceGetNvLinkState(self, handle: str, link: int) -> int:
-        return int(link < 2)
-
-    def nvmlDeviceGetNvLinkErrorCounter(self, handle: str, link: int, counter: int) -> int:
-        return 5 + self.ecc
-
-    def nvmlDeviceGetRemappedRows(self, handle: str) -> tuple[int, int, int, int]:
-        return 1, 2, 0, 0
-
-    def nvmlGpmQueryDeviceSupport(self, handle: str) -> Any:
-        return SimpleNamespace(isSupportedDevice=1)
-
-    def nvmlGpmSampleAlloc(self) -> list[int]:
-        return []
-
-    def nvmlGpmSampleGet(self, handle: str, sample: list[int]) -> None:
-        sample.append(len(self.calls))
-
-    def nvmlGpmSampleFree(self, sample: list[int]) -> None:
-        self.freed += 1
-
-    def c_nvmlGpmMetricsGet_t(self) -> Any:
-        return SimpleNamespace(metrics=[SimpleNamespace(nvmlReturn=0, value=0.0, metricId=0) for _ in range(8)])
-
-    def nvmlGpmMetricsGet(self, asked: Any) -> None:
-        assert asked.sample1[-1] < asked.sample2[-1]  # the older one first
-        for metric in asked.metrics[: asked.numMetrics]:
-            metric.value = 10.0 * metric.metricId
-
-
 @pytest.fixture
-def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
-    return with_nvml(monkeypatch)
-
-
-def with_nvml(monkeypatch: pytest.MonkeyPatch, *refused: str) -> FakeNVML:
-    fake = FakeNVML(refused)
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="b"))
-    return fake
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    return install(monkeypatch)
 
 
 @pytest.fixture
@@ -150,9 +46,9 @@ def test_the_host_is_read_for_real() -> None:
     assert threading.active_count() == before and sensors.notes == []
 
 
-def test_what_nvml_tells(nvml: FakeNVML, clock: list[float]) -> None:
+def test_what_nvml_tells(nvml: FakeLibrary, clock: list[float]) -> None:
     sensors = Sensors(GPU, every=1000.0).start()
-    for power, reasons in ((200e3, 4), (400e3, 5), (300e3, 1)):
+    for power, reasons in ((200.0, 4), (400.0, 5), (300.0, 1)):
         clock[0] += 3.0
         nvml.power, nvml.reasons, nvml.joules, nvml.ecc = power, reasons, nvml.joules + 900.0, 9
         sensors.read()
@@ -168,13 +64,13 @@ def test_what_nvml_tells(nvml: FakeNVML, clock: list[float]) -> None:
     assert gpu.errors["rows remapped"] == 3
     values = {reading.name: reading.mean for reading in gpu.readings}
     assert values["sm active"] == 20.0 and values["tensor cores active"] == 50.0 and values["dram bandwidth"] == 100.0
-    assert nvml.freed == 2 and nvml.calls[-1] == "nvmlShutdown" and sensors.notes == []
+    assert nvml.samples == {} and nvml.calls[-1] == "nvmlShutdown" and sensors.notes == []
 
 
 def test_what_is_refused_is_noted_once(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
-    refused = ("nvmlDeviceGetPowerUsage", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlGpmMetricsGet")
-    refused += ("nvmlDeviceGetTotalEccErrors", "nvmlDeviceGetNvLinkState", "nvmlDeviceGetRemappedRows")
-    nvml = with_nvml(monkeypatch, *refused)
+    refused = ["nvmlDeviceGetPowerUsage", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetTotalEccErrors"]
+    refused += ["nvmlDeviceGetNvLinkState", "nvmlDeviceGetRemappedRows"]
+    nvml = install(monkeypatch, **dict.fromkeys(refused, NOT_SUPPORTED), nvmlGpmMetricsGet=NO_PERMISSION)
     sensors = Sensors(GPU, every=1000.0).start()
     for _ in range(3):
         clock[0] += 1.0
@@ -184,10 +80,11 @@ def test_what_is_refused_is_noted_once(monkeypatch: pytest.MonkeyPatch, clock: l
     assert {reading.name for reading in gpu.readings} >= {"sm clock", "temperature"}
     assert "power" not in {reading.name for reading in gpu.readings} and gpu.errors == {} and gpu.throttled == {}
     for wanted in (
-        "no power",
+        "no power, NVMLError_NotSupported: Not Supported",
         "no clock-event reasons",
-        "no GPM counters",
+        "no GPM counters, NVMLError_NoPermission: Insufficient Permissions",
         "no ECC corrected",
+        "no remapped rows",
         "no energy, its counter",
     ):
         assert sum(wanted in note for note in sensors.notes) == 1, sensors.notes
@@ -195,17 +92,92 @@ def test_what_is_refused_is_noted_once(monkeypatch: pytest.MonkeyPatch, clock: l
 
 
 def test_no_driver_and_no_package_are_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_nvml(monkeypatch, "nvmlInit")
+    install(monkeypatch, nvmlInitWithFlags=pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
     with Sensors(GPU, every=1000.0) as sensors:
         assert [device.name for device in sensors.devices()] == ["CPU"]
-    assert sensors.notes == ["NVML: no sensors, NVMLError: nvmlInit: Not Supported"]
+    assert sensors.notes == ["NVML: no sensors, NVMLError_DriverNotLoaded: Driver Not Loaded"]
     monkeypatch.setitem(sys.modules, "psutil", None)
     with Sensors(CPU, every=1000.0) as sensors:
         assert sensors.devices() == []
     assert "lit-fast[profile]" in sensors.notes[0]
 
 
-def test_a_part_of_a_device_goes_by_its_own_name(nvml: FakeNVML, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nvml, "nvmlDeviceGetHandleByUUID", {"MIG-b": "part"}.get)
+def test_a_part_of_a_device_goes_by_its_own_name(nvml: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    pynvml.nvmlInit()
+    nvml.uuids = {b"MIG-b"}
+    assert room.nvml_handle(pynvml, GPU)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="MIG-b"))
-    assert room.nvml_handle(nvml, GPU) == "part"
+    assert room.nvml_handle(pynvml, GPU)
+    nvml.uuids = {b"GPU-other"}
+    with pytest.raises(pynvml.NVMLError_NotFound):
+        room.nvml_handle(pynvml, GPU)
+
+
+def test_a_device_that_is_lost_is_one_note_and_the_run_goes_on(nvml: FakeLibrary, clock: list[float]) -> None:
+    sensors = Sensors(GPU, every=1000.0).start()
+    for second in range(4):
+        clock[0] += 2.0
+        nvml.joules += 600.0
+        nvml.lost = second >= 3
+        sensors.read()
+    asked = len(nvml.calls)
+    sensors.read()
+    assert len(nvml.calls) == asked  # it is not asked again
+    sensors.stop()
+    assert sensors.notes == ["NVML: its sensors end 8 s after they began, NVMLError_GpuIsLost: GPU is lost"]
+    gpu, host = sensors.devices()
+    readings = {reading.name: reading for reading in gpu.readings}
+    assert readings["power"].count == 4 and (gpu.energy, gpu.energy_seconds) == (1800.0, 6.0)
+    assert next(reading.count for reading in host.readings if reading.name == "resident memory") == 1 + 4 + 1 + 1
+    assert gpu.errors["NVLink replays"] == 0 and gpu.errors["rows remapped"] == 3
+
+
+def test_names_that_come_and_go_with_releases(
+    nvml: FakeLibrary, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    """The driver of CUDA 14 has no nvmlDeviceGetTemperature; a package of before 12.535 says "throttle"."""
+    monkeypatch.delattr(FakeLibrary, "nvmlDeviceGetTemperature")
+    for name in [name for name in vars(pynvml) if "ClocksEventReason" in name]:
+        monkeypatch.delattr(pynvml, name)
+    monkeypatch.setattr(
+        FakeLibrary, "nvmlDeviceGetCurrentClocksThrottleReasons",
+        FakeLibrary.nvmlDeviceGetCurrentClocksEventReasons, raising=False,
+    )  # fmt: skip
+    nvml.reasons = pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
+    sensors = Sensors(GPU, every=1000.0).start()
+    clock[0] += 2.0
+    sensors.stop()
+    gpu = sensors.devices()[0]
+    assert gpu.throttled == {"thermal (hardware)": 2.0}
+    assert next(reading.mean for reading in gpu.readings if reading.name == "temperature") == 61.0
+
+
+def test_every_name_that_is_asked_for_is_in_the_package() -> None:
+    source = Path(room.__file__).read_text()
+    names = set(re.findall(r"\bnvml\.(\w+)", source)) | set(room._GPM) | set(room._REASONS)
+    names |= {f"NVML_MEMORY_ERROR_TYPE_{kind}" for kind in ("CORRECTED", "UNCORRECTED")}
+    names |= {f"NVML_NVLINK_ERROR_DL_{kind}" for kind in ("REPLAY", "RECOVERY", "CRC_FLIT")}
+    assert len(names) > 35 and [name for name in sorted(names) if not hasattr(pynvml, name)] == []
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_tells_what_it_should() -> None:
+    weight = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    with Sensors(GPU, every=0.5) as sensors:
+        end = time.monotonic() + 6.0
+        while time.monotonic() < end:
+            for _ in range(20):
+                weight @ weight
+            torch.cuda.synchronize()
+    gpu = sensors.devices()[0]
+    readings = {reading.name: reading for reading in gpu.readings}
+    assert gpu.name == torch.cuda.get_device_name(GPU)
+    assert readings["gpu utilization"].maximum > 50 and readings["device memory"].minimum > 32 << 20, sensors.notes
+    assert 50 < readings["power"].maximum < 2000 and 300 < readings["sm clock"].maximum < 4000
+    assert 10 < readings["temperature"].mean < 110
+    if gpu.energy is not None and gpu.energy_seconds is not None:  # the power sensor sees a part of the time
+        assert gpu.energy / gpu.energy_seconds == pytest.approx(readings["power"].mean, rel=0.5)
+    print(sensors.notes, gpu)
