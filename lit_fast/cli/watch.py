@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lit_fast.errors import ProfileError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lit_fast.profiler.report.live import Watch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -21,22 +28,41 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from rich.console import Console
-    from rich.live import Live
 
     from lit_fast.profiler.report.live import Watch
 
     console, watch = Console(), Watch(options.folder)
     if options.once:
-        console.print(watch.frame())
-        return 0
-    try:
-        with Live(console=console, auto_refresh=False) as live:
-            while not watch.over:
-                try:
-                    live.update(watch.frame(), refresh=True)
-                except ProfileError as error:  # no file yet: the run may only be about to begin
-                    live.update(str(error), refresh=True)
-                time.sleep(0.0 if watch.over else options.every)
-    except KeyboardInterrupt:
-        pass
+        console.print(watch.frame(console.width))
+        return 0 if watch.ranks else 1
+    with suppress(KeyboardInterrupt):
+        (_live if console.is_terminal else _lines)(console, watch, options.every)
     return 0
+
+
+def _live(console: Console, watch: Watch, every: float) -> None:
+    from rich.live import Live
+
+    with Live(console=console, auto_refresh=False) as live:
+        while not watch.over:
+            try:
+                live.update(watch.frame(console.width), refresh=True)
+            except ProfileError as error:  # no file yet: the run may only be about to begin
+                live.update(str(error), refresh=True)
+            time.sleep(0.0 if watch.over else every)
+
+
+def _lines(console: Console, watch: Watch, every: float) -> None:
+    """Into a file or a pipe: a line where something has changed, and all of it at the end."""
+    said = ""
+    while not watch.over:
+        try:
+            watch.look()
+            now = str(watch.headline()) if watch.ranks else "\n".join(watch.problems.values())
+        except ProfileError as error:
+            now = str(error)
+        if now != said:
+            print(now, flush=True)
+            said = now
+        time.sleep(0.0 if watch.over else every)
+    console.print(watch.frame(console.width))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lit_fast.profiler import one_run
 from lit_fast.profiler.record import Header
 from lit_fast.profiler.throughput import compute_dtype, get_available_flops
 
@@ -36,7 +37,7 @@ def begin(header: Header, trainer: Trainer) -> None:
     header.script, header.commit = script, commit_of(Path(script).resolve().parent) or commit_of(Path.cwd())
     header.host, header.pid = socket.gethostname(), os.getpid()
     header.rank, header.local_rank = strategy.global_rank, strategy.local_rank
-    header.world_size = strategy.world_size
+    header.world_size, header.run = strategy.world_size, one_run.name_of(strategy)
     header.processor, header.cores = processor(), len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count() or 0
     header.versions = {
         "python": platform.python_version(),

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_fast.errors import ProfileError
-from lit_fast.profiler import record
+from lit_fast.profiler import one_run, record
+from lit_fast.profiler.one_run import Stamp
 from lit_fast.profiler.record import Profile, RankSummary, Report
 
 WHOLE = 8  # processes whose profiles are all kept; of more, EXTREMES of either end and rank 0
@@ -32,8 +33,8 @@ def merge(folder: str | os.PathLike[str]) -> Report:
 
     A comparison that `lit-fast profile` has written there, in `report.json`, of the same run, stays in it.
 
-    A file that is damaged, foreign or of another version is left out, and `problems` says which and why; ranks that
-    should be there and are not are in `missing`.
+    A file that is damaged, foreign, of another version, or of an earlier run is left out, and `problems` says which and
+    why; ranks that should be there and are not are in `missing`.
 
     Raises:
         ProfileError: there is no such folder, or no profile in it can be read.
@@ -44,28 +45,24 @@ def merge(folder: str | os.PathLike[str]) -> Report:
         print(len(report.ranks), "of", report.profiles[0].header.world_size)
     """
     folder = Path(folder)
-    paths = rank_files(folder)
     summaries: dict[Path, RankSummary] = {}
+    stamps: dict[Path, Stamp] = {}
+    doubted: dict[Path, list[str]] = {}
     problems: list[str] = []
-    started: dict[str, list[int]] = {}
-    world = 0
-    for path in paths:
+    for path in rank_files(folder):
         try:
             profile = _profile(path, without=BULKY)
         except ProfileError as error:
             problems.append(str(error))
             continue
-        summaries[path] = summarize(profile)
-        world = max(world, profile.header.world_size)
-        started.setdefault(f"{Path(profile.header.script).name} with {profile.header.world_size}", []).append(
-            profile.header.rank
-        )
-        problems += doubts(profile)
+        summaries[path], stamps[path], doubted[path] = summarize(profile), Stamp.of(profile), doubts(profile)
     if not summaries:
         raise ProfileError("\n".join([f"{folder} has no profile that can be read.", *problems]))
-    if len(started) > 1:
-        runs = "; ".join(f"{run} processes: {_some(ranks)}" for run, ranks in started.items())
-        problems.append(f"{folder} has files of several runs ({runs}): delete those of the older one.")
+    of_run, others = one_run.newest(stamps)
+    problems += [doubt for path in of_run for doubt in doubted[path]]
+    problems += left_out([stamps[path] for path in others])
+    world = stamps[of_run[0]].world_size
+    summaries = {path: summaries[path] for path in of_run}
     kept = [_profile(path) for path in kept_whole(summaries)]
     ranks = sorted(summaries.values(), key=lambda summary: summary.rank)
     profiles = sorted(kept, key=lambda profile: profile.header.rank)
@@ -113,6 +110,17 @@ def rank_files(folder: Path) -> list[Path]:
             f"profile` into lit_fast_profile/."
         )
     return sorted(paths, key=lambda path: int(path.stem.partition("-")[2]))
+
+
+def left_out(stamps: Sequence[Stamp]) -> list[str]:
+    """What is said of files of other runs than the one that is shown."""
+    runs: dict[str, list[int]] = {}
+    for stamp in stamps:
+        runs.setdefault(str(stamp), []).append(stamp.rank)
+    return [
+        f"Left out: {_some(ranks)} of an earlier run ({run}); delete those files."
+        for run, ranks in list(runs.items())[:4]
+    ]
 
 
 def summarize(profile: Profile) -> RankSummary:

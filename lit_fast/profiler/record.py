@@ -137,6 +137,7 @@ class Header:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    run: str | None = None  # of several processes, what they have in common (one_run.py)
     device: str = ""  # "cpu" or a GPU's name
     driver: str | None = None
     processor: str = ""

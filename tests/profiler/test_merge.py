@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import new_process
 import pytest
@@ -88,9 +89,19 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     spelled_otherwise.header.script = "/home/ann/train.py"
     write(spelled_otherwise, path_of(tmp_path, 1))
     assert merge(tmp_path).problems == []
-    write(profile(rank=0, world_size=2), path_of(tmp_path, 0))
-    (told,) = merge(tmp_path).problems
-    assert "files of several runs" in told and "2 processes: rank 0" in told and "4 processes: ranks 1, 2, 3" in told
+
+
+def test_what_a_larger_run_has_left_behind_is_left_out_and_said(tmp_path: Path) -> None:
+    written(tmp_path, 8)
+    for rank in range(4):
+        now = profile(rank=rank, world_size=4)
+        now.header.started = "2026-11-21T09:30:00+00:00"
+        write(now, path_of(tmp_path, rank))
+    report = merge(tmp_path)
+    assert [rank.rank for rank in report.ranks] == [0, 1, 2, 3] and not report.missing
+    assert [one.header.world_size for one in report.profiles] == [4] * 4
+    (told,) = report.problems
+    assert "Left out: ranks 4, 5, 6, 7 of an earlier run (train.py in 8 processes, begun 2026-11-2" in told
 
 
 def test_folders_without_a_profile(tmp_path: Path) -> None:
@@ -100,6 +111,39 @@ def test_folders_without_a_profile(tmp_path: Path) -> None:
         merge(tmp_path / "elsewhere")
     path_of(tmp_path, 0).write_text("{")
     with pytest.raises(ProfileError, match=r"(?s)no profile that can be read.*is not JSON"):
+        merge(tmp_path)
+
+
+def test_a_report_or_one_process_is_shown_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path, 2)
+    assert command.main([str(tmp_path), "--no-html", "--quiet"]) == 0
+    before = (tmp_path / "report.json").read_text()
+    assert command.main([str(tmp_path / "report.json"), "--no-html"]) == 0
+    assert "rank 0 of 2" in capsys.readouterr().out and (tmp_path / "report.json").read_text() == before
+    assert command.main([str(path_of(tmp_path, 1)), "--no-html", "--output", str(tmp_path / "one")]) == 0
+    assert "rank 1 of 2" in capsys.readouterr().out
+    with pytest.raises(ProfileError, match=r"report\.json cannot be written: .*--output names another"):
+        command.main([str(tmp_path), "--output", str(path_of(tmp_path, 0)), "--quiet"])
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the system's answer is put in its place."""
+    written(tmp_path, 2)
+    usual = Path.read_text
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> str:
+        if path.name == "rank-00001.json":
+            raise PermissionError(13, "Permission denied")
+        return usual(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    report = merge(tmp_path)
+    assert report.missing == [1] and "rank-00001.json cannot be read: Permission denied." in report.problems[0]
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    path_of(tmp_path, 0).touch()
+    with pytest.raises(ProfileError, match=r"rank-00000\.json is empty"):
         merge(tmp_path)
 
 

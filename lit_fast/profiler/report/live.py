@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from lit_fast.errors import ProfileError
-from lit_fast.profiler import merge
+from lit_fast.profiler import merge, one_run
+from lit_fast.profiler.one_run import Stamp
 from lit_fast.profiler.record import PHASES, Profile, RankSummary, read
 from lit_fast.profiler.report.units import count, digits, rate, seconds, share
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SHOWN = 12  # ranks
-BAR = 24
+BAR, BESIDE = 24, 36  # columns of the longest bar, and of what stands before it
 # Three times what a process takes between two files by default, and some: it may be gone.
 OLD = 20.0
 
@@ -29,8 +32,17 @@ class Seen:
 
     summary: RankSummary
     written: float  # s since 1970, by the file's own time
-    world_size: int
+    stamp: Stamp
+    pid: int
     before: RankSummary | None = None  # the one before: the difference is what happens now
+
+    @property
+    def ended(self) -> str:
+        """How, "" where it goes on. A process of this machine that is silent is asked for: it may have been killed."""
+        if self.summary.ended_by or self.summary.finished:
+            return self.summary.ended_by or "ended"
+        here = self.summary.host == socket.gethostname()
+        return "gone" if here and time.time() - self.written > OLD and not _exists(self.pid) else ""
 
     @property
     def steps(self) -> int:
@@ -64,7 +76,9 @@ class Watch:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seen: dict[Path, Seen] = {}
+        self.ranks: list[Seen] = []  # of the newest run
         self.problems: dict[Path, str] = {}
+        self.left_out: list[str] = []
 
     def look(self) -> None:
         """Read what is new.
@@ -83,52 +97,82 @@ class Watch:
                 continue
             self.problems.pop(path, None)
             if isinstance(profile, Profile):
-                self._note(path, merge.summarize(profile), written, profile.header.world_size)
+                self._note(path, profile, written)
+        self.left_out = []
+        if self.seen:
+            kept, others = one_run.newest({path: one.stamp for path, one in self.seen.items()})
+            self.left_out = merge.left_out([self.seen[path].stamp for path in others])
+            self.ranks = [self.seen[path] for path in kept]
 
-    def _note(self, path: Path, summary: RankSummary, written: float, world_size: int) -> None:
-        last = self.seen.get(path)
+    def _note(self, path: Path, profile: Profile, written: float) -> None:
+        last, summary = self.seen.get(path), merge.summarize(profile)
         # Fewer steps than before: another run has begun. As many: nothing to tell a rate by.
         goes_on = last is not None and 0 < last.summary.steps < summary.steps
-        self.seen[path] = Seen(summary, written, world_size, last.summary if goes_on and last is not None else None)
+        before = last.summary if goes_on and last is not None else None
+        self.seen[path] = Seen(summary, written, Stamp.of(profile), profile.header.pid, before)
 
     @property
     def over(self) -> bool:
-        """Whether every process has written its last file."""
-        ended = [one.summary.finished or one.summary.ended_by is not None for one in self.seen.values()]
-        return bool(ended) and all(ended) and len(ended) >= max(one.world_size for one in self.seen.values())
+        """Whether every process has written its last file, or is gone."""
+        return bool(self.ranks) and all(one.ended for one in self.ranks) and not self.missing
 
-    def frame(self) -> RenderableType:
-        """What there is to see now."""
+    @property
+    def missing(self) -> int:
+        """Processes that should have written a file and have not."""
+        return self.ranks[0].stamp.world_size - len(self.ranks)
+
+    def frame(self, width: int = 80) -> RenderableType:
+        """What there is to see now, in so many columns."""
         from rich.console import Group
         from rich.text import Text
 
         self.look()
         now = time.time()
-        ranks = sorted(self.seen.values(), key=lambda one: -one.own_work)
-        lines = [Text(f"{problem}", "yellow") for problem in list(self.problems.values())[:3]]
+        ranks = sorted(self.ranks, key=lambda one: -one.own_work)
+        lines = [Text(f"{problem}", "yellow") for problem in [*self.left_out, *list(self.problems.values())[:3]]]
         if not ranks:
             return Group(*lines)
-        return Group(_headline(ranks, now), Text(""), _phases(ranks), Text(""), _ranks(ranks, now), *lines)
+        if not any(one.summary.steps for one in ranks):
+            return Group(self.headline(), *lines)
+        return Group(self.headline(), Text(""), _phases(ranks, width), Text(""), _ranks(ranks, now, width), *lines)
+
+    def headline(self) -> RenderableType:
+        """How it stands, in a line."""
+        return _headline(self.ranks, time.time())
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _headline(ranks: Sequence[Seen], now: float) -> RenderableType:
     from rich.text import Text
 
-    world = max(one.world_size for one in ranks)
+    world = ranks[0].stamp.world_size
     speeds = [one.steps / one.wall for one in ranks if one.wall > 0.0]
     text = Text.assemble((f"{len(ranks):,} of {count(world, 'rank')}", "bold"), "  ")
     text.append(f"step {max(one.summary.steps for one in ranks):,}", "bold")
     text.append(f"  {rate(median(speeds), 'steps/s')}" if speeds else "")
-    running = [one for one in ranks if not one.summary.finished and not one.summary.ended_by]
-    if not running:
-        text.append("  ended")
+    running = [one for one in ranks if not one.ended]
+    gone = [one for one in ranks if one.ended == "gone"]
+    if gone:
+        text.append(f"  rank {gone[0].summary.rank} is gone: process {gone[0].pid} was killed", "bold red")
+    elif not running:
+        ended = sorted({one.ended for one in ranks} - {"ended"})
+        text.append(f"  ended by {', '.join(ended)}" if ended else "  ended")
     elif (age := now - min(one.written for one in running)) > OLD:
         silent = min(running, key=lambda one: one.written)
         text.append(f"  rank {silent.summary.rank} has not written for {seconds(age)}", "bold red")
     return text
 
 
-def _phases(ranks: Sequence[Seen]) -> RenderableType:
+def _phases(ranks: Sequence[Seen], width: int) -> RenderableType:
     """By the median rank, a step."""
     from rich.table import Table
     from rich.text import Text
@@ -137,36 +181,42 @@ def _phases(ranks: Sequence[Seen]) -> RenderableType:
     total = sum(spent.values())
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
-    table.add_column(justify="right")
-    table.add_column(justify="right")
-    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="cyan", no_wrap=True, overflow="crop")
     for name, s in spent.items():
         if s > 0.0:
-            bar = "#" * round(BAR * s / total)
+            bar = "#" * round(min(BAR, max(0, width - BESIDE)) * s / total)
             table.add_row(Text(name), seconds(s), share(s / total), bar)
     return table
 
 
-def _ranks(ranks: Sequence[Seen], now: float) -> RenderableType:
+def _ranks(ranks: Sequence[Seen], now: float, width: int) -> RenderableType:
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("rank", justify="right")
-    table.add_column("host")
-    for name in ("step", "ms a step", "own work", "waits", "written"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("")
+    # Below 80 columns the later ones of these go, in this order: a figure cut short tells nothing.
+    shown = {"host": width >= 80, "step": width >= 68, "waits": width >= 56, "written": width >= 48}
+    heads = [name for name in ("rank", "host", "step", "ms a step", "own work", "waits", "written", "")
+             if shown.get(name, True)]  # fmt: skip
+    for name in heads:
+        table.add_column(name, justify="left" if name in ("host", "") else "right", no_wrap=True)
     for one in ranks[:SHOWN]:
         summary, age = one.summary, max(0.0, now - one.written)
-        state = summary.ended_by or ("ended" if summary.finished else "")
-        figures = (one.wall / max(1, one.steps), one.own_work, one.phase("communication"))
-        old = "bold red" if age > OLD and not state else ""
-        table.add_row(
-            str(summary.rank), Text(summary.host), f"{summary.steps:,}", *(digits(1e3 * s) for s in figures),
-            Text(f"{age:.0f} s ago", old), Text(state),
-        )  # fmt: skip
-    if len(ranks) > SHOWN:
-        table.add_row("", Text(f"{len(ranks) - SHOWN:,} with less work"))
-    return table
+        cells: dict[str, str | Text] = {
+            "rank": str(summary.rank),
+            "host": Text(summary.host),
+            "step": f"{summary.steps:,}",
+            "ms a step": digits(1e3 * one.wall / max(1, one.steps)),
+            "own work": digits(1e3 * one.own_work),
+            "waits": digits(1e3 * one.phase("communication")),
+            "written": Text(f"{age:.0f} s ago", "bold red" if age > OLD and not one.ended else ""),
+            "": Text(one.ended),
+        }
+        table.add_row(*(cells[name] for name in heads))
+    if len(ranks) <= SHOWN:
+        return table
+    return Group(table, Text(f"{len(ranks) - SHOWN:,} with less work"))
