@@ -3,11 +3,15 @@
 Nothing here runs without one. With one, a `Flights` watches methods that start a collective: what they start is wrapped
 in an object that times the wait, and a callback of the collective's future notes when it was over, in the thread of
 the process group's that ended it. What lies between the start and the wait is communication behind other work.
+
+That thread has to wait for Python's interpreter, and the next collective for that thread. So only some backwards have
+callbacks: none of those in which bucket sizes are measured, the next ones, and then one of 16.
 """
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,6 +22,7 @@ from torch import Tensor
 
 PHASE = "communication"
 KEPT = 512  # of the last collectives, for a timeline
+FIRST, ALL, EVERY = 7, 16, 16  # the first backward with callbacks, how many follow it, and then which
 
 
 class Flight(NamedTuple):
@@ -33,8 +38,6 @@ class Flights:
     """The collectives of one run.
 
     Attributes:
-        hidden: ns in which one was under way and this process did something else: the union of all, less the waits.
-            None where nobody could tell when any of them was over: on a GPU, or without futures.
         bytes: by what they moved.
 
     Args:
@@ -61,11 +64,13 @@ class Flights:
     def begin(self, on_host: bool) -> None:
         """A run begins; `on_host`: its collectives move the host's memory, so that its clock can time them."""
         self._on_host, self._began = on_host, time.perf_counter_ns()
-        self.hidden: int | None = None
+        self._hidden: int | None = None  # in the backwards that were drawn
+        self._backwards = self._drawn = 0
+        self._draws = True  # whether callbacks are wanted now
         self.bytes: dict[str, float] = {}
         self._waits: dict[str, Callable[..., Any]] = {}
         self._landed: deque[Flight] = deque(maxlen=KEPT)
-        self._covered = 0  # until when `hidden` has been counted
+        self._covered = 0  # until when `_hidden` has been counted
         self._waited: list[tuple[int, int]] = []  # after that: whoever is woken late waits while others are under way
 
     # -- what is timed
@@ -114,12 +119,14 @@ class Flights:
             nbytes: of the whole tensor.
             number: which of those.
         """
-        start = getattr(owner, method)
+        # An attribute that held `owner` would keep the memory of its bucket until Python's garbage is collected.
+        start, held = getattr(type(owner), method), weakref.ref(owner)
         name = f"{collective} {what}" if number is None else f"{collective} {what} {number}"
 
         def watched(*args: Any, **kwargs: Any) -> Any:
+            owner: Any = held()
             before, begin = getattr(owner, attribute), time.perf_counter_ns()
-            result = start(*args, **kwargs)
+            result = start(owner, *args, **kwargs)
             work = getattr(owner, attribute)
             if work is not None and work is not before:
                 setattr(owner, attribute, self._under_way(work, name, what, nbytes, begin))
@@ -134,9 +141,27 @@ class Flights:
         if wait is None:
             wait = self._waits[what] = self.timed(_wait, what)
         self.bytes[what] = self.bytes.get(what, 0.0) + nbytes
-        return _UnderWay(work, wait, partial(self._land, name, nbytes, begin), self._on_host)
+        return _UnderWay(work, wait, partial(self._land, name, nbytes, begin), self._on_host and self._draws)
+
+    def backward_begins(self) -> None:
+        """Decide whether its collectives, and all until the next one, are told of when they are over."""
+        if self._counts():
+            number = self._backwards
+            self._draws = number >= FIRST and (number < FIRST + ALL or number % EVERY == FIRST)
+            self._backwards += 1
+            self._drawn += self._draws
 
     # -- what was measured
+
+    @property
+    def hidden(self) -> int | None:
+        """ns in which a collective was under way and this process did something else: the union of all, less the waits.
+
+        Of all backwards, estimated by those that were drawn. None where nobody could tell when any was over: on a GPU,
+        without futures, or in a run of a few steps.
+        """
+        hidden = self._hidden
+        return hidden if hidden is None or not self._drawn else hidden * self._backwards // self._drawn
 
     def _land(self, name: str, nbytes: int, begin: int, asked: int, woken: int, end: int | None) -> None:
         """It was waited for from `asked` to `woken`, and over at `end`."""
@@ -145,7 +170,7 @@ class Flights:
         self._landed.append(Flight(name, nbytes, begin - self._began, end - self._began))
         first, last = max(begin, self._covered), min(asked, end)
         waited = sum(max(0, min(last, until) - max(first, since)) for since, until in self._waited)
-        self.hidden = (self.hidden or 0) + max(0, last - first - waited)
+        self._hidden = (self._hidden or 0) + max(0, last - first - waited)
         self._covered = max(self._covered, end)
         self._waited = [wait for wait in (*self._waited, (asked, woken)) if wait[1] > self._covered]
 
@@ -176,11 +201,11 @@ class _UnderWay:
     __slots__ = ("_ended", "_land", "_wait", "_work")
 
     def __init__(
-        self, work: Any, wait: Callable[..., Any], land: Callable[[int, int, int | None], None], on_host: bool
+        self, work: Any, wait: Callable[..., Any], land: Callable[[int, int, int | None], None], tells: bool
     ) -> None:
         self._work, self._wait = work, wait
         self._land: Callable[[int, int, int | None], None] | None = land
-        self._ended: list[int] | None = [] if on_host else None
+        self._ended: list[int] | None = [] if tells else None
         if self._ended is not None:
             try:
                 work.get_future().add_done_callback(partial(_note_end, self._ended))

@@ -153,7 +153,15 @@ class DDPStrategy(ParallelStrategy):
             buckets.finish()
             self._reduced = True
 
-        return reducing
+        flights = self.flights
+        if flights is None:
+            return reducing
+
+        def told(loss: Tensor) -> None:
+            flights.backward_begins()
+            reducing(loss)
+
+        return told
 
     def note_rows(self) -> Iterator[tuple[str, str, str]]:
         if self.world_size == 1:
