@@ -204,8 +204,10 @@ class DeviceClock:
     def _add(self, marks: list[tuple[str, Any]]) -> None:
         times: dict[str, float] = {}
         for (phase, begin), (_, end) in pairwise(marks):
-            times[phase] = times.get(phase, 0.0) + begin.elapsed_time(end) * 1e-3  # from ms
-        took = sum(times.values())
+            if phase != IDLE:  # half of them: what is left of the step
+                times[phase] = times.get(phase, 0.0) + begin.elapsed_time(end) * 1e-3  # from ms
+        took = marks[0][1].elapsed_time(marks[-1][1]) * 1e-3
+        times[IDLE] = max(0.0, took - sum(times.values()))
         with self._lock:
             self._marks += len(marks)
             self._steps.add(took)
@@ -226,8 +228,8 @@ class DeviceClock:
         for _ in range(4):
             began = time.perf_counter()
             self._begin_step(IDLE)
-            for _ in range(marks - 2):
-                self._mark(IDLE)
+            for number in range(marks - 2):
+                self._mark(IDLE if number % 2 else "forward")
             self.end_step()
             spent = time.perf_counter() - began
             if self._failed is not None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fake_cuda import FakeCuda
 
 from lit_fast.profiler import ceilings as room
 from lit_fast.profiler.ceilings import measure_ceilings, peak_of
@@ -77,3 +78,29 @@ def test_the_peak_names_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     peak, source = peak_of(torch.device("cuda"), torch.bfloat16, measured)
     assert peak == 989.4e12 and source == "data sheet of NVIDIA H100 80GB HBM3, dense bfloat16"
+
+
+def test_a_gpu_is_timed_by_its_own_clock() -> None:
+    cuda, device = FakeCuda(), torch.device("cuda", 0)
+    cuda.host(1_000_000)
+
+    def copy() -> None:
+        cuda.host(9_000)  # 9 us to launch what takes 250
+        cuda.launch(250_000)
+
+    took, together = room._seconds_on_gpu(copy, device, cuda)
+    assert (took, together) == (pytest.approx((9e-6 + together * 250e-6) / together, rel=1e-9), 8)
+    assert abs(took / 250e-6 - 1) < 0.005 and cuda.waited == 1
+
+
+@pytest.mark.gpu
+def test_ceilings_of_a_real_gpu_are_near_its_data_sheet() -> None:
+    device = torch.device("cuda", 0)
+    torch.cuda.reset_peak_memory_stats(device)
+    room._measured.cache_clear()
+    ceilings = measure_ceilings(device)
+    assert torch.cuda.max_memory_allocated(device) < 512 << 20  # of its buffers nothing is left in the run's peak
+    peak, source = peak_of(device, torch.bfloat16, ceilings)
+    assert ceilings.copy is not None and ceilings.copy > 1e11, ceilings.how
+    if peak is not None and source is not None and source.startswith("data sheet"):
+        assert 0.4 < ceilings.matmul["bfloat16"] / peak < 1.05, ceilings.how

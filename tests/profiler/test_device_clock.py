@@ -16,7 +16,8 @@ import lit_fast
 from lit_fast.profiler import device_clock, record
 from lit_fast.profiler.device_clock import EVENTS, IDLE, SHARE, DeviceClock
 from lit_fast.profiler.merge import of_profiles
-from lit_fast.profiler.report.html import _phase_table
+from lit_fast.profiler.report import facts
+from lit_fast.profiler.report.sections import _phase_table
 from lit_fast.profiler.report.terminal import print_report
 from lit_fast.profiler.step import StepProfiler
 
@@ -293,15 +294,16 @@ def test_a_fit_has_the_devices_column(cuda: FakeCuda) -> None:
 
 def test_reports_have_a_column_for_it(cuda: FakeCuda) -> None:
     profile = fitted(Launches(cuda), batches(6), max_epochs=1, profiler=StepProfiler(show=False)).profiler.profile()
+    report = of_profiles([profile])
+    figure = {"ms": "0.31", "us": "310"}[facts.unit(report)[1]]
     text = io.StringIO()
-    print_report(of_profiles([profile]), text)
+    print_report(report, text)
     lines = text.getvalue().splitlines()
     head = next(line for line in lines if line.startswith("phase"))
     assert head.endswith("GPU") and max(map(len, lines)) <= 80
-    assert next(line for line in lines if line.startswith("forward")).endswith("0.31")
+    assert next(line for line in lines if line.startswith("forward")).endswith(f" {figure}")
     assert next(line for line in lines if line.startswith("idle")).split()[:2] == ["idle", "0.0"]
-    page = "".join(_phase_table(of_profiles([profile])))
-    assert "<th>GPU ms</th>" in page and "<td>0.31</td></tr>" in page
+    assert "<th>GPU " in _phase_table(report) and f"<td>{figure}</td></tr>" in _phase_table(report)
     profile.device_steps = record.Distribution()
     assert "GPU" not in _phase_table(of_profiles([profile]))
 

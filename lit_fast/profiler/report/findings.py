@@ -380,13 +380,19 @@ def _collected(causes: list[str]) -> float:
 
 
 def idle_device(run: Run) -> Iterator[Finding]:
-    lost = run.common("idle")
+    """By its own clock; what it waits for the data loader is that finding's."""
+    profile = run.profile
+    found = {row.name: row for row in profile.phases}
+    if "idle" not in found or not profile.device_steps.count:
+        return
+    waiting = facts.in_step(found["data"], profile) if "data" in found else 0.0
+    lost = found["idle"].on_device.total / profile.device_steps.count - waiting
     if lost < USUAL * run.step:
         return
     yield Finding(
         title="The device waits for its host",
-        detail=f"{seconds(lost)} a step ({share(lost / run.step)}) in which no kernel runs.",
-        advice="Larger batches, torch.compile(model), or fewer small operations in training_step.",
+        detail=f"{seconds(lost)} a step ({share(lost / run.step)}) in which it has nothing to do, between two phases.",
+        advice="Larger batches, torch.compile(model), fewer small operations and hooks; profiler='deep' counts them.",
         where="training_step",
         seconds_per_step=lost,
         rank=_rank_of(run),

@@ -8,7 +8,7 @@ import pytest
 from profiles import deep, profile
 
 from lit_fast.profiler.merge import of_profiles
-from lit_fast.profiler.record import Distribution, Finding, Part, Profile, SlowStep, Sync
+from lit_fast.profiler.record import Distribution, Finding, Part, Phase, Profile, SlowStep, Sync
 from lit_fast.profiler.report.findings import FEW_STEPS, find
 
 
@@ -66,6 +66,16 @@ def throttled(seconds: float) -> Profile:
     return made
 
 
+def with_idle(seconds: float) -> Profile:
+    """Of a GPU, beside what it waits for data, which is another finding's."""
+    made = profile()
+    data = next(row for row in made.phases if row.name == "data")
+    waits = seconds + data.per_step.mean
+    made.device_steps = made.steps
+    made.phases.append(Phase("idle", 0.0, 0, on_device=Distribution(200, 200 * waits, waits, waits)))
+    return made
+
+
 # What is planted, the largest of it that is no finding, the smallest that is one; the rest of a step is about 10 ms.
 RULES: list[tuple[str, Callable[[float], Profile], float, float, str, str]] = [
     ("data", lambda s: profile(data=s), 0.50e-3, 0.56e-3, "keeps the step waiting", "train_dataloader"),
@@ -74,7 +84,7 @@ RULES: list[tuple[str, Callable[[float], Profile], float, float, str, str]] = [
     ("checkpoint", lambda s: profile(checkpoint=s), 0.19e-3, 0.22e-3, "Saving checkpoints", "model_checkpoint.py:200"),
     ("logging", lambda s: profile(logging=s), 0.19e-3, 0.22e-3, "Logging takes", "log_every_n_steps"),
     ("communication", lambda s: profile(communication=s), 0.50e-3, 0.56e-3, "not hidden", "strategy"),
-    ("idle", lambda s: profile(idle=s), 0.50e-3, 0.56e-3, "waits for its host", "training_step"),
+    ("idle", with_idle, 0.46e-3, 0.56e-3, "waits for its host", "training_step"),
     ("garbage", with_collections, 3.0, 5.0, "garbage collector", "gc"),
     ("optimizer", by_torch, 0.44e-3, 0.52e-3, "not compiled", "configure_optimizers"),
     ("throttle", throttled, 0.09, 0.11, "below its clock", "NVIDIA H200 on node-0"),
