@@ -357,7 +357,8 @@ class FitLoop(Schedule, Restarted):
             return batches
         if self._agree is None:
             self._agree = agreement(getattr(strategy, "timeout", None))
-        return together(batches, self._agree, "training data")
+        agree = self._agree if strategy.flights is None else strategy.flights.answering(self._agree, "agreement")
+        return together(batches, agree, "training data")
 
     def _knowing_the_last(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Reads one batch ahead: a loader without a length ends without notice, and the last step must know."""

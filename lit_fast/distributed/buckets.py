@@ -168,7 +168,9 @@ class GradientBuckets:
 
     def watch(self, flights: Flights) -> None:
         """Tell a profiler of every bucket, of those too that are laid out later."""
-        self._flights = flights
+        first, self._flights = self._flights is None, flights
+        if first and self._learning is not None:
+            self._learning.stop = flights.timed(self._learning.stop, "bucket sizes")  # type: ignore[method-assign]
         for number, bucket in enumerate(self.buckets):
             bucket.exchange.watch(flights, bucket.wire.nbytes, number)
 

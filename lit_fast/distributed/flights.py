@@ -83,6 +83,11 @@ class Flights:
         """A context whose time is communication, good for one `with` at a time."""
         return self._block(PHASE, what)
 
+    def answering(self, ask: Callable[..., Any], what: str) -> Callable[..., Any]:
+        """`ask`, which starts something and returns what it is waited for by: with a timed `wait`."""
+        wait = self.timed(_wait, what)
+        return lambda *args: _UnderWay(ask(*args), wait, lambda *_: None, tells=False)
+
     def sending(self, function: Callable[..., Any], collective: str, what: str) -> Callable[..., Any]:
         """`function`, a collective of the tensors among its arguments, which may return one that is under way."""
         timed, name = self.timed(function, what), f"{collective} {what}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from time import perf_counter, sleep
 from typing import Any
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
-import lit_fast
+import lit_fast.rank_zero
 from lit_fast.distributed import flights as flights_module
 from lit_fast.distributed.flights import FIRST, Flights
 from lit_fast.profiler.record import Profile, Span
@@ -325,6 +325,29 @@ def test_who_waits_for_a_slow_rank_is_in_communication(strategy: str) -> None:
     assert quick[0] - slow[0] >= 0.7 * slow[2] and quick[1] < slow[1]
     assert quick[3] and slow[3], "the same bits without a profiler"
     assert quick[4] == slow[4] == []
+
+
+class SlowData:
+    """Without a length."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in data(8):
+            sleep(0.03 if lit_fast.rank_zero.rank_zero_only.rank == 1 else 0.0)
+            yield batch
+
+
+def with_slow_data() -> tuple[float, float, set[str]]:
+    profiler = StepProfiler(show=False)
+    fitted(Plain(), SlowData(), strategy="ddp", devices=2, max_epochs=1, profiler=profiler)
+    profile = profiler.profile()
+    return profile.phase("data"), profile.phase("communication"), {part.name for part in profile.parts}
+
+
+@pytest.mark.dist
+def test_who_waits_for_another_ones_data_is_in_communication() -> None:
+    quick, slow = run_ranks(with_slow_data, 2)
+    assert slow[0] >= 8 * 0.03 and quick[1] - slow[1] >= 0.7 * 8 * 0.03 > quick[0]
+    assert {"agreement", "bucket sizes"} <= quick[2]
 
 
 class Says(Plain):
