@@ -189,6 +189,7 @@ class Watch:
         clock = FirstSteps(
             trainer, max(1, round(steps / windows)) * window, windows, dirpath=self.options.out, write_every=1.0
         )
+        clock.marks_device = self.options.against != "lightning"  # whose windows have no such marks to pay for
         trainer.fit_loop.min_epochs = trainer.fit_loop.min_steps = None  # they would hold back the end
         self.recorded, before = clock, trainer.profiler
         trainer.profiler = clock

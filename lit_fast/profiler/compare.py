@@ -59,6 +59,8 @@ class Alternation(Borders):
         windows: pairs, one to warm up included.
     """
 
+    marks_device = False  # only our side would pay for it
+
     def __init__(self, trainer: Trainer, other: Any, size: int, windows: int) -> None:
         super().__init__()
         self.trainer, self.make, self.size, self.windows = trainer, other, size, windows

@@ -34,7 +34,7 @@ from lit_fast.profiler.record import Distribution
 
 T = TypeVar("T")
 
-EVENTS = 512  # in the pool, at most; a step takes 13, and 2 for each hook, clipping in place, bucket waited for
+EVENTS = 512  # in the pool, at most; a step takes 15, and 2 for each hook, clipping in place, bucket waited for
 SHARE = 0.01  # of a step that its marks may take
 IDLE = "idle"
 _STEP = "loop"  # the phase around a step's own code: where it ends, the step does

@@ -217,7 +217,19 @@ def processor() -> str:
 def driver() -> str | None:
     """The version of NVIDIA's kernel module."""
     try:
-        found = re.search(r"Module\s+([\d.]+)", Path("/proc/driver/nvidia/version").read_text())
+        return version_of(Path("/proc/driver/nvidia/version").read_text())
     except OSError:
         return None
+
+
+def version_of(text: str) -> str | None:
+    """Its version, as the module itself says it, the closed or the open one.
+
+    Example:
+        >>> version_of("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024")
+        '550.54.15'
+        >>> version_of("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build")
+        '570.86.15'
+    """
+    found = re.search(r"Module(?: for \S+)?\s+([\d.]+)", text)
     return found[1] if found else None

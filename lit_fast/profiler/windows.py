@@ -21,12 +21,7 @@ FEWEST = 5  # below, an interval says nothing
 
 
 class Borders(StepProfiler):
-    """Our side's clock, with a visitor between two steps wherever a window ends. It prints nothing.
-
-    The device's own times are left out: only our side would pay for its marks.
-    """
-
-    marks_device = False
+    """Our side's clock, with a visitor between two steps wherever a window ends. It prints nothing."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(show=False, **options)

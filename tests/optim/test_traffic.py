@@ -134,6 +134,14 @@ def test_gradients_are_read_once_more_where_somebody_looks_first() -> None:
         assert (passes["norm"].bytes, passes["norm"].flops, passes["norm"].within) == (4 * 2560, 2 * 2560, True)
         assert passes["adamw"].bytes == 28 * 2560
     assert "norm" not in {each.name for each in passes_of(adopt(made(AdamW, {}, torch.float32), clip_value=1.0))}
+    optimizer, scaler = made(AdamW, {}, torch.float32), torch.amp.GradScaler("cpu")
+    scaler.scale(optimizer.param_groups[0]["params"][0].sum()).backward()
+    scaled = adopt(optimizer, scaler=scaler)
+    scaled.step()
+    assert {each.name: each.bytes for each in passes_of(scaled) if each.within} == {
+        "norm": 4 * 2560,
+        "adamw": 28 * 2560,
+    }
     outside = passes_of(adopt(made(AdamW, {}, torch.float32)), clips_by_norm=True)
     assert [(each.name, each.within) for each in outside] == [("norm", False), ("scale", False), ("adamw", True)]
 
