@@ -79,12 +79,14 @@ def waterfall(report: Report) -> Chart:
             "right": right,
             "colour": [colour for colour, _ in looks],
             "hatch": [hatch for _, hatch in looks],
+            "ink": [palette.ink(colour) for colour, _ in looks],
             "text": texts,
         }
     )
     plot.hbar(
-        y="name", left="left", right="right", height=0.72, source=source, fill_color="colour", line_color="colour",
-        hatch_pattern="hatch", hatch_color="white", hatch_alpha=0.75, hatch_scale=7, hatch_weight=1.4,
+        y="name", left="left", right="right", height=0.72, source=source, fill_color="colour",
+        line_color=palette.EDGE, hatch_pattern="hatch", hatch_color="ink", hatch_alpha=0.5, hatch_scale=7,
+        hatch_weight=1.4,
     )  # fmt: skip
     # To the right of a bar where there is room, else to its left, and inside where there is neither.
     beside: dict[str, list[Any]] = {"x": [], "name": [], "text": [], "align": [], "dx": [], "own": []}
@@ -96,7 +98,10 @@ def waterfall(report: Report) -> Chart:
             if begin > 0.38 * total
             else (end, "right", -8)
         )
-        for key, value in zip(beside, (place[0], name, text, place[1], place[2], place[2] == -8), strict=True):
+        own = place[2] == -8
+        # On a phone there is no room for its share inside a bar.
+        fits = text.partition("  ")[0] if own and name != "step" else text
+        for key, value in zip(beside, (place[0], name, fits, place[1], place[2], own), strict=True):
             beside[key].append(value)
     for inside in (False, True):
         picked = [number for number, own in enumerate(beside["own"]) if own is inside]
@@ -124,25 +129,31 @@ def ratios(comparison: Comparison) -> Chart:
     names = [row.name for row in rows]
     plot = _figure(names, height=ROW * len(names) + 76, x_axis_label=f"time in lit_fast / time in {comparison.against}")
     low, high = min([0.9, *(row.low for row in rows)]), max([1.1, *(row.high for row in rows)])
-    plot.x_range = Range1d(start=low - 0.08 * (high - low), end=high + 0.35 * (high - low))
+    plot.x_range = Range1d(start=low - 0.15 * (high - low), end=high + 0.15 * (high - low))
     source = ColumnDataSource(
         {
             "name": names,
             "low": [row.low for row in rows],
             "high": [row.high for row in rows],
             "ratio": [row.ratio for row in rows],
-            "text": [f"{row.ratio:.2f}  [{row.low:.2f}, {row.high:.2f}]" for row in rows],
-            "column": [high + 0.04 * (high - low)] * len(names),
+            "text": [f"{row.ratio:.2f}" for row in rows],
+            "interval": [f"{row.low:.2f} to {row.high:.2f}" for row in rows],
+            # On the side that looks away from the line at 1.
+            "beside": [row.low if row.ratio < 1.0 else row.high for row in rows],
+            "off": [-8 if row.ratio < 1.0 else 8 for row in rows],
+            "align": ["right" if row.ratio < 1.0 else "left" for row in rows],
         }
     )
     plot.vspan(x=1.0, line_width=1.5, line_dash="dashed", line_color=palette.GREY)
     plot.segment(x0="low", x1="high", y0="name", y1="name", source=source, line_width=3, line_color=palette.BLUE)
-    plot.scatter(
+    points = plot.scatter(
         x="ratio", y="name", size=11, source=source, fill_color=palette.BLUE, line_color="white", marker="diamond"
     )
     plot.text(
-        x="column", y="name", text="text", text_baseline="middle", source=source, **TEXT,
+        x="beside", y="name", text="text", x_offset="off", text_align="align", text_baseline="middle", source=source,
+        **TEXT,
     )  # fmt: skip
+    plot.add_tools(HoverTool(renderers=[points], tooltips=[("@name", "@text"), ("95 %", "@interval")]))
     return Chart(plot)
 
 
@@ -209,7 +220,7 @@ def memory(profile: Profile) -> Chart:
         fill_color=[palette.MEMORY[kind][0] for kind in kinds],
         fill_alpha=0.9,
         hatch_pattern=[palette.MEMORY[kind][1] for kind in kinds],
-        hatch_color="white",
+        hatch_color=[palette.ink(palette.MEMORY[kind][0]) for kind in kinds],
         hatch_alpha=0.6,
     )
     keys = [Key(kind, area.id, *palette.MEMORY[kind]) for kind, area in zip(kinds, areas, strict=True)]
@@ -223,23 +234,25 @@ def memory(profile: Profile) -> Chart:
     return Chart(plot, keys[::-1])
 
 
-def heat_map(summaries: Sequence[RankSummary]) -> Chart:
-    """Rank by phase: the colour is how far a rank is from the median of its phase, the number what it takes."""
-    ranks = [summary for summary in summaries if summary.steps]
+def heat_map(report: Report) -> Chart:
+    """Rank by phase: colour and arrow are how far a rank is from the median of its phase, the number what it takes."""
+    ranks, (factor, unit) = [summary for summary in facts.ranks(report) if summary.steps], facts.unit(report)
     phases = [name for name in PHASES if any(rank.phases.get(name) for rank in ranks)]
-    each = np.array([[1e3 * rank.phases.get(name, 0.0) / rank.steps for rank in ranks] for name in phases])
+    each = np.array([[factor * rank.phases.get(name, 0.0) / rank.steps for rank in ranks] for name in phases])
     beyond = each - np.median(each, axis=1, keepdims=True)
     most = float(np.abs(beyond).max()) or 1e-9
     shape = (len(phases), len(ranks))
     plot = _figure(
-        None, height=ROW * len(phases) + 76, x_axis_label="rank",
+        None, height=ROW * len(phases) + 76, x_axis_label=f"rank ({unit} a step)",
         x_range=Range1d(start=-0.5, end=shape[1] - 0.5), y_range=Range1d(start=shape[0] - 0.5, end=-0.5),
     )  # fmt: skip
-    plot.image(
+    cells_drawn = plot.image(
         image=[beyond.astype(np.float32)], x=-0.5, y=-0.5, dw=shape[1], dh=shape[0],
         color_mapper=LinearColorMapper(palette=palette.diverging(), low=-most, high=most), origin="bottom_left",
         anchor="bottom_left",
     )  # fmt: skip
+    said = [("column, row", "$x{0}, $y{0}"), ("more than the median", f"@image{{0.00}} {unit}")]
+    plot.add_tools(HoverTool(renderers=[cells_drawn], tooltips=said))
     plot.grid.visible = False
     plot.yaxis.ticker = FixedTicker(ticks=list(range(shape[0])))
     plot.yaxis.major_label_overrides = dict(enumerate(phases))
@@ -253,13 +266,19 @@ def heat_map(summaries: Sequence[RankSummary]) -> Chart:
         for strong in (False, True):
             picked = [(x, y) for x, y in cells if bool(abs(beyond[y, x]) > 0.55 * most) is strong]
             text = plot.text(
-                x=[x for x, _ in picked], y=[y for _, y in picked], text=[digits(each[y, x]) for x, y in picked],
+                x=[x for x, _ in picked], y=[y for _, y in picked],
+                text=[digits(each[y, x]) + _arrow(beyond[y, x] / most) for x, y in picked],
                 text_align="center", text_baseline="middle", **TEXT,
             )  # fmt: skip
             if strong:
                 text.glyph.text_color, text.glyph.tags = "white", [OWN_COLOUR]
     _mark_slowest(plot, ranks)
     return Chart(plot)
+
+
+def _arrow(part: float) -> str:
+    """For those who see no colours: where the colour is strong enough to be seen."""
+    return " ▲" if part > 0.25 else " ▼" if part < -0.25 else ""
 
 
 def _mark_slowest(plot: Any, ranks: Sequence[RankSummary]) -> None:
@@ -269,9 +288,9 @@ def _mark_slowest(plot: Any, ranks: Sequence[RankSummary]) -> None:
     plot.scatter(
         x=[place], y=[-0.75], size=10, marker="inverted_triangle", fill_color=palette.VERMILION, line_color="white"
     )
-    leans = place > len(ranks) / 2
+    leans = place >= len(ranks) / 2
     plot.text(
-        x=[place], y=[-0.85], text=[f"most work of its own: rank {ranks[place].rank}"], x_offset=-10 if leans else 10,
+        x=[place], y=[-0.85], text=["most own work"], x_offset=-10 if leans else 10,
         text_align="right" if leans else "left", text_baseline="middle", **TEXT,
     )  # fmt: skip
 
@@ -301,8 +320,8 @@ def roofline(profile: Profile) -> Chart:
         starts = flops / ceilings.copy if ceilings.copy else begin
         plot.line(x=[starts, end], y=[flops, flops], line_width=2, line_color=palette.GREY, line_dash="solid")
         plot.text(
-            x=[1.1 * starts], y=[flops], text=[f"{dtype}: {rate(flops, 'FLOP/s')}"], text_align="left", y_offset=-4,
-            text_baseline="bottom", **TEXT,
+            x=[end], y=[flops], text=[f"{dtype}: {rate(flops, 'FLOP/s')}"], text_align="right", x_offset=-4,
+            y_offset=-4, text_baseline="bottom", **TEXT,
         )  # fmt: skip
     longest = max(k.seconds for k in placed)
     ours = [k.name.startswith("lit_fast") for k in placed]
@@ -371,7 +390,7 @@ def timeline(profile: Profile) -> Chart:
         )
         bars = plot.hbar(
             y="track", left="left", right="right", height=0.7, source=source, fill_color=colour, line_color=colour,
-            line_width=0.5, hatch_pattern=hatch, hatch_color="white", hatch_alpha=0.6, hatch_scale=7,
+            line_width=0.5, hatch_pattern=hatch, hatch_color=palette.ink(colour), hatch_alpha=0.6, hatch_scale=7,
         )  # fmt: skip
         keys.append(Key(name or f"track of {track}", bars.id, colour, hatch))
     begin, end = _first_sight(spans)
@@ -389,7 +408,7 @@ def timeline(profile: Profile) -> Chart:
     return Chart(plot, keys)
 
 
-TRACKS = {"hooks": (palette.PURPLE, " "), "collectives": (palette.VERMILION, " "), "kernels": (palette.GREEN, " ")}
+TRACKS = {"hooks": (palette.PURPLE, "/"), "collectives": (palette.VERMILION, "/"), "kernels": (palette.GREEN, "x")}
 
 
 def _figure(rows: Sequence[str] | None, **options: Any) -> Any:

@@ -6,16 +6,22 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from lit_fast.profiler.report import palette
+
 if TYPE_CHECKING:
     from lit_fast.profiler.report.charts import Chart
 
-HATCHES = {"/": "slashed", "x": "crossed", "-": "lined", ".": "dotted"}  # Bokeh's patterns: classes of page.css
+# Bokeh's patterns: classes of page.css
+HATCHES = {"/": "slashed", "\\": "backslashed", "x": "crossed", "-": "lined", "|": "barred", ".": "dotted"}
 
 
 def table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
-    """A head that begins with "!" is of a column of words, to the left; others hold numbers. "-" is what is empty."""
+    """A head that begins with "!" is of a column of words, with "!!" of sentences, both to the left; others of numbers.
+
+    "-" is what is empty.
+    """
     heads = list(heads)
-    words = [head.startswith("!") for head in heads]
+    words = ["words long" if head.startswith("!!") else "words" if head.startswith("!") else "" for head in heads]
     top = "".join(
         f"<th{' class=words' if word else ''}>{escape(head.lstrip('!'))}</th>"
         for head, word in zip(heads, words, strict=True)
@@ -23,13 +29,18 @@ def table(heads: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td{' class=words' if word else ''}>{escape(cell or '-')}</td>"
+            f'<td class="{word}">{escape(cell or "-")}</td>' if word else f"<td>{escape(cell or '-')}</td>"
             for cell, word in zip(row, words, strict=True)
         )
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><tr>{top}</tr>{body}</table></div>'
+    return wide(f"<table><tr>{top}</tr>{body}</table>")
+
+
+def wide(content: str) -> str:
+    """May be scrolled sideways on a phone, by keys too."""
+    return f'<div class="wide" tabindex="0">{content}</div>'
 
 
 def definitions(rows: Sequence[tuple[str, str]]) -> str:
@@ -50,7 +61,8 @@ def drawn(name: str, charts: dict[str, Chart], divs: dict[str, str]) -> str:
         return ""
     keys = "".join(
         f'<button type="button" class="key" aria-pressed="true" data-renderer="{escape(key.renderer)}">'
-        f'<i class="{HATCHES.get(key.hatch, "")}" style="--swatch:{key.colour}"></i>{escape(key.name)}</button>'
+        f'<i class="{HATCHES.get(key.hatch, "")}" style="--swatch:{key.colour};--ink:{palette.ink(key.colour)}"></i>'
+        f"{escape(key.name)}</button>"
         for key in charts[name].keys
     )
     return f'<div class="chart">{divs[name]}</div>' + (f'<div class="keys">{keys}</div>' if keys else "")

@@ -78,7 +78,7 @@ def _phase_table(report: Report) -> str:
             f"{count(profile.device_steps.count, 'step')}; idle: it waited for the host between phases."
         )
     note.append(facts.hidden(profile))
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{elements.note(" ".join(filter(None, note)))}'
+    return elements.wide(f"<table><tr>{head}</tr>{body}</table>") + elements.note(" ".join(filter(None, note)))
 
 
 def _phase_row(row: Phase, profile: Profile, factor: float, is_sum: bool) -> str:
@@ -111,7 +111,7 @@ def _slowest(report: Report) -> str:
         [f"{slow.step:,}", seconds(slow.seconds), seconds(slow.at), facts.cause(slow, profile)]
         for slow in profile.slowest
     ]
-    return "<h3>The slowest</h3>" + elements.table(["step", "took", "at", "!cause"], rows)
+    return "<h3>The slowest</h3>" + elements.table(["step", "took", "at", "!!cause"], rows)
 
 
 def _named(report: Report) -> str:
@@ -133,7 +133,7 @@ def _named(report: Report) -> str:
         for part in parts[:ROWS]
     ]
     more = elements.note(f"{len(parts) - ROWS} more take less.") if len(parts) > ROWS else ""
-    return elements.table(["!name", "!phase", "!where", "calls", "a step", "longest"], rows) + more if rows else ""
+    return elements.table(["!!name", "!phase", "!where", "calls", "a step", "longest"], rows) + more if rows else ""
 
 
 def _syncs(report: Report) -> str:
@@ -172,7 +172,7 @@ def _ranks(report: Report) -> str:
         waits = rank.phases.get("communication", 0.0) / rank.steps
         rows.append([str(rank.rank), rank.host, f"{rank.steps:,}", seconds(merge.own_work(rank)), seconds(waits),
                      seconds(rank.p50), seconds(rank.p99), sensors, why, state])  # fmt: skip
-    heads = ["rank", "!host", "steps", "own work", "waits", "p50", "p99", "!sensors", "!throttled, errors", "!state"]
+    heads = ["rank", "!host", "steps", "own work", "waits", "p50", "p99", "!!sensors", "!throttled, errors", "!state"]
     used = [n for n in range(len(heads)) if any(row[n] for row in rows)]
     left_out = len(ranks) - len(rows)
     more = elements.note(f"{left_out:,} between them are left out.") if left_out else ""
@@ -262,7 +262,7 @@ def _timeline_chart(report: Report) -> Chart:
 def _heat_map(report: Report) -> Chart:
     from lit_fast.profiler.report import charts
 
-    return charts.heat_map(facts.ranks(report))
+    return charts.heat_map(report)
 
 
 def _memory_chart(report: Report) -> Chart | None:
@@ -281,7 +281,7 @@ def _roofline(report: Report) -> Chart | None:
 
 
 SECTIONS = (
-    Section("findings", "Findings", _found, note="What costs most comes first."),
+    Section("findings", "What to change first", _found, note="What costs most comes first."),
     Section("problems", "Read with care", _problems, css="problems"),
     Section("run", "The run", _run),
     Section("step", "A step", _phase_table, _waterfall, absent="no phase was recorded"),
@@ -298,8 +298,9 @@ SECTIONS = (
         "writes it for ui.perfetto.dev.",
             absent="not recorded"),
     Section("ranks", "Ranks", _ranks, _heat_map,
-            note="Colour: more (orange) or less (blue) than the median rank in that phase; the numbers are ms a step. "
-            "Most work of its own comes first: that rank makes the others wait.", absent="one process"),
+            note="Times of a step. Orange, and an arrow up: more than the median rank takes in that phase; blue, and "
+            "an arrow down: less. Most work of its own comes first: that rank makes the others wait.",
+            absent="one process"),
     Section("memory", "Memory over a step", _memory, _memory_chart,
             note="From the moment at which the step begins.", absent="Trainer(profiler='deep') records it"),
     Section("kernels", "Kernels under the roofline", _kernels, _roofline,

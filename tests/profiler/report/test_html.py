@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -13,8 +12,7 @@ from profiles import comparison, deep, profile
 
 from lit_fast.cli import report as command
 from lit_fast.profiler import merge
-from lit_fast.profiler.record import PHASES, Part, Phase, Profile, Report, write
-from lit_fast.profiler.report import palette
+from lit_fast.profiler.record import Part, Phase, Profile, Report, write
 from lit_fast.profiler.report.html import page, write_html
 
 EVIL = "<script>window.evil = 1</script></script><img src=x onerror='window.evil = 2'>\\u003c`${window.evil = 3}`"
@@ -120,33 +118,6 @@ def test_names_are_text_wherever_they_stand() -> None:
     assert "<script>window" not in text and "<img" not in text and "</script></script>" not in text
     found = Reader(text)
     assert sum(EVIL in section for section in found.sections.values()) >= 7
-
-
-@pytest.mark.parametrize("looks", [palette.PHASES, palette.MEMORY])
-def test_no_two_look_the_same(looks: dict[str, tuple[str, str]]) -> None:
-    assert len(set(looks.values())) == len(looks)
-
-
-def test_every_phase_has_a_look() -> None:
-    assert list(palette.PHASES) == list(PHASES)
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance by WCAG 2.1, https://www.w3.org/TR/WCAG21/#dfn-relative-luminance."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    red, green, blue = (p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
-
-
-@pytest.mark.parametrize("theme", [":root {", ':root[data-theme="dark"] {'])
-def test_text_can_be_read_light_and_dark(theme: str) -> None:
-    css = (Path(palette.__file__).parent / "page.css").read_text()
-    block = css[css.index(theme) :].partition("}")[0]
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block))
-    for text in ("text", "soft", "accent", "warm"):
-        for ground in ("card", "page"):
-            light, dark = sorted((luminance(colours[text]), luminance(colours[ground])), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{text} on {ground}: WCAG's AA asks for 4.5"
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
