@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import os
 from pathlib import Path
@@ -288,6 +289,8 @@ def test_a_profile_of_a_fit_on_a_gpu() -> None:
     assert sum(kernel.bytes or 0.0 for kernel in ours.values()) == 3 * (28 + 4) * parameters, sorted(ours)
     assert found.device_window is not None and found.device_window.steps == 3
     assert 0.0 < found.device_window.compute < found.device_window.seconds
-    assert found.device_steps.count and {"sm clock", "power"} <= {r.name for r in found.devices[0].readings}
+    assert found.device_steps.count
+    if importlib.util.find_spec("pynvml") is not None:
+        assert {"sm clock", "power"} <= {reading.name for reading in found.devices[0].readings}, found.header.notes
     assert not found.syncs, found.syncs
     assert TEARDOWN not in os.environ

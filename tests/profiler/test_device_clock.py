@@ -18,7 +18,6 @@ from lit_fast.profiler.compare import Alternation
 from lit_fast.profiler.device_clock import EVENTS, IDLE, SHARE, DeviceClock
 from lit_fast.profiler.merge import of_profiles
 from lit_fast.profiler.report import facts
-from lit_fast.profiler.report.sections import _phase_table
 from lit_fast.profiler.report.terminal import print_report
 from lit_fast.profiler.step import StepProfiler
 from lit_fast.profiler.windows import FirstSteps
@@ -295,6 +294,8 @@ def test_a_fit_has_the_devices_column(cuda: FakeCuda) -> None:
 
 
 def test_reports_have_a_column_for_it(cuda: FakeCuda) -> None:
+    from lit_fast.profiler.report.sections import _phase_table  # needs bokeh, which a GPU machine may lack
+
     profile = fitted(Launches(cuda), batches(6), max_epochs=1, profiler=StepProfiler(show=False)).profiler.profile()
     report = of_profiles([profile])
     figure = {"ms": "0.31", "us": "310"}[facts.unit(report)[1]]

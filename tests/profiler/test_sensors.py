@@ -9,13 +9,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import pynvml
 import pytest
 import torch
-from fake_nvml import NO_PERMISSION, NOT_SUPPORTED, FakeLibrary, install
 
 from lit_fast.profiler import sensors as room
 from lit_fast.profiler.sensors import Sensors
+
+pynvml = pytest.importorskip("pynvml")
+from fake_nvml import NO_PERMISSION, NOT_SUPPORTED, FakeLibrary, install  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
