@@ -207,11 +207,18 @@ def exposed_communication(run: Run) -> Iterator[Finding]:
     if lost < USUAL * run.step:
         return
     hidden = f" {seconds(run.profile.overlapped / run.steps)} more are hidden." if run.profile.overlapped else ""
+    parts = run.parts("communication")
+    most = f" Most of it is for {parts[0].name}." if parts else ""
+    advice = "Accumulate more micro-batches a step, choose larger or tuned buckets (DDPStrategy), or send gradients "
+    advice += "in 16 bits."
+    if parts and parts[0].name == "buffers":
+        advice = "Where buffers need not be the same in all processes while they train: broadcast_buffers=False."
+    elif parts and parts[0].name in ("all_gather", "reduce"):
+        advice = "Log with sync_dist=True, or call all_gather, at fewer steps: each waits for all processes."
     yield Finding(
         title="Communication is not hidden behind backward",
-        detail=f"Even the rank that waits least waits {seconds(lost)} a step ({share(lost / run.step)}).{hidden}",
-        advice="Accumulate more micro-batches a step, choose larger or tuned buckets (DDPStrategy), or send gradients "
-        "in 16 bits.",
+        detail=f"Even the rank that waits least waits {seconds(lost)} a step ({share(lost / run.step)}).{most}{hidden}",
+        advice=advice,
         where="strategy",
         seconds_per_step=lost,
     )

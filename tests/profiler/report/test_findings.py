@@ -93,6 +93,16 @@ RULES: list[tuple[str, Callable[[float], Profile], float, float, str, str]] = [
 
 
 @pytest.mark.parametrize(
+    ("name", "advice"), [("gradients", "in 16 bits"), ("buffers", "broadcast_buffers=False"), ("reduce", "sync_dist")]
+)
+def test_communication_says_what_most_of_it_is_for(name: str, advice: str) -> None:
+    made = profile(communication=1e-3)
+    made.parts += [Part("communication", "barrier", 0.01, 1), Part("communication", name, 0.19, 200)]
+    found = next(finding for finding in find(of_profiles([made])) if finding.where == "strategy")
+    assert f"Most of it is for {name}." in found.detail and advice in found.advice
+
+
+@pytest.mark.parametrize(
     ("planted", "below", "above", "title", "where"), [r[1:] for r in RULES], ids=[r[0] for r in RULES]
 )
 def test_a_rule_speaks_from_its_threshold_on(
