@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import os
+import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from heart_models import QUIET, Plain, batches, fitted
+from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lit_fast
 from lit_fast import step
@@ -124,6 +129,27 @@ def test_afterwards_the_plans_run_what_they_would_have_run() -> None:
     assert plans.binding.place(next(iter(plans.binding.placed))).run.__wrapped__ is step.inline
     assert not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     assert StepProfiler().bind_run(step.inline, True) is step.inline
+
+
+def test_afterwards_nothing_of_it_is_at_work() -> None:
+    def at_work() -> tuple[Any, ...]:
+        return (
+            list(gc.callbacks),
+            list(sys.meta_path),
+            sys.gettrace(),
+            sys.getprofile(),
+            sorted(thread.name for thread in threading.enumerate()),
+            os.environ.get(TEARDOWN),
+            torch.autograd._profiler_enabled(),  # type: ignore[attr-defined]
+            torch._C._autograd._top_saved_tensors_default_hooks(True),
+            _get_current_dispatch_mode_stack(),
+            _get_current_function_mode_stack(),
+        )
+
+    fitted(Plain(), batches(2), max_epochs=1)
+    before = at_work()
+    _, found = deep(Plain())
+    assert found.kernels and at_work() == before
 
 
 def test_figures_are_of_a_batch_where_gradients_accumulate() -> None:
