@@ -1,7 +1,7 @@
 // Counts what a formula computes for one element: it runs with a number that counts its own operations.
 //
-// Reads lines "formula options...", writes "update direction" for each: FLOPs of the two, the gradient's scale included;
-// 0 for a formula that has no direction.
+// Reads lines "formula options...", writes "update direction" for each: FLOPs of the two, the gradient's scale
+// included; 0 for a formula that has no direction.
 #include <cstdio>
 #include <cstring>
 #include <iostream>
