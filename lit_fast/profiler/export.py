@@ -20,6 +20,9 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import SplitResult, urlsplit
 
@@ -29,9 +32,12 @@ from lit_fast.profiler.record import Device, Distribution
 if TYPE_CHECKING:
     from lit_fast.ops import Reading
 
-EVERY = 1.0  # s between two readings
+EVERY, EVERY_FILE = 1.0, 5.0  # s between two readings, and between two files of them
 QUANTILES = (0.5, 0.9, 0.99)
-_HOW = "allowed are 'prometheus://HOST:PORT' (an empty HOST: every interface) and 'otlp://HOST:PORT' (HTTP, as 4318)"
+_HOW = (
+    "allowed are 'prometheus://HOST:PORT' (an empty HOST: every interface), 'otlp://HOST:PORT' (HTTP, as 4318), and "
+    "'file:///PATH.prom' for node_exporter's textfile collector"
+)
 
 
 class Metric(NamedTuple):
@@ -64,7 +70,7 @@ class Source:
         samples: Callable[[], float | None],
         labels: dict[str, str],
     ) -> None:
-        self._read, self._devices, self._samples, self._labels = read, devices, samples, labels
+        self._read, self._devices, self._samples, self.labels = read, devices, samples, labels
         self._lock = threading.Lock()
         self._at, self._due = time.monotonic(), float("-inf")  # of the last reading, and when the next may be
         self._steps = 0
@@ -83,7 +89,7 @@ class Source:
             self._due = float("-inf")
 
     def _made(self, now: float) -> list[Metric]:
-        reading, labels = self._read(), self._labels
+        reading, labels = self._read(), self.labels
         count, passed = reading.steps.count, max(now - self._at, 1e-9)
         spread = Distribution(
             count,
@@ -125,7 +131,10 @@ def check(url: str) -> SplitResult:
     """
     try:
         parts = urlsplit(url)
-        known = parts.scheme in _KINDS and parts.port is not None and bool(parts.hostname or parts.scheme != "otlp")
+        if parts.scheme == "file":
+            known = parts.path.endswith(".prom")
+        else:
+            known = parts.scheme in _KINDS and parts.port is not None and bool(parts.hostname or parts.scheme != "otlp")
     except ValueError:  # a port that is no number
         known = False
     if not known:
@@ -141,7 +150,7 @@ def start(url: str, source: Source, local_rank: int = 0) -> Exporter:
 
     Raises:
         MisconfigurationException: the address is none.
-        ProfileError: a package is missing, or the port cannot be listened at.
+        ProfileError: a package is missing, the port cannot be listened at, or the file not be written.
     """
     parts = check(url)
     try:
@@ -152,26 +161,34 @@ def start(url: str, source: Source, local_rank: int = 0) -> Exporter:
         ) from error
 
 
+def _registry(source: Source) -> Any:
+    """What Prometheus's package collects from."""
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+
+    class Collector:
+        def collect(self) -> Iterable[Any]:
+            for metric in source.metrics():
+                if metric.values:
+                    family = families[metric.kind](metric.name, metric.text, labels=list(metric.values[0][0]))
+                    for labels, value in metric.values:
+                        family.add_metric(list(labels.values()), value)
+                    yield family
+
+    registry = CollectorRegistry()
+    registry.register(Collector())
+    return registry
+
+
 class _Prometheus:
     """Answers at a port, by the package's own server; figures are read when somebody asks."""
 
     def __init__(self, parts: SplitResult, source: Source, local_rank: int) -> None:
-        from prometheus_client import CollectorRegistry, start_http_server
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client import start_http_server
 
-        families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
-
-        class Collector:
-            def collect(self) -> Iterable[Any]:
-                for metric in source.metrics():
-                    if metric.values:
-                        family = families[metric.kind](metric.name, metric.text, labels=list(metric.values[0][0]))
-                        for labels, value in metric.values:
-                            family.add_metric(list(labels.values()), value)
-                        yield family
-
-        registry = CollectorRegistry()
-        registry.register(Collector())
+        registry = _registry(source)
         port = (parts.port or 0) + local_rank
         host = parts.hostname or "0.0.0.0"
         try:
@@ -186,6 +203,51 @@ class _Prometheus:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+class _TextFile:
+    """Writes a file of Prometheus's text, whole or not at all, every few seconds; the last figures stay in it."""
+
+    def __init__(self, parts: SplitResult, source: Source, local_rank: int) -> None:
+        from prometheus_client import write_to_textfile
+
+        path = Path(parts.netloc + parts.path)
+        self._path = path.with_name(f"{path.stem}-{int(source.labels['rank']):05d}.prom")
+        self._source, registry = source, _registry(source)
+        self._write: Callable[[], object] = partial(write_to_textfile, str(self._path), registry)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._write()
+        except OSError as error:
+            raise ProfileError(
+                f"export='{parts.geturl()}': {self._path} cannot be written: {error.strerror}. Each process writes a "
+                f"file with its rank in its name; give a folder that it may write to."
+            ) from error
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lit_fast metrics", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        warned = False
+        while not self._ended.wait(EVERY_FILE):
+            try:
+                self._write()
+            except OSError as error:
+                if not warned:
+                    warned = True
+                    warnings.warn(
+                        f"Figures could not be written to {self._path}: {error.strerror}; the run goes on, and so do "
+                        f"the attempts.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._source.expire()
+        with suppress(OSError):  # it was warned of
+            self._write()
 
 
 class _OTLP:
@@ -240,4 +302,8 @@ class _OTLP:
         self._logger.setLevel(self._level)
 
 
-_KINDS: dict[str, Callable[[SplitResult, Source, int], Exporter]] = {"prometheus": _Prometheus, "otlp": _OTLP}
+_KINDS: dict[str, Callable[[SplitResult, Source, int], Exporter]] = {
+    "prometheus": _Prometheus,
+    "otlp": _OTLP,
+    "file": _TextFile,
+}

@@ -63,8 +63,9 @@ class StepProfiler:
             their name below. Nothing is written where it is None.
         write_every: seconds between two such files; what a process had written is there after it was killed.
         show: print what was recorded at the end of a fit, in the first process.
-        export: where figures go while the run goes on: "prometheus://HOST:PORT", where they can be asked for, or
-            "otlp://HOST:PORT", a collector that they are sent to (profiler/export.py says which).
+        export: where figures go while the run goes on: "prometheus://HOST:PORT", where they can be asked for,
+            "otlp://HOST:PORT", a collector that they are sent to, or "file:///PATH.prom" (profiler/export.py says
+            which).
 
     Raises:
         MisconfigurationException: `export` is no such address.

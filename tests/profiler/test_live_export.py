@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +77,41 @@ def test_a_port_in_use_is_an_error_at_the_start(port: int) -> None:
         assert model.losses == []
 
 
+def test_a_file_for_the_textfile_collector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "EVERY_FILE", 0.01)
+    path = tmp_path / "made" / "lit_fast-00000.prom"
+
+    class Looks(lit_fast.Callback):
+        seen: list[str] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            time.sleep(0.04)
+            self.seen.append(path.read_text())
+
+    profiler = StepProfiler(export=f"file://{tmp_path}/made/lit_fast.prom")
+    fitted(Plain(), batches(8), max_epochs=1, profiler=profiler, callbacks=[Looks()])
+    assert [one.name for one in path.parent.iterdir()] == [path.name], "written beside it, and put in its place"
+    assert len(set(Looks.seen)) > 2 and all(text.endswith("\n") for text in Looks.seen)
+    (line,) = [line for line in path.read_text().splitlines() if line.startswith("lit_fast_steps_total{")]
+    assert line.endswith(" 8.0") and 'rank="0"' in line, "the last figures stay"
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ProfileError, match=r"lit_fast-00000\.prom cannot be written"):
+        fitted(Plain(), batches(2), max_epochs=1, profiler=StepProfiler(export=f"file://{tmp_path}/file/lit_fast.prom"))
+    monkeypatch.setattr(room, "EVERY_FILE", 0.01)
+
+    class Takes(lit_fast.Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+            time.sleep(0.05)
+
+    with pytest.warns(RuntimeWarning, match="could not be written .* the run goes on"):
+        fitted(Plain(), batches(2), max_epochs=1, callbacks=[Takes()],
+               profiler=StepProfiler(export=f"file://{tmp_path}/gone/lit_fast.prom"))  # fmt: skip
+
+
 class Collector(BaseHTTPRequestHandler):
     received: list[ExportMetricsServiceRequest]
 
@@ -135,7 +172,7 @@ def test_a_collector_that_is_gone_is_warned_of_once(port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["", ":9400", "http://host:1", "prometheus://:x", "prometheus://host", "otlp://:4318"]
+    "wrong", ["", ":9400", "http://host:1", "prometheus://:x", "prometheus://host", "otlp://:4318", "file:///tmp/x"]
 )
 def test_what_is_no_address(wrong: str) -> None:
     with pytest.raises(MisconfigurationException, match="is no address; allowed are 'prometheus://HOST:PORT'"):
