@@ -37,7 +37,10 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml CMakeLists.txt $(CPP_SOURCES)
 train: setup
 	$(BIN)/lit-fast pretrain $(ARGS)
 
-# Two processes share the tests; ARGS="-n 0" runs them in one, where --pdb works.
+# Two processes share the tests; ARGS="-n 0" runs them in one, where --pdb works. They start several hundred others,
+# which all would compile lit_fast anew where the shell says that Python should not keep what it has compiled.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) $(ARGS)
 

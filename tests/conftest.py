@@ -13,10 +13,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest
-import torch
+
+gc.disable()  # while modules and tests come to stay; `pytest_collection_finish` enables it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch  # here, since the process that shares tests out among others imports this file, too, before it starts them
+
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")
@@ -31,15 +34,19 @@ def pytest_collection_finish() -> None:
 
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
+    gc.enable()
     gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
     """Seeds torch, and puts back what a test changed for the whole process."""
+    import torch
+
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     environment = dict(os.environ)
     torch.manual_seed(0)
