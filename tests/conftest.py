@@ -17,8 +17,19 @@ import pytest
 gc.disable()  # while modules and tests come to stay; `pytest_collection_finish` enables it
 
 
+# What compiles or interprets for many seconds: at the end of all, one process would wait for the other to do it.
+FIRST_OF_EACH_HALF = (("csrc",), ("test_triton.py",))
+
+
+@pytest.hookimpl(trylast=True)  # after those that are not asked for are gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch  # here, since the process that shares tests out among others imports this file, too, before it starts them
+    for half, names in enumerate(FIRST_OF_EACH_HALF):  # two processes begin with one half each
+        first = [item for item in items if not set(names).isdisjoint(item.path.parts)]
+        others = [item for item in items if set(names).isdisjoint(item.path.parts)]
+        begin = half * (len(items) // 2)
+        items[:] = others[:begin] + first + others[begin:]
+
+    import torch  # not above: who shares the tests out reads this file too, before the workers start
 
     if torch.cuda.is_available():
         return

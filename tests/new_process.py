@@ -67,8 +67,17 @@ def output_of(program: str | Path, *arguments: object, timeout: float = 120.0) -
     return done.stdout
 
 
+def start_as_usual() -> None:
+    """Processes that this one starts, such as a loader's workers, are started as by a program that nobody has forked.
+
+    multiprocessing hands its own way on to its processes: each would have a server of its own, which imports torch.
+    """
+    multiprocessing.set_start_method(None, force=True)
+
+
 def _begin(argv: list[str], text: str | None, environment: dict[str, str], folder: Path, outputs: list[Path]) -> None:
     os.setsid()
+    start_as_usual()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

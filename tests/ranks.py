@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from new_process import SERVER
+from new_process import SERVER, start_as_usual
 
 
 class RankFailed(AssertionError):
@@ -91,6 +91,7 @@ def _begin(
     os.environ.clear()
     os.environ.update(env)
     os.dup2(os.open(said.with_suffix(".out"), os.O_WRONLY | os.O_CREAT), 1)  # the server's is that of an earlier test
+    start_as_usual()
     import torch
 
     torch.set_num_threads(1)

@@ -6,13 +6,12 @@ import contextlib
 import gc
 import os
 import resource
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from typing import Any
 
 import full_disk_program
+import new_process
 import pytest
 import torch
 from heart_models import QUIET, NoLength, Plain, batches, fitted, shuffled, trainer
@@ -151,8 +150,7 @@ def test_attributes_during_a_fit() -> None:
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
-    program = [sys.executable, full_disk_program.__file__, str(tmp_path)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)
+    done = new_process.run(Path(full_disk_program.__file__), tmp_path)
     assert done.returncode == 1
     last_line = done.stderr.strip().splitlines()[-1]
     assert "CheckpointError" in last_line and "epoch=2-step=9.ckpt" in last_line, done.stderr

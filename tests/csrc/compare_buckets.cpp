@@ -6,7 +6,7 @@
 namespace lit_fast::scalar {
 const BucketKernels& bucket_kernels();
 }
-namespace lit_fast::LIT_FAST_COMPARED {
+namespace lit_fast::compared_target {
 const BucketKernels& bucket_kernels();
 }
 
@@ -26,7 +26,7 @@ template <class In, class Out>
 void compare_pair(int count, int shift) {
     constexpr int kCase = 10 * kIndex<In> + kIndex<Out>;
     constexpr float kScale = 0.37F;
-    const BucketKernels &reference = scalar::bucket_kernels(), &compared = LIT_FAST_COMPARED::bucket_kernels();
+    const BucketKernels &reference = scalar::bucket_kernels(), &compared = compared_target::bucket_kernels();
     Guarded<In> grad(shift, count, any_value), aside(shift, count, any_value), pieces(shift, 3 * count, any_value);
     Guarded<Out> expected(shift, count, any_value);
     const auto twice = [&](const char* what, const auto& run) {

@@ -6,7 +6,7 @@
 #include "cases.h"
 #include "formulas/storage.h"
 
-namespace lit_fast::LIT_FAST_COMPARED {
+namespace lit_fast::compared_target {
 const CpuKernels& kernels();
 }
 
@@ -174,7 +174,7 @@ GradientScale scale_for(int count) {
 void step(Tensors& t, Layout layout, const std::vector<std::int64_t>& cuts) {
     const StepTask task = t.task();
     for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
-        LIT_FAST_COMPARED::kernels().step[static_cast<int>(t.formula->id)][static_cast<int>(layout)](
+        compared_target::kernels().step[static_cast<int>(t.formula->id)][static_cast<int>(layout)](
             task, t.formula->coefficients(t.formula->options), scale_for(t.count), cuts[i], cuts[i + 1]);
     }
 }
@@ -188,7 +188,7 @@ void compare_measures(Tensors& t, int which) {
     const auto staged = static_cast<int>(Layout::staged), direct = static_cast<int>(layout_of(t.storage, false));
     scalar::kernels().measure[id][staged](task, block, scale_for(t.count), 0, t.count, expected);
     for (const int layout : {staged, direct}) {
-        LIT_FAST_COMPARED::kernels().measure[id][layout](task, block, scale_for(t.count), 0, t.count, compared);
+        compared_target::kernels().measure[id][layout](task, block, scale_for(t.count), 0, t.count, compared);
         for (int k = 0; k < 2; ++k) {
             const bool both_nan = expected[k] != expected[k] && compared[k] != compared[k];
             if (tally.expect(both_nan || std::memcmp(&expected[k], &compared[k], 8) == 0)) continue;

@@ -3,7 +3,7 @@
 // give the bits of the general one, too. Built and run by test_targets_elsewhere.py.
 #include "cases.h"
 
-namespace lit_fast::LIT_FAST_COMPARED {
+namespace lit_fast::compared_target {
 const CpuKernels& kernels();
 }
 
@@ -61,11 +61,11 @@ void compare_steps(Layout layout, int count, int shift) {
             const Arrays<P, S> start(c, shift, count);
             Arrays<P, S> expected = start, compared = start;
             expected.step(scalar::kernels(), c, c.form, layout, scale, body);
-            compared.step(LIT_FAST_COMPARED::kernels(), c, c.form, layout, scale, body);
+            compared.step(compared_target::kernels(), c, c.form, layout, scale, body);
             compared.compare(expected, static_cast<int>(which));
             if ((c.form & kGeneral) != 0) continue;
             Arrays<P, S> general = start;
-            general.step(LIT_FAST_COMPARED::kernels(), c, c.form | kGeneral, layout, scale, body);
+            general.step(compared_target::kernels(), c, c.form | kGeneral, layout, scale, body);
             general.compare(expected, static_cast<int>(which));
         }
     }
@@ -77,7 +77,7 @@ void compare_rest(Dtype dtype, int count, int shift) {
     Guarded<T> expected(shift, count, any_value);
     Guarded<T> compared = expected;
     const double sums[2] = {scalar::kernels().sum_of_squares[index](expected.data(), count),
-                            LIT_FAST_COMPARED::kernels().sum_of_squares[index](compared.data(), count)};
+                            compared_target::kernels().sum_of_squares[index](compared.data(), count)};
     const bool both_nan = sums[0] != sums[0] && sums[1] != sums[1];
     if (!tally.expect(both_nan || std::memcmp(&sums[0], &sums[1], 8) == 0)) {
         std::printf("sum of squares: dtype %d, length %d differs\n", index, count);
@@ -86,7 +86,7 @@ void compare_rest(Dtype dtype, int count, int shift) {
     scale.scale = -3.0F;
     scale.limit = 0.5F;
     scalar::kernels().scale[index](expected.data(), scale, count);
-    LIT_FAST_COMPARED::kernels().scale[index](compared.data(), scale, count);
+    compared_target::kernels().scale[index](compared.data(), scale, count);
     tally.compare("scale", index, compared, expected);
 }
 

@@ -110,11 +110,14 @@ def run_program(program: list[str], seconds: int = 300) -> str:
 def compare(
     objects: Objects, folder: Path, compiler: str, target: str, flags: list[str], run: list[str], *link: str
 ) -> None:
-    programs = {"compare_buckets": "target_buckets", "compare_targets": "target", "compare_staged": "target"}
-    mains = [objects.start(compiler, HERE / f"{n}.cpp", *FLAGS, f"-DLIT_FAST_COMPARED={target}") for n in programs]
+    programs = {"compare_targets": "target", "compare_staged": "target"}
+    if target != "scalar":  # a copy is a copy: its reference is itself
+        programs = {"compare_buckets": "target_buckets", **programs}
+    mains = [objects.start(compiler, HERE / f"{name}.cpp", *FLAGS) for name in programs]
     for (name, source), main in zip(programs.items(), mains, strict=True):
+        compared = objects.start(compiler, HERE / "compared.cpp", *FLAGS, f"-DLIT_FAST_{source.upper()}={target}")
         kernels = [objects.target(compiler, t, f, source) for t, f in {"scalar": [], target: flags}.items()]
-        parts = [str(part.result()) for part in (main, *kernels)]
+        parts = [str(part.result()) for part in (main, compared, *kernels)]
         subprocess.run([compiler, *link, *EXTRA, *parts, "-o", str(folder / name)], check=True)
         run_program([*run, str(folder / name)])
 
