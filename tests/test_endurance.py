@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Noting(Plain):
 @pytest.mark.parametrize("end", [None, RuntimeError, KeyboardInterrupt], ids=["whole", "exception", "interrupt"])
 @pytest.mark.parametrize("data", DATA)
 def test_a_run_leaves_nothing_behind(data: str, end: type[BaseException] | None, tmp_path: Path) -> None:
-    threads, files = threading.active_count(), endurance_program.open_files()
+    threads, files = set(threading.enumerate()), Counter(endurance_program.open_files())
     module = Noting(end)
     made = trainer(max_epochs=2, default_root_dir=tmp_path)
     train: Any = DATA[data]()
@@ -104,8 +105,9 @@ def test_a_run_leaves_nothing_behind(data: str, end: type[BaseException] | None,
     gc.collect()
     assert {name for name, reference in alive.items() if reference() is not None} == set()
     deadline = time.monotonic() + 10  # a queue that is closed lets its thread end a moment later
-    while (threading.active_count(), endurance_program.open_files()) != (threads, files):
-        assert time.monotonic() < deadline, [thread.name for thread in threading.enumerate()]
+    # What an earlier test left may be closed meanwhile: only what is new is this run's.
+    while new := {*(set(threading.enumerate()) - threads), *(Counter(endurance_program.open_files()) - files)}:
+        assert time.monotonic() < deadline, new
         time.sleep(0.01)
 
 
