@@ -14,7 +14,7 @@ from lit_fast.profiler import record
 
 T = TypeVar("T")
 Made = TypeVar("Made")
-FIRST = 1.0  # s until the first file: a run that is killed early leaves one too
+FIRST = 0.2  # s until the first file: a run that is killed early leaves one too
 PAUSE = 1e-4  # s: long enough for another thread to take the interpreter's lock, which waits for 5 ms otherwise
 FEW = 32  # objects that are made at a time: less than 0.1 ms
 
