@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lit_fast.distributed.flights import put_method
 from lit_fast.errors import MisconfigurationException
 from lit_fast.strategies.control import Wish
 
@@ -83,8 +84,19 @@ class LogSync:
                 begin += len(numbers)
         for slot in synced:  # metrics ask the other processes themselves, in an order that the digest has made sure of
             if slot.is_metric:
-                value = slot.epoch_value() if epoch else slot.step_value()
-                slot.shared = (slot.version(), epoch, value)
+                slot.shared = (slot.version(), epoch, self._of_metric(slot, epoch))
+
+    def _of_metric(self, slot: Slot, epoch: bool) -> Any:
+        """Its value of all processes; what it asks them is told to a profiler, where there is one."""
+        flights, undo = self.strategy.flights, None
+        if flights is not None:
+            metric: Any = getattr(slot, "metric")  # noqa: B009  # of a MetricSlot, as `is_metric` says
+            undo = put_method(metric, "sync", flights.timed(metric.sync, "metrics"))
+        try:
+            return slot.epoch_value() if epoch else slot.step_value()
+        finally:
+            if undo is not None:
+                undo()
 
     def _exchange(self, digest: float, numbers: list[Any], names: list[str], where: str, group: Any) -> Tensor:
         """Everyone's numbers, shape (processes, len(numbers)), float64."""
