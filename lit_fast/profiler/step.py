@@ -140,7 +140,8 @@ class StepProfiler:
             self._writer.start()
         if trainer is not None and self.export is not None:
             labels = {"rank": str(self._header.rank), "host": self._header.host}
-            source = exports.Source(self._clock.read, self._devices, self._samples, labels)
+            read = partial(self._clock.read, let_others_run)
+            source = exports.Source(read, self._devices, self._samples, labels)
             self._exporter = exports.start(self.export, source, trainer.strategy.local_rank)
 
     def _samples(self) -> float | None:
