@@ -34,6 +34,7 @@ from lit_fast.optim.configure import parse_optimizers
 from lit_fast.optim.lightning_optimizer import LightningOptimizer
 from lit_fast.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lit_fast.precision.precision import default_dtype
+from lit_fast.profiler.manual import time_manual
 from lit_fast.seed import seed_workers
 
 if TYPE_CHECKING:
@@ -113,6 +114,8 @@ class EagerLoop:
                     f"compare without it."
                 )
         self.run.strategy.wrap(self.run, self.clock)
+        if not module.automatic_optimization:
+            time_manual(self.clock, module, [config.scheduler for config in self.run.lr_scheduler_configs])
         if is_overridden("on_fit_start", module, LightningModule):
             module.on_fit_start()
 
@@ -191,7 +194,7 @@ class EagerLoop:
         ends = self._hook("on_train_batch_end")
         self._bind_forward()
         if not module.automatic_optimization:
-            lines.append("forward(batch, batch_idx)  # backward and the optimizers' steps run in it")
+            lines.append("forward(batch, batch_idx)  # backward and the optimizers' steps run in it, timed apart")
             ended = ["on_train_batch_end({}, batch, batch_idx)"] if ends else []
             return [*lines, *ended, "yield"]
         lines.append("output = forward(batch, batch_idx)")
@@ -438,27 +441,32 @@ class _StrategyByHand:
         self._lightning_optimizers: list[LightningOptimizer] = []
 
     def wrap(self, run: ByHand, clock: StepProfiler) -> None:
-        """torch's optimizers under the methods that manual optimization may call."""
+        """torch's optimizers under the methods that manual optimization may call, timed as ours are."""
 
         def counted(step: Callable[..., Any]) -> Callable[..., Any]:
             def step_and_count(closure: Any = None, **kwargs: Any) -> Any:
-                result = step(closure, **kwargs)
+                result = step(None if closure is None else clock.wrap("forward", closure), **kwargs)
                 run.global_step += 1
                 return result
 
-            return step_and_count
+            return clock.wrap("optimizer", step_and_count)
 
         for optimizer in run.optimizers:
             wrapped = LightningOptimizer(optimizer)
-            wrapped.bind(counted(optimizer.step), optimizer.zero_grad, run.optimizers)
+            zero_grad = clock.wrap("optimizer", optimizer.zero_grad)
+            wrapped.bind(counted(optimizer.step), zero_grad, run.optimizers)
             self._lightning_optimizers.append(wrapped)
+        self.backward = clock.wrap("backward", _backward)
+        self.clip_gradients = clock.wrap("optimizer", _clip)
 
-    def backward(self, loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def clip_gradients(self, optimizer: Any, clip_val: float, algorithm: Any) -> None:
-        if clip_val > 0:
-            Precision().clip_gradients(optimizer, clip_val, algorithm)
+def _backward(loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+    loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _clip(optimizer: Any, clip_val: float, algorithm: Any) -> None:
+    if clip_val > 0:
+        Precision().clip_gradients(optimizer, clip_val, algorithm)
 
 
 def _same_scaler(scaler: Any, device: str) -> torch.amp.GradScaler:

@@ -119,7 +119,11 @@ def test_manual_optimization_is_compared_by_the_losses_of_its_backwards() -> Non
             self.manual_backward(self.loss(batch))
             optimizer.step()
 
-    assert compared(Manual(), batches(10)).largest_loss_difference == 0.0
+    comparison = compared(Manual(), batches(10))
+    assert comparison.largest_loss_difference == 0.0
+    for phase in ("forward", "backward", "optimizer"):
+        row = of(comparison, phase)
+        assert row.ours > 0.0 and row.baseline > 0.0, "both sides are split alike"
 
 
 def test_errors() -> None:
