@@ -250,11 +250,11 @@ def data_loader(run: Run) -> Iterator[Finding]:
             f"Its {count(head.workers, 'worker')} cannot keep up: give it more (num_workers, prefetch_factor=4), or do "
             f"less for each sample (decode once, store arrays)."
         )
-    elif ordinary < QUICK_BATCH:
+    elif max(ordinary, lost / 2) < QUICK_BATCH:
         advice = (
             "A worker's process would take as long to send so small a batch. Make whole batches at once, not sample by "
-            "sample: index tensors by a batch of numbers, DataLoader(..., batch_size=None, "
-            "sampler=BatchSampler(RandomSampler(data), 32, False))."
+            "sample: DataLoader(..., batch_size=None, sampler=BatchSampler(RandomSampler(data), 32, False)) indexes "
+            "tensors by a batch of numbers; an IterableDataset may yield batches."
         )
     else:
         advice = (
