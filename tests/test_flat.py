@@ -1,23 +1,20 @@
-"""Buckets of gradients: every element has one place, and what is moved there has the bits of torch's expressions."""
+"""Packing gradients into buckets, and what becomes of them there: the bits of torch's expressions."""
 
 from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from flat_targets import each_target  # noqa: F401  (the fixture `target`)
 from torch import Tensor
 from torch.nn import Parameter
 
 from lit_fast import flat, ops
 from lit_fast.errors import KernelError
-from lit_fast.optim import AdamW
 
 CHUNK = ops.square_chunk()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -27,103 +24,6 @@ def test_only_ops_imports_the_flat_kernels():
     package = Path(ops.__file__).parent
     importers = {path.name for path in package.rglob("*.py") if "from lit_fast.flat" in path.read_text()}
     assert importers == {"ops.py"}
-
-
-# ---- where everything lies ----
-
-SIZES = st.one_of(
-    st.integers(0, 70), st.integers(0, 3 * CHUNK), st.sampled_from([CHUNK - 1, CHUNK, CHUNK + 1, 9 * CHUNK])
-)
-
-
-@settings(deadline=None)
-@given(
-    numels=st.lists(SIZES, max_size=12),
-    first_capacity=st.integers(1, 2 * CHUNK),
-    capacity=st.integers(1, 6 * CHUNK),
-    segments=st.integers(1, 5),
-    flags=st.integers(0, 2),
-    last_flags=st.integers(0, 20),
-)
-@example([5 * CHUNK, 3, 5 * CHUNK + 1, 7, 2 * CHUNK], 10, 13 * CHUNK, 4, 1, 3)
-@example([0, 0], 1, 1, 3, 0, 0)
-def test_every_element_has_one_place(numels, first_capacity, capacity, segments, flags, last_flags):
-    buckets = ops.lay_out_buckets(
-        numels,
-        first_capacity=first_capacity,
-        capacity=capacity,
-        segments=segments,
-        flags=flags,
-        last_flags=last_flags,
-    )
-    assert [index for bucket in buckets for index, _ in bucket.slots] == list(range(len(numels)))
-    for number, bucket in enumerate(buckets):
-        room = first_capacity if number == 0 else capacity
-        sizes = [numels[index] for index, _ in bucket.slots]
-        check_dense(bucket, sizes, segments)
-        check_wire(bucket, sizes, last_flags if bucket is buckets[-1] else 0)
-        assert len(sizes) == 1 or ends(sizes)[-1] <= room or sum(sizes[:-1]) == 0
-        if bucket is not buckets[-1]:  # it was full
-            assert ends([*sizes, numels[buckets[number + 1].slots[0][0]]])[-1] > room
-
-
-def ends(sizes: list[int]) -> list[int]:
-    """Of each, one behind the other from multiples of 16 on."""
-    end, all_ends = 0, []
-    for size in sizes:
-        end = -(-end // 16) * 16 + size
-        all_ends.append(end)
-    return all_ends
-
-
-def check_dense(bucket: ops.BucketLayout, sizes: list[int], segments: int) -> None:
-    end = cuts = 0
-    for (_, offset), size in zip(bucket.slots, sizes, strict=True):
-        assert offset % 16 == 0 and offset >= end
-        over = [cut for cut in range(bucket.segment, bucket.dense_size, bucket.segment) if offset < cut < offset + size]
-        assert all((cut - offset) % CHUNK == 0 for cut in over)
-        assert offset - end < (CHUNK if over or offset % bucket.segment == 0 else 16)
-        cuts += len(over)
-        end = offset + size
-    assert end <= bucket.dense_size
-    assert bucket.dense_size <= sum(sizes) + 16 * len(sizes) + (2 * segments - 1) * CHUNK
-    if segments > 1:
-        assert bucket.segment % CHUNK == 0 and cuts < segments
-    else:
-        assert bucket.dense_size == max(-(-ends(sizes)[-1] // 16), 1) * 16
-
-
-def check_wire(bucket: ops.BucketLayout, sizes: list[int], last_flags: int) -> None:
-    assert bucket.stride % 16 == 0
-    assert 0 <= bucket.stride - bucket.last_flag_offset - last_flags < 16
-    runs = [(wire, count) for _, _, wire, count in bucket.pieces]
-    runs += [(place, 1) for places in bucket.used_flags for place in places]
-    last = [rank * bucket.stride + bucket.last_flag_offset for rank in range(bucket.segments)]
-    runs += [(place, last_flags) for place in last]
-    runs.sort()
-    assert all(count > 0 or last_flags == 0 for _, count in runs)
-    assert all(begin + count <= after for (begin, count), (after, _) in pairwise(runs))
-    assert not runs or runs[-1][0] + runs[-1][1] <= bucket.size
-    assert [wire for _, _, wire, _ in bucket.pieces] == sorted(wire for _, _, wire, _ in bucket.pieces)
-    for slot, ((_, offset), size) in enumerate(zip(bucket.slots, sizes, strict=True)):
-        begin = 0
-        for _, param_begin, wire, count in (piece for piece in bucket.pieces if piece[0] == slot):
-            assert param_begin == begin
-            rank, within = divmod(wire, bucket.stride)
-            assert offset + begin == rank * bucket.segment + within and within + count <= bucket.segment
-            begin += count
-        assert begin == size
-        assert len(bucket.used_flags[slot]) == bucket.segments * bucket.flags
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"capacity": 0}, {"first_capacity": 0}, {"segments": 0}, {"flags": -1}, {"last_flags": -1}]
-)
-def test_numbers_that_no_bucket_has_are_refused(wrong):
-    with pytest.raises(KernelError):
-        ops.lay_out_buckets([3], **({"first_capacity": 8, "capacity": 8} | wrong))
-    with pytest.raises(KernelError, match="not negative"):
-        ops.lay_out_buckets([-3], first_capacity=8, capacity=8)
 
 
 # ---- packing ----
@@ -183,18 +83,6 @@ def expected_pack(
 
 def poisoned(size: int, dtype: torch.dtype) -> Tensor:
     return torch.full((size,), torch.nan, dtype=dtype)
-
-
-@pytest.fixture(params=[*ops.build_info()["cpu_targets_supported"], "torch"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each set of kernels, and what stands in for them on a GPU that has none."""
-    before = ops.build_info()["cpu_target"]
-    if request.param == "torch":
-        monkeypatch.setattr(flat, "_lacks_kernels", lambda _: True)
-    else:
-        ops.use_cpu_target(request.param)
-    yield request.param
-    ops.use_cpu_target(before)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 1 / 3])
@@ -527,128 +415,3 @@ def test_pieces_may_lie_apart_and_not_in_what_they_are_summed_into():
             ops.sum_pieces(pieces, out)
     with pytest.raises(KernelError, match="share memory"):
         ops.sum_pieces(memory[:, :20], memory[1, :20])
-
-
-# ---- the norm, piece by piece ----
-
-
-def chunks(numel: int) -> int:
-    return -(-numel // CHUNK)
-
-
-def finite(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("segments", [1, 2, 3, 5])
-@pytest.mark.parametrize("capacity", [10, 3 * CHUNK, 1 << 30])
-def test_the_norm_has_the_same_bits_for_any_buckets_and_any_world(target, segments, capacity):
-    numels = [5, 3 * CHUNK + 7, 0, CHUNK, 100, 2 * CHUNK - 1]
-    params = [Parameter(torch.zeros(n)) for n in numels]
-    for seed, p in enumerate(params):
-        p.grad = finite(p.numel(), seed=seed)
-    first, total = [], 0
-    for numel in numels:
-        first.append(total)
-        total += chunks(numel)
-    partials = torch.full((total,), torch.nan, dtype=torch.float64)
-    buckets = ops.lay_out_buckets(numels, first_capacity=7, capacity=capacity, segments=segments, flags=1)
-    for bucket in buckets:
-        members = [params[index] for index, _ in bucket.slots]
-        wire = torch.empty(bucket.size)
-        ops.Packer(members, bucket.pieces, bucket.used_flags, bucket.size).pack(wire, 1.0, release=False)
-        for rank in reversed(range(segments)):  # each sums what it keeps
-            mine = [piece for piece in bucket.pieces if piece[2] // bucket.stride == rank]
-            places = [first[bucket.slots[slot][0]] + begin // CHUNK for slot, begin, _, _ in mine]
-            ops.squares([wire[at : at + count] for _, _, at, count in mine], places, partials)
-    norm = ops.norm_of(partials, 0.3)
-    assert norm.isfinite()
-    assert torch.equal(norm, ops.gradient_norm([{"params": params}], 0.3)) or target == "torch"
-    every = [chunk.double().square().sum() for p in params if p.numel() for chunk in p.grad.split(CHUNK)]
-    assert torch.equal(partials, torch.stack(every)) or target != "torch"
-
-
-def test_squares_of_every_dtype_are_those_of_the_norm():
-    for dtype in DTYPES:
-        param = Parameter(torch.zeros(50, 2000, dtype=dtype).t())
-        param.grad = finite(2000, 50, seed=1).to(dtype).t().contiguous().t()
-        partials = torch.full((chunks(100_000) + 2,), -1.0, dtype=torch.float64)
-        ops.squares([param.grad], [1], partials)
-        assert partials[0] == -1.0 and partials[-1] == -1.0
-        assert torch.equal(ops.norm_of(partials[1:-1]), ops.gradient_norm([{"params": [param]}]))
-
-
-def test_a_norm_that_is_not_finite_shows():
-    for bad in (torch.nan, torch.inf):
-        partials = torch.zeros(1, dtype=torch.float64)
-        ops.squares([torch.tensor([1.0, bad])], [0], partials)
-        assert not ops.norm_of(partials).isfinite()
-    assert ops.norm_of(torch.empty(0, dtype=torch.float64)).item() == 0.0
-
-
-def test_partial_sums_without_a_place_are_refused():
-    partials = torch.zeros(2, dtype=torch.float64)
-    for values_, places, into in [
-        ([torch.ones(CHUNK + 1)], [1], partials),
-        ([torch.ones(3)], [-1], partials),
-        ([torch.ones(3)], [0, 1], partials),
-        ([torch.ones(3)], [0], partials.float()),
-        ([torch.ones(3)], [0], torch.zeros(4, dtype=torch.float64)[::2]),
-        ([torch.ones(3).double()], [0], partials),
-        ([torch.ones(6)[::2]], [0], partials),
-    ]:
-        with pytest.raises(KernelError):
-            ops.squares(values_, places, into)
-    assert not partials.any()
-    with pytest.raises(KernelError, match="float64"):
-        ops.norm_of(partials.float())
-
-
-# ---- parts of parameters under stochastic rounding ----
-
-
-@pytest.mark.parametrize(
-    "storage",
-    [
-        {"rounding": "stochastic"},
-        {"rounding": "stochastic", "state_dtype": "8bit"},
-        {"state_dtype": "8bit", "master": "remainder"},
-        {"master": "float32", "state_dtype": "bfloat16", "rounding": "stochastic"},
-    ],
-)
-def test_two_parts_with_their_first_indices_are_stepped_like_the_whole(storage):
-    """As two ranks do, each with an optimizer of its own: only the second one's indices are not those of its list."""
-    numels, cut = [300, 3 * CHUNK + 5], 2 * CHUNK
-    whole = [Parameter(finite(n, seed=n).bfloat16()) for n in numels]
-    parts = [whole[0].detach().clone(), *(part.clone() for part in whole[1].detach().split([cut, numels[1] - cut]))]
-    parts = [Parameter(part) for part in parts]
-    firsts = ops.first_indices(numels)
-    of_whole, of_first, of_second, without = (
-        AdamW(params, lr=0.1, seed=7, **storage)
-        for params in (whole, parts[:2], parts[2:], [Parameter(parts[2].detach().clone())])
-    )
-    of_first.param_groups[0]["first_indices"] = firsts
-    of_second.param_groups[0]["first_indices"] = [firsts[1] + cut]
-    for step in range(3):
-        grads = [finite(n, seed=50 * step + i).bfloat16() for i, n in enumerate(numels)]
-        of_parts = [grads[0], *grads[1].split([cut, numels[1] - cut])]
-        for p, grad in zip(
-            [*whole, *parts, *without.param_groups[0]["params"]], [*grads, *of_parts, of_parts[2]], strict=True
-        ):
-            p.grad = grad
-        for optimizer in (of_whole, of_first, of_second, without):
-            optimizer.step()
-    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], torch.cat(parts[1:]))
-    if storage.get("master") is None:  # otherwise what is drawn changes the moments alone
-        assert not torch.equal(without.param_groups[0]["params"][0], parts[2])
-
-
-@pytest.mark.parametrize("wrong", [[], (0,), [1], [-256], ["0"]])
-def test_first_indices_that_no_parameter_has_are_refused(wrong):
-    param = Parameter(torch.ones(3))
-    optimizer = AdamW([param], lr=0.1)
-    optimizer.param_groups[0]["first_indices"] = wrong
-    param.grad = torch.ones(3)
-    with pytest.raises((KernelError, OverflowError, TypeError)):
-        optimizer.step()
-    assert torch.equal(param, torch.ones(3))

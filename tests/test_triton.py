@@ -1,4 +1,4 @@
-"""The Triton kernels: what they compute in the interpreter (triton_interpreter_cases.py), what they compile to for GPUs
+"""The Triton kernels: what they compute in the interpreter (triton_*_cases.py), what they compile to for GPUs
 that need not be here, and who takes which kernels when."""
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ installed = pytest.mark.skipif(bool(triton.why_missing()), reason=triton.why_mis
 @installed
 def test_the_kernels_in_the_interpreter(repository: Path) -> None:
     """In a process of its own: whether kernels are interpreted is decided when Triton is imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)}
-    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreter_cases.py"]
+    paths = f"{repository}{os.pathsep}{repository / 'tests'}"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    cases = sorted(map(str, (repository / "tests").glob("triton_*_cases.py")))
+    program = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "triton_interpreter", *cases]
     done = subprocess.run(program, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert re.search(r"\b[1-9]\d* passed", done.stdout) and "skipped" not in done.stdout
