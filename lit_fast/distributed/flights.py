@@ -10,13 +10,14 @@ callbacks: none of those in which bucket sizes are measured, the next ones, and 
 
 from __future__ import annotations
 
+import copyreg
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from torch import Tensor
 
@@ -190,10 +191,26 @@ def put_method(owner: Any, name: str, function: Callable[..., Any]) -> Callable[
     By a class that only `owner` has, which is no other to isinstance: an attribute would come into the state that
     `owner` saves, and would not be found where `owner` itself is called.
     """
-    kind = type(owner)
+    kind: Any = type(owner)
     # A function of the class would be given `owner`; this one is bound already.
-    owner.__class__ = type(kind.__name__, (kind,), {name: staticmethod(function), "__module__": kind.__module__})
+    timed = type(kind.__name__, (kind,), {name: staticmethod(function), "__module__": kind.__module__})
+
+    def as_before(self: Any, protocol: SupportsIndex) -> Any:
+        """A copy, or what is unpickled, is of the class itself."""
+        made = kind.__reduce_ex__(self, protocol)
+        if isinstance(made, str):
+            return made
+        make, given, *rest = made
+        make = _new if make is copyreg.__newobj__ else make  # type: ignore[attr-defined]  # which pickle looks into
+        return make, tuple(kind if each is timed else each for each in given), *rest
+
+    timed.__reduce_ex__ = as_before  # type: ignore[method-assign,assignment]
+    owner.__class__ = timed
     return lambda: setattr(owner, "__class__", kind)
+
+
+def _new(kind: type, *given: Any) -> Any:
+    return kind.__new__(kind, *given)
 
 
 def _wait(work: Any, *args: Any) -> Any:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lit_fast.trainer import Trainer
 
 SHOWN = 8  # tensors of a batch
+MOST_WRAPPERS = 64  # of a function: what is wrapped in more is wrapped in itself
 
 
 def begin(header: Header, trainer: Trainer) -> None:
@@ -34,7 +35,7 @@ def begin(header: Header, trainer: Trainer) -> None:
 
     script = sys.argv[0] if sys.argv else ""
     strategy, device, module = trainer.strategy, trainer.config.device, trainer._module
-    header.script, header.commit = script, commit_of(Path(script).resolve().parent) or commit_of(Path.cwd())
+    header.script, header.commit = script, _commit(script)
     header.host, header.pid = socket.gethostname(), os.getpid()
     header.rank, header.local_rank = strategy.global_rank, strategy.local_rank
     header.world_size, header.run = strategy.world_size, one_run.name_of(strategy)
@@ -127,21 +128,27 @@ class Batch:
 
     @classmethod
     def of(cls, batch: Any) -> Batch:
-        """Never an error, whatever a batch is.
+        """Of tensors, also nested ones, in lists and mappings; of anything else its type.
 
         Example:
             >>> Batch.of([torch.zeros(4, 8), torch.zeros(4, dtype=torch.long)])
             Batch(text='float32[4, 8], int64[4]', samples=4.0, tokens=None)
         """
         tensors = list(_tensors(batch))
-        shown = [f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in tensors[:SHOWN]]
+        shown = [f"{str(t.dtype).removeprefix('torch.')}{_shape(t)}" for t in tensors[:SHOWN]]
         if len(tensors) > SHOWN:
             shown.append(f"and {len(tensors) - SHOWN} more")
         first = tensors[0] if tensors else None
-        samples = float(first.shape[0]) if first is not None and first.dim() else None
-        rows = isinstance(batch, torch.Tensor) and batch.dtype == torch.int64 and batch.dim() == 2
+        samples = float(first.size(0)) if first is not None and first.dim() else None
+        rows = (
+            isinstance(batch, torch.Tensor) and batch.dtype == torch.int64 and batch.dim() == 2 and not batch.is_nested
+        )
         tokens = float(batch.shape[0] * (batch.shape[1] - 1)) if rows else None
         return cls(", ".join(shown) or type(batch).__name__, samples, tokens)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return " nested" if tensor.is_nested else str(list(tensor.shape))
 
 
 def _tensors(batch: Any, depth: int = 0) -> Iterable[torch.Tensor]:
@@ -162,15 +169,27 @@ def where(function: Callable[..., Any]) -> str:
         >>> where(where).rpartition(":")[0].endswith("header.py")
         True
     """
-    while True:
+    for _ in range(MOST_WRAPPERS):
         if isinstance(function, partial):
             function = function.func
         elif hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         else:
             break
-    code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
+    else:
+        return ""
+    try:
+        code = inspect.unwrap(getattr(function, "__func__", function)).__code__
+    except (AttributeError, ValueError):  # it has none; its wrappers are a ring
+        return ""
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _commit(script: str) -> str | None:
+    try:
+        return commit_of(Path(script).resolve().parent) or commit_of(Path.cwd())
+    except OSError:  # the folder that the program runs in is gone
+        return None
 
 
 def commit_of(folder: Path) -> str | None:

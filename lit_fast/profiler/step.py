@@ -25,7 +25,7 @@ from lit_fast.profiler import export as exports
 from lit_fast.profiler.causes import Usual, causes_of
 from lit_fast.profiler.collectives import TRACK, spans_of
 from lit_fast.profiler.record import PHASES, Device, Distribution, Header, Part, Phase, Profile, SlowStep, Span
-from lit_fast.profiler.writer import PeriodicWriter, in_pieces, let_others_run
+from lit_fast.profiler.writer import PeriodicWriter, apart_from_the_run, in_pieces, let_others_run
 
 if TYPE_CHECKING:
     from lit_fast.strategies.strategy import Strategy
@@ -127,8 +127,8 @@ class StepProfiler:
         self._first_batch, self._ended_by, self._trainer = None, None, trainer
         self._bytes = {}
         if trainer is not None:
-            header.begin(self._header, trainer)
-        if trainer is not None:
+            with apart_from_the_run("A profile's header is not complete"):
+                header.begin(self._header, trainer)
             self._watched = interruptions.watch(self._clock)
         if trainer is not None and self.marks_device:
             self._on_device = device_clock.of(trainer.config.device, self._on_device)
@@ -171,7 +171,7 @@ class StepProfiler:
         self._watched.close()
         trainer = self._trainer
         if trainer is not None:
-            header.complete(self._header, trainer, self._first_batch)
+            self._complete(trainer)
         if self._exporter is not None:
             self._exporter.stop()
             self._exporter = None
@@ -180,7 +180,12 @@ class StepProfiler:
             self._writer.end()
             self._writer = None
         if self.show and trainer is not None and trainer.state.fn == "fit" and self._ended_by is None:
-            self._show()
+            with apart_from_the_run("The profile could not be shown"):
+                self._show()
+
+    def _complete(self, trainer: Trainer) -> None:
+        with apart_from_the_run("A profile's header is not complete"):
+            header.complete(self._header, trainer, self._first_batch)
 
     def _show(self) -> None:
         if self._header.rank != 0:
@@ -257,7 +262,9 @@ class StepProfiler:
 
     def _note_batch(self, batch: Any) -> None:
         if self._trainer is not None and self._first_batch is None:
-            self._first_batch = header.Batch.of(batch)
+            self._first_batch = header.Batch(type(batch).__name__, None)
+            with apart_from_the_run("A profile does not know its batch"):
+                self._first_batch = header.Batch.of(batch)
 
     # -- reading
 
@@ -282,7 +289,7 @@ class StepProfiler:
         if self._running:
             passed = time.time() - passed
             if self._trainer is not None and self._first_batch is not None:
-                header.complete(self._header, self._trainer, self._first_batch)
+                self._complete(self._trainer)
         let_others_run()
         moved, hidden = self._flights.bytes, self._flights.hidden
         typical = {name: _distribution(spread) for name, spread in reading.per_step.items()}

@@ -78,8 +78,11 @@ def line_of_caller() -> tuple[str, str]:
 
 def _place(frame: FrameType) -> tuple[str, str]:
     file, line = frame.f_code.co_filename, frame.f_lineno
-    shown = os.path.relpath(file) if file.startswith(os.getcwd() + os.sep) else file
-    return f"{shown}:{line}", linecache.getline(file, line, frame.f_globals).strip()
+    try:
+        inside = file.startswith(os.getcwd() + os.sep)
+    except OSError:  # the folder that the program runs in is gone
+        inside = False
+    return f"{os.path.relpath(file) if inside else file}:{line}", linecache.getline(file, line, frame.f_globals).strip()
 
 
 class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -6,7 +6,8 @@ import gc
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,6 +35,15 @@ def in_pieces(make: Callable[[T], Made], items: Iterable[T]) -> list[Made]:
             let_others_run()
     let_others_run()
     return made
+
+
+@contextmanager
+def apart_from_the_run(what: str) -> Iterator[None]:
+    """What goes wrong inside is warned of, as `what`, and the run goes on: a profiler never ends one."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what}: {type(error).__name__}: {error}.", RuntimeWarning, stacklevel=3)
 
 
 class PeriodicWriter:
@@ -74,9 +84,8 @@ class PeriodicWriter:
             wait = self._every
 
     def _write(self) -> bool:
-        try:
+        written = False
+        with apart_from_the_run(f"The profile {self._path} could not be written"):
             record.write(self._profile(), self._path, between=let_others_run)
-        except OSError as error:
-            warnings.warn(f"The profile {self._path} could not be written: {error}.", RuntimeWarning, stacklevel=2)
-            return False
-        return True
+            written = True
+        return written

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from time import perf_counter, sleep
 from typing import Any
 
@@ -12,6 +13,7 @@ from heart_models import Plain, batches, fitted, network
 from torch.optim.lr_scheduler import StepLR
 
 import lit_fast
+from lit_fast.distributed.flights import put_method
 from lit_fast.profiler.record import Profile
 from lit_fast.profiler.step import StepProfiler
 
@@ -167,3 +169,19 @@ def test_schedulers_that_watch_a_metric() -> None:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": SlowPlateau(optimizer), "monitor": "loss"}}
 
     assert recorded(Watches(), batches(3)).phase("schedulers") >= 0.005
+
+
+def test_what_is_timed_can_be_copied_and_pickled() -> None:
+    parameter = torch.nn.Parameter(torch.ones(()))
+    scheduler = StepLR(torch.optim.SGD([parameter], lr=1.0), step_size=1, gamma=0.5)
+    called: list[None] = []
+    undo = put_method(scheduler, "step", lambda: called.append(None))
+    for made in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert type(made) is StepLR
+        made.optimizer.step()
+        made.step()
+        assert made.get_last_lr() == [0.5] and scheduler.get_last_lr() == [1.0] and not called
+    scheduler.step()
+    assert len(called) == 1
+    undo()
+    assert type(scheduler) is StepLR
