@@ -339,6 +339,7 @@ PYBIND11_MODULE(_core, m) {
                  self.start(slot);
              })
         .def("stop", &lf::PhaseClock::stop)
+        .def("begin_child", &lf::PhaseClock::begin_child)
         .def("end_step", &lf::PhaseClock::end_step)
         .def("pause",
              [](lf::PhaseClock& self, int slot) {

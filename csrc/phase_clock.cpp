@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <ctime>
 #include <fstream>
+#include <new>
 #include <string>
 
 namespace lit_fast {
@@ -42,7 +44,7 @@ Nanoseconds steady_now() {
     return duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 // The counter and the steady clock at the same moment, to some 20 ns: the closest of a few tries.
 struct Moment {
     std::uint64_t counter;
@@ -71,7 +73,23 @@ bool counter_is_trusted() {
     return static_cast<bool>(file >> source) && source == "tsc";
 }
 
-const Moment loaded = Moment::now();
+// How long the machine has slept since it was started: the steady clock stands still then, the counter goes on, or is
+// set back.
+Nanoseconds slept() {
+    const auto now = [](clockid_t clock) {
+        timespec time{};
+        clock_gettime(clock, &time);
+        return Nanoseconds{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
+    };
+    return now(CLOCK_BOOTTIME) - now(CLOCK_MONOTONIC);
+}
+
+struct Reference {
+    Moment moment = Moment::now();
+    Nanoseconds slept = lit_fast::slept();
+};
+
+Reference reference;  // from when the extension was loaded, or the machine last woke up
 #endif
 
 }  // namespace
@@ -79,13 +97,15 @@ const Moment loaded = Moment::now();
 std::uint64_t Ticks::steady() { return static_cast<std::uint64_t>(steady_now()); }
 
 void Ticks::start() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
     counter_ = counter_is_trusted();
     if (counter_) {
+        if (slept() - reference.slept > 1'000'000) reference = {};
+        const Moment from = reference.moment;
         Moment moment = Moment::now();
-        while (moment.steady - loaded.steady < 10'000'000) moment = Moment::now();  // for 2e-6 of its rate
-        const auto passed = static_cast<double>(moment.counter - loaded.counter);
-        const double rate = static_cast<double>(moment.steady - loaded.steady) / passed;
+        while (moment.steady - from.steady < 10'000'000) moment = Moment::now();  // for 2e-6 of its rate
+        const auto passed = static_cast<double>(moment.counter - from.counter);
+        const double rate = static_cast<double>(moment.steady - from.steady) / passed;
         rate_ = static_cast<std::int64_t>(rate * static_cast<double>(std::int64_t{1} << kShift));
     }
 #endif
@@ -150,6 +170,13 @@ void PhaseClock::stop() {
     if (!running_) return;
     work_out();
     work_out({now, kEndStep, 0});
+    running_ = false;
+    ++run_;
+    thread_ = 0;
+}
+
+void PhaseClock::begin_child() {
+    new (&mutex_) std::mutex;  // a thread that there is no more of may have held it
     running_ = false;
     ++run_;
     thread_ = 0;

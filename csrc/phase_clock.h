@@ -67,10 +67,10 @@ struct ClockRecord {
 // The processor's counter of time, where the system itself reads its clock from that; its steady clock elsewhere.
 class Ticks {
   public:
-    // Learns how fast the counter runs, since the extension was loaded; the first time this may take 10 ms.
+    // Learns how fast the counter runs, since the extension was loaded or the machine woke up; this may take 10 ms.
     void start();
     std::uint64_t now() const {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
         if (counter_) return __builtin_ia32_rdtsc();
 #endif
         return steady();
@@ -112,6 +112,8 @@ class PhaseClock {
     // On this thread, the only one that is timed, forgetting what was recorded; time belongs to `slot` at first.
     void start(int slot);
     void stop();
+    // In a process that was forked off while it ran: there nothing is timed.
+    void begin_child();
     bool times_this_thread() const { return thread_.load(std::memory_order_relaxed) == this_thread(); }
 
     // A call that is timed, between `enter` and `leave`: on the thread that is timed, as all until `resume`.

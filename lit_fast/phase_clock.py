@@ -7,6 +7,8 @@ so that the phases add up to the wall time to the nanosecond.
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ T = TypeVar("T")
 
 MOST_PARTS = 500  # of a phase, with names of their own: a profile's size does not grow with a run
 OTHERS = "(others)"
+_clocks: weakref.WeakSet[PhaseClock] = weakref.WeakSet()
 OFTEN = 64  # objects that are made in less than 0.1 ms, before others may run
 
 
@@ -109,6 +112,7 @@ class PhaseClock:
         self._slots: dict[tuple[str, str | None], int] = {(name, None): n for n, name in enumerate(self.phases)}
         self._parts = dict.fromkeys(self.phases, 0)
         self._runs = self._paused = False
+        _clocks.add(self)
 
     def start(self, phase: str) -> None:
         """Begin, on this thread, with nothing recorded; time belongs to `phase` where nothing else claims it."""
@@ -228,6 +232,17 @@ class PhaseClock:
 def _named(slot: tuple[str, str | None]) -> tuple[str, str] | None:
     phase, part = slot
     return None if part is None else (phase, part)
+
+
+def _begin_child() -> None:
+    """A forked process, such as a loader's worker: it has no part in the run, nor the thread that may hold a lock."""
+    for clock in _clocks:
+        clock._core.begin_child()
+        clock._runs = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)
 
 
 def bucket_of(nanoseconds: int) -> int:

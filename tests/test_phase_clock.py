@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
+import signal
 import threading
 import weakref
 from collections.abc import Iterator
@@ -368,3 +370,46 @@ def test_a_run_that_ends_while_paused_adds_up() -> None:
     made.wrap("inner", spin)(100_000)
     made.stop()
     assert times(made.read())["inner"] >= 100_000  # a new run is not paused
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_is_not_timed_and_waits_for_no_thread_of_the_other() -> None:
+    made = clock()
+    work = made.wrap("inner", lambda: 5, "work")
+    ended = threading.Event()
+
+    def look() -> None:  # holds the clock's lock for most of the time
+        while not ended.is_set():
+            made.read()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in made.steps("outer", iter(range(4))):
+            work()
+            fine, child = False, os.fork()
+            if child == 0:
+                try:
+                    signal.alarm(20)  # ends it where it waits
+                    fine = [work() for _ in range(1500)] == [5] * 1500 and not made.counts
+                    for _ in range(2000):
+                        made.interrupted("pause", 1)
+                    before = made.read()
+                    with made.block("rest", "of the child"):
+                        work()
+                    fine = fine and made.read() == before and before.interruptions == {"pause": 0}
+                    made.start("rest")  # a run of its own
+                    work()
+                    made.stop()
+                    fine = fine and made.read().phases["inner"][1] == 1
+                finally:
+                    os._exit(0 if fine else 1)
+            assert os.waitpid(child, 0)[1] == 0
+            work()
+    finally:
+        ended.set()
+        thread.join()
+    made.stop()
+    read = made.read()
+    assert sum(ns for ns, _ in read.phases.values()) == read.wall
+    assert read.steps.count == 4 and read.phases["inner"][1] == 8
