@@ -7,8 +7,10 @@ both. Tensors that a checkpointed part keeps for its repetition are not seen by 
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -68,10 +70,35 @@ class StepMemory:
         self._excluded = {_key(t) for t in (*self.module.parameters(), *self.module.buffers())} - {None}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         self._hooks.__enter__()
+        self._disable = torch.autograd.graph.disable_saved_tensors_hooks
+        torch.autograd.graph.disable_saved_tensors_hooks = self._stepping_aside(threading.get_ident())  # type: ignore[assignment]
         return self
 
     def __exit__(self, *exc: object) -> None:
+        torch.autograd.graph.disable_saved_tensors_hooks = self._disable
         self._hooks.__exit__(*exc)
+
+    def _stepping_aside(self, thread: int) -> Callable[[str], AbstractContextManager[None]]:
+        """What torch.func asks for, to whom hooks are an error: ours go for as long."""
+        disable, aside = self._disable, False
+
+        @contextmanager
+        def without_ours(message: str) -> Iterator[None]:
+            nonlocal aside
+            if aside or threading.get_ident() != thread:
+                with disable(message):
+                    yield
+                return
+            aside = True
+            self._hooks.__exit__()
+            try:
+                with disable(message):
+                    yield
+            finally:
+                self._hooks.__enter__()
+                aside = False
+
+        return without_ours
 
     def _pack(self, tensor: Tensor) -> _Saved:
         return _Saved(tensor, self)

@@ -89,3 +89,22 @@ def test_cuda_asks_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = step.memory()
     assert memory.over_step[0].activations == 500_000 - 4 * 2 - 4
     assert (memory.peak, memory.reserved, memory.allocator_retries) == (900_000, 1_000_000, 3)
+
+
+def test_functions_that_torch_transforms_run_as_without() -> None:
+    weight, x = torch.randn(3, requires_grad=True), torch.randn(4, 3)
+    disable = torch.autograd.graph.disable_saved_tensors_hooks
+
+    def of_each(w: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return (w * row).square().sum()
+
+    expected = torch.func.vmap(torch.func.grad(of_each), in_dims=(None, 0))(weight.detach(), x)
+    with StepMemory(torch.nn.Linear(1, 1), [], torch.device("cpu")) as step:
+        found = torch.func.vmap(torch.func.grad(of_each), in_dims=(None, 0))(weight.detach(), x)
+        with pytest.raises(ZeroDivisionError):
+            torch.func.vmap(lambda _: 1 / 0)(x)
+        loss = (weight.exp() * x).sum()
+        held = step.live
+        loss.backward()
+    assert torch.equal(found, expected) and held > 0 and weight.grad is not None
+    assert torch.autograd.graph.disable_saved_tensors_hooks is disable
