@@ -12,7 +12,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ from lit_fast.profiler.sensors import Sensors
 from lit_fast.profiler.step import StepProfiler
 from lit_fast.profiler.syncs import Syncs
 from lit_fast.profiler.throughput import compute_dtype
+from lit_fast.profiler.writer import apart_from_the_run
 from lit_fast.states import TrainerFn
 
 if TYPE_CHECKING:
@@ -110,9 +113,11 @@ class DeepProfiler(StepProfiler):
             return
         device = trainer.config.device
         with self.phase("profiling"):
-            self._sensors = Sensors(device, self.sensors_every).start()
+            with apart_from_the_run("No sensors are read"):
+                self._sensors = Sensors(device, self.sensors_every).start()
             if trainer.state.fn == TrainerFn.FITTING:
-                self._found.ceilings = measure_ceilings(device)
+                with apart_from_the_run("The machine's ceilings were not measured"):  # no memory for their buffers
+                    self._found.ceilings = measure_ceilings(device)
                 self._look = _Look(self, trainer, self._found)
 
     def stop(self) -> None:
@@ -189,7 +194,7 @@ class _Look:
         self.first = profiler.skip  # the step that memory is sampled in; the next is counted; then comes the window
         self.wanted = self.first + 2 + profiler.window
         self.batches = 0  # of the step that goes on
-        self.compiled = False
+        self.compiled = self.given_up = False
         self.compiled_steps: dict[str, list[list[Pass]]] = {}  # by an optimizer's class
         self.memory: StepMemory | None = None
         self.costs, self.syncs = Costs(), Syncs(self.device)
@@ -212,8 +217,22 @@ class _Look:
             self.tracing.run(run, _with_ranges(plan, self.device), batch, batch_idx, last)
         self.spent += time.perf_counter() - begin
         self.batches += 1
-        if last:
-            self._after_step()
+        if last and not self.given_up:
+            with self._apart():
+                self._after_step()
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """What goes wrong in looking is told, and ends the look; the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.given_up, self.memory = True, None
+            said = f"the closer look was given up after {self.steps} steps: {type(error).__name__}: {error}"
+            self.found.notes = [*self.found.notes, said]
+            warnings.warn(f"DeepProfiler: {said}.", RuntimeWarning, stacklevel=3)
+            self.profiler.resume()
+            self.profiler.over()
 
     def _after_step(self) -> None:
         done, self.steps = self.steps, self.steps + 1
@@ -240,14 +259,18 @@ class _Look:
 
     def _in_memory(self, run: Run, plan: StepPlan, batch: Any, batch_idx: int, last: bool) -> None:
         if self.memory is None:
-            self.memory = StepMemory(self.trainer.lightning_module, self.trainer.optimizers, self.device)
-            self.memory.sample("start")
+            with self._apart():
+                self.memory = StepMemory(self.trainer.lightning_module, self.trainer.optimizers, self.device)
+                self.memory.sample("start")
         memory = self.memory
+        if memory is None:
+            run(plan, batch, batch_idx)
+            return
 
         def sampled(function: Callable[..., Any], point: str) -> Callable[..., Any]:
             def call(*args: Any) -> Any:
                 result = function(*args)
-                memory.sample(point)
+                self._sample(point)
                 return result
 
             return call
@@ -260,7 +283,12 @@ class _Look:
         with memory:
             run(seen, batch, batch_idx)
         if last:
-            memory.sample("optimizer")
+            self._sample("optimizer")
+
+    def _sample(self, point: str) -> None:
+        if self.memory is not None:
+            with self._apart():
+                self.memory.sample(point)
 
     def _say_memory(self) -> None:
         if self.memory is not None:
@@ -298,12 +326,15 @@ class _Look:
 
     def cut_short(self) -> None:
         """The run ends before the look does."""
+        if self.given_up:
+            return
         self.found.notes = [
             *self.found.notes,
             f"the run ended after {self.steps} steps, before all of them could be looked at: that takes {self.wanted}; "
             f"DeepProfiler(skip={self.first}, window={self.profiler.window}) says how many",
         ]
-        self._end()
+        with self._apart():
+            self._end()
 
 
 class _Tracing:

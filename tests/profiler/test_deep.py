@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -195,6 +196,49 @@ def test_an_error_in_any_of_the_steps_ends_it_orderly(at: int, tmp_path: Path) -
     assert not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     fitted(Plain(), batches(9), max_epochs=1, profiler=profiler)  # the same profiler again
     assert profiler.profile().kernels and profiler.profile().ended_by is None
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of a file that is read while the window's events are lost
+@pytest.mark.parametrize(
+    ("room", "name"),
+    [
+        ("deep", "measure_ceilings"),
+        ("sensors", "Sensors.start"),
+        ("memory", "StepMemory.sample"),
+        ("memory", "StepMemory.memory"),
+        ("deep", "peak_of"),
+        ("deep", "_Tracing.begin"),
+        ("deep", "events_of"),
+    ],
+)
+@pytest.mark.parametrize("count", [12, 3])  # to the window's end, and not
+def test_what_fails_in_looking_is_told_and_the_run_goes_on(
+    room: str, name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no luck")
+
+    usual, *_ = run_of(count)
+    monkeypatch.setattr(f"lit_fast.profiler.{room}.{name}", broken)
+    losses, found, warned = run_of(count)
+    assert losses == usual and found.finished and len(found.timeline) > 0
+    reached = count == 12 or (room, name) not in {
+        ("deep", "peak_of"),
+        ("deep", "_Tracing.begin"),
+        ("deep", "events_of"),
+    }
+    assert reached == any("no luck" in text for text in warned)
+    assert sum(row.seconds for row in found.phases) == pytest.approx(found.wall, rel=1e-12)
+    assert found.steps.count >= count - 6 and not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+
+
+def run_of(count: int) -> tuple[list[Any], record.Profile, list[str]]:
+    torch.manual_seed(1)
+    model = Plain()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        _, found = deep(model, count)
+    return [float(loss) for loss in model.losses], found, [str(each.message) for each in told]
 
 
 def test_another_profiler_at_work_is_a_note() -> None:
