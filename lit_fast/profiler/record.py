@@ -457,12 +457,16 @@ def write(value: Profile | Report, path: str | os.PathLike[str], between: Callab
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        for piece in pieces(value):
-            file.write(piece)
-            if between is not None:
-                between()
-    beside.replace(path)
+    try:
+        with beside.open("w") as file:
+            for piece in pieces(value):
+                file.write(piece)
+                if between is not None:
+                    between()
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def read(path: str | os.PathLike[str], without: Iterable[str] = ()) -> Profile | Report:

@@ -7,6 +7,7 @@ import gc
 import inspect
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +23,10 @@ from new_process import NewProcess
 from ranks import run_ranks
 
 import lit_fast
+from lit_fast.callbacks import ModelCheckpoint
 from lit_fast.errors import ProfileError
+from lit_fast.loggers import TensorBoardLogger
+from lit_fast.models.gpt import GPT
 from lit_fast.ops import SlowStepTime
 from lit_fast.profiler import header, record
 from lit_fast.profiler.causes import Usual, causes_of
@@ -238,7 +242,8 @@ def test_causes_of_slow_steps() -> None:
     profile = recorded(Slow(), data(), max_epochs=1)
     causes = {slow.step: " ".join(slow.causes) for slow in profile.slowest}
     assert causes[7].startswith("garbage collection")
-    assert causes[8].startswith("waited for data 5")  # data without a length are fetched a step ahead
+    waited = re.match(r"waited for data ([\d.]+) ms", causes[8])  # data without a length are fetched a step ahead
+    assert waited and float(waited[1]) >= 50.0
     assert profile.slowest[0].at > 0.0
 
 
@@ -257,7 +262,7 @@ def test_an_unknown_phase() -> None:
         StepProfiler().phase("lunch")
 
 
-def test_nothing_is_unexplained() -> None:
+def test_nothing_is_unexplained(tmp_path: Path) -> None:
     class Logs(Validates):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step(batch, batch_idx)
@@ -265,9 +270,25 @@ def test_nothing_is_unexplained() -> None:
             return loss
 
     data = shuffled(4 * 300)
-    profile = recorded(Logs(), data, batches(2), max_epochs=2, val_check_interval=100, log_every_n_steps=10)
+    options: dict[str, Any] = {
+        "max_epochs": 2,
+        "val_check_interval": 100,
+        "log_every_n_steps": 10,
+        "logger": TensorBoardLogger(tmp_path),
+        "callbacks": [ModelCheckpoint(tmp_path, every_n_train_steps=50)],
+        "enable_checkpointing": True,
+    }
+    profile = recorded(Logs(), data, batches(2), **options)
     assert profile.unexplained <= 0.02
+    assert all(profile.phase(name) > 0.0 for name in ("validation", "checkpoint", "logging"))
     assert profile.phase("loop") > 0.0
+
+
+def test_nothing_of_a_gpt_is_unexplained() -> None:
+    torch.manual_seed(1)
+    model = GPT(64, 32, num_layers=2, num_heads=2, embedding_dim=64, total_steps=40)
+    data = [torch.randint(64, (4, 33)) for _ in range(40)]
+    assert recorded(model, data, max_epochs=1, gradient_clip_val=1.0).unexplained <= 0.02
 
 
 def test_a_step_that_fetches_its_batches_itself() -> None:
@@ -369,19 +390,20 @@ def test_a_file_is_of_one_size_whatever_the_number_of_steps(tmp_path: Path) -> N
     assert max(sizes) < 300_000
 
 
-def four(folder: str) -> float:
+def two(folder: str) -> float:
     profiler = StepProfiler(folder, show=False)
-    fitted(Plain(), shuffled(4 * 4 * 20), max_epochs=1, profiler=profiler, strategy="ddp", devices=4)
+    fitted(Plain(), shuffled(4 * 2 * 20), max_epochs=1, profiler=profiler, strategy="ddp", devices=2)
     return profiler.profile().phase("communication")
 
 
-def test_each_of_four_ranks_writes_its_file(tmp_path: Path) -> None:
-    waited = run_ranks(four, 4, str(tmp_path))
+@pytest.mark.dist
+def test_each_rank_writes_its_file(tmp_path: Path) -> None:
+    waited = run_ranks(two, 2, str(tmp_path))
     assert min(waited) > 0.0
-    for rank in range(4):
+    for rank in range(2):
         read = record.read(tmp_path / f"rank-{rank:05d}.json")
         assert isinstance(read, Profile) and read.finished and read.steps.count == 20
-        assert (read.header.rank, read.header.world_size, read.header.strategy) == (rank, 4, "DDPStrategy")
+        assert (read.header.rank, read.header.world_size, read.header.strategy) == (rank, 2, "DDPStrategy")
         assert read.phase("communication") == pytest.approx(waited[rank])
 
 

@@ -125,3 +125,17 @@ def test_files_that_are_no_profile(tmp_path: Path, text: str | None, message: st
         path.write_text(text)
     with pytest.raises(ProfileError, match=message):
         read(path)
+
+
+def test_what_cannot_be_written_leaves_the_file_before_and_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "rank-00000.json"
+    write(Profile(header=Header(), wall=1.0), path)
+
+    def full() -> None:
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write(Profile(header=Header(), wall=2.0), path, between=full)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    found = read(path)
+    assert isinstance(found, Profile) and found.wall == 1.0
