@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["forked_from"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo"])
 
 
 class NewProcess:
