@@ -176,7 +176,7 @@ def full_profile() -> Any:
 
 def longest_piece(profiler: Any) -> float:
     """ms of processor time, of the pieces that a file is made in."""
-    from lit_fast.profiler import record, step, writer
+    from lit_fast.profiler import files, step, writer
 
     pieces, began = [], 0
 
@@ -191,7 +191,7 @@ def longest_piece(profiler: Any) -> float:
         room.let_others_run = between
     try:
         began = time.thread_time_ns()
-        for _ in record.pieces(profiler.profile()):
+        for _ in files.pieces(profiler.profile()):
             between()
     finally:
         for room, before in zip(rooms, kept, strict=True):

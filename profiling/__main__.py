@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import hardware
-from lit_fast.profiler.record import Report, read
+from lit_fast.profiler.files import read
+from lit_fast.profiler.record import Report
 from lit_fast.profiler.report.units import seconds
 from profiling.drawing import DRAWING, draw
 

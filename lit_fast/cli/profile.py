@@ -121,7 +121,7 @@ class Watch:
     def run(self) -> int:
         from lit_fast.cli.run import execute
         from lit_fast.errors import LitFastError, ProfileError
-        from lit_fast.profiler.record import read
+        from lit_fast.profiler.files import read
         from lit_fast.trainer import Trainer
 
         options, original, code = self.options, Trainer.fit, 0
@@ -285,7 +285,7 @@ class Watch:
         """Findings, the table, and files."""
         from lit_fast.errors import ProfileError
         from lit_fast.profiler.compare import differing_losses
-        from lit_fast.profiler.record import write
+        from lit_fast.profiler.files import write
         from lit_fast.profiler.report import findings
         from lit_fast.profiler.report.html import write_html
         from lit_fast.profiler.report.terminal import print_report

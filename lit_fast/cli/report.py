@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lit_fast.profiler.files import read, write
 from lit_fast.profiler.merge import merge, of_profiles
-from lit_fast.profiler.record import Report, read, write
+from lit_fast.profiler.record import Report
 
 
 def main(argv: Sequence[str]) -> int:

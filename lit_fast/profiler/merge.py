@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_fast.errors import ProfileError
-from lit_fast.profiler import one_run, record
+from lit_fast.profiler import files, one_run, record
 from lit_fast.profiler.one_run import Stamp
 from lit_fast.profiler.record import Profile, RankSummary, Report
 
@@ -78,7 +78,7 @@ def merge(folder: str | os.PathLike[str]) -> Report:
 def _comparison_of(profile: Profile, path: Path) -> record.Comparison | None:
     """What that report compares, if it is of the same run."""
     try:
-        report = record.read(path)
+        report = files.read(path)
     except ProfileError:
         return None
     if not isinstance(report, Report) or not report.profiles:
@@ -175,7 +175,7 @@ def kept_whole(summaries: dict[Path, RankSummary]) -> list[Path]:
 
 
 def _profile(path: Path, without: Sequence[str] = ()) -> Profile:
-    found = record.read(path, without)
+    found = files.read(path, without)
     if not isinstance(found, Profile):
         raise ProfileError(f"{path} is a report, and the profile of one process is wanted.")
     return found

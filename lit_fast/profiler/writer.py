@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from lit_fast.profiler import record
+from lit_fast.profiler import files, record
 
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -86,6 +86,6 @@ class PeriodicWriter:
     def _write(self) -> bool:
         written = False
         with apart_from_the_run(f"The profile {self._path} could not be written"):
-            record.write(self._profile(), self._path, between=let_others_run)
+            files.write(self._profile(), self._path, between=let_others_run)
             written = True
         return written

@@ -15,8 +15,9 @@ import pytest
 from new_process import NewProcess
 
 from lit_fast.cli.profile import parsed
+from lit_fast.profiler.files import read
 from lit_fast.profiler.lightning_side import phase_of
-from lit_fast.profiler.record import Comparison, Profile, Report, read
+from lit_fast.profiler.record import Comparison, Profile, Report
 
 PROGRAM = """
 import os, signal, sys, time

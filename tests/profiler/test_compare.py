@@ -13,7 +13,7 @@ from heart_models import NoLength, Plain, batches, shuffled, trainer
 import lit_fast
 from lit_fast.callbacks import EarlyStopping, ModelCheckpoint
 from lit_fast.errors import ProfileError
-from lit_fast.profiler import record
+from lit_fast.profiler import files, record
 from lit_fast.profiler.compare import FIRST_LOSSES, Prepared, against_report, differ, largest_difference
 from lit_fast.profiler.ratios import bootstrap, row, rows
 from lit_fast.profiler.record import Comparison
@@ -201,8 +201,8 @@ def test_rows_without_a_baseline_can_be_written_and_read(tmp_path: Any) -> None:
     assert [(row.name, row.ours, row.baseline) for row in made] == [
         ("forward", 1.0, 0.5), ("hooks", 0.5, 0.0), ("unexplained", 0.25, 0.25), ("step", 1.75, 0.75),
     ]  # fmt: skip
-    record.write(record.Report(comparison=Comparison("eager", made)), tmp_path / "report.json")
-    again = record.read(tmp_path / "report.json")
+    files.write(record.Report(comparison=Comparison("eager", made)), tmp_path / "report.json")
+    again = files.read(tmp_path / "report.json")
     assert isinstance(again, record.Report) and again.comparison is not None
     assert repr(again.comparison.rows) == repr(made)
     assert row("x", [2.0] * 5, [1.0] * 5, paired=False).ratio == 2.0

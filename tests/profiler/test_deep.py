@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 import lit_fast
 from lit_fast import step
 from lit_fast.errors import MisconfigurationException
-from lit_fast.profiler import DeepProfiler, StepProfiler, record
+from lit_fast.profiler import DeepProfiler, StepProfiler, files, record
 from lit_fast.profiler import ceilings as ceilings_room
 from lit_fast.profiler.deep import TEARDOWN, _in_range, _Tracing, _with_ranges
 
@@ -191,7 +191,7 @@ def test_an_error_in_any_of_the_steps_ends_it_orderly(at: int, tmp_path: Path) -
     profiler = DeepProfiler(tmp_path, skip=2, window=3)
     with pytest.raises(KeyError, match="broken"):
         fitted(model, batches(9), max_epochs=1, profiler=profiler)
-    found = record.read(tmp_path / "rank-00000.json")
+    found = files.read(tmp_path / "rank-00000.json")
     assert isinstance(found, record.Profile) and found.ended_by == "KeyError"
     assert not torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     fitted(Plain(), batches(9), max_epochs=1, profiler=profiler)  # the same profiler again

@@ -21,8 +21,9 @@ from lit_fast.optim import adopt
 from lit_fast.optim.traffic import Pass, passes_of
 from lit_fast.profiler import DeepProfiler
 from lit_fast.profiler.costs import Cost, Costs
+from lit_fast.profiler.files import read, write
 from lit_fast.profiler.kernels import STEP, Event, Window, _short, events_of, is_ours, nest
-from lit_fast.profiler.record import Ceilings, Kernel, Profile, read, write
+from lit_fast.profiler.record import Ceilings, Kernel, Profile
 from lit_fast.profiler.report import facts
 from lit_fast.profiler.report.units import seconds
 

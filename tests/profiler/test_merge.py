@@ -13,8 +13,9 @@ from profiles import deep, profile
 
 from lit_fast.cli import report as command
 from lit_fast.errors import ProfileError
+from lit_fast.profiler.files import read, write
 from lit_fast.profiler.merge import EXTREMES, WHOLE, merge, of_profiles, path_of
-from lit_fast.profiler.record import Comparison, Profile, Report, read, write
+from lit_fast.profiler.record import Comparison, Profile, Report
 
 
 def written(folder: Path, number: int, **of_rank_two: float) -> list[Profile]:

@@ -28,7 +28,7 @@ from lit_fast.errors import ProfileError
 from lit_fast.loggers import TensorBoardLogger
 from lit_fast.models.gpt import GPT
 from lit_fast.ops import SlowStepTime
-from lit_fast.profiler import header, record
+from lit_fast.profiler import files, header
 from lit_fast.profiler.causes import Usual, causes_of
 from lit_fast.profiler.profiler import PassThroughProfiler
 from lit_fast.profiler.record import PHASES, Distribution, Part, Profile
@@ -313,13 +313,13 @@ def test_files_are_written_at_the_end(tmp_path: Path) -> None:
     profiler = StepProfiler(tmp_path / "new" / "folder", show=False)
     made = fitted(Validates(), batches(5), batches(2), max_epochs=1, profiler=profiler)
     path = tmp_path / "new" / "folder" / "rank-00000.json"
-    read, kept = record.read(path), profiler.profile()
-    assert isinstance(read, Profile) and read.finished and read == record.read(path)
+    read, kept = files.read(path), profiler.profile()
+    assert isinstance(read, Profile) and read.finished and read == files.read(path)
     assert (read.steps, read.parts, read.slowest, read.header) == (kept.steps, kept.parts, kept.slowest, kept.header)
     assert read.timeline == kept.timeline and len(read.timeline) > 5
     made.validate(Validates(), batches(2), verbose=False)
-    assert record.read(path) == read  # the fit's stays
-    other = record.read(tmp_path / "new" / "folder" / "validate" / "rank-00000.json")
+    assert files.read(path) == read  # the fit's stays
+    other = files.read(tmp_path / "new" / "folder" / "validate" / "rank-00000.json")
     assert isinstance(other, Profile) and other.finished and other.phase("validation") > 0.0
     assert sorted(p.name for p in path.parent.iterdir()) == ["rank-00000.json", "validate"]
 
@@ -334,7 +334,7 @@ def test_an_exception_ends_the_file(tmp_path: Path) -> None:
     watched = len(gc.callbacks)
     with pytest.raises(ZeroDivisionError):
         fitted(Breaks(), batches(5), max_epochs=1, profiler=StepProfiler(tmp_path))
-    read = record.read(tmp_path / "rank-00000.json")
+    read = files.read(tmp_path / "rank-00000.json")
     assert isinstance(read, Profile) and not read.finished and read.ended_by == "ZeroDivisionError"
     assert read.steps.count == 4 and len(gc.callbacks) == watched
 
@@ -360,11 +360,11 @@ def test_what_was_recorded_is_there_after_a_kill(tmp_path: Path) -> None:
     path = tmp_path / "rank-00000.json"
     running = NewProcess(KILLED, tmp_path, Path(__file__).parents[1])
     end = time.monotonic() + 60.0
-    while time.monotonic() < end and not (path.exists() and record.read(path).steps.count):  # type: ignore[union-attr]
+    while time.monotonic() < end and not (path.exists() and files.read(path).steps.count):  # type: ignore[union-attr]
         sleep(0.02)
     os.kill(running.pid, signal.SIGKILL)
     running.wait()
-    read = record.read(path)
+    read = files.read(path)
     assert isinstance(read, Profile) and not read.finished and read.ended_by is None
     assert read.steps.count > 0 and read.header.batch == "float32[4, 8]" and read.slowest
     assert sum(row.seconds for row in read.phases) == pytest.approx(read.wall, rel=1e-12)
@@ -384,7 +384,7 @@ def test_a_file_is_of_one_size_whatever_the_number_of_steps(tmp_path: Path) -> N
                 with profiler.phase("checkpoint", f"step {number}.ckpt"):
                     pass
         profiler.stop()
-        record.write(profiler.profile(), tmp_path / "file.json")
+        files.write(profiler.profile(), tmp_path / "file.json")
         sizes.append((tmp_path / "file.json").stat().st_size)
         assert profiler.profile().steps.count == steps
     assert max(sizes) < 300_000
@@ -401,7 +401,7 @@ def test_each_rank_writes_its_file(tmp_path: Path) -> None:
     waited = run_ranks(two, 2, str(tmp_path))
     assert min(waited) > 0.0
     for rank in range(2):
-        read = record.read(tmp_path / f"rank-{rank:05d}.json")
+        read = files.read(tmp_path / f"rank-{rank:05d}.json")
         assert isinstance(read, Profile) and read.finished and read.steps.count == 20
         assert (read.header.rank, read.header.world_size, read.header.strategy) == (rank, 2, "DDPStrategy")
         assert read.phase("communication") == pytest.approx(waited[rank])

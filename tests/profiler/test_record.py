@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_fast.errors import ProfileError
+from lit_fast.profiler.files import read, write
 from lit_fast.profiler.record import (
     SUBBUCKETS,
     Compared,
@@ -26,8 +27,6 @@ from lit_fast.profiler.record import (
     SlowStep,
     bucket_end,
     bucket_of,
-    read,
-    write,
 )
 
 durations = st.lists(st.floats(1e-9, 1e4), min_size=1, max_size=60)

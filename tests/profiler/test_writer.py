@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_fast.profiler import StepProfiler, record, step, writer
+from lit_fast.profiler import StepProfiler, files, record, step, writer
 from lit_fast.profiler.writer import PeriodicWriter, in_pieces
 
 
@@ -49,7 +49,7 @@ def test_no_piece_of_a_file_takes_long(full: StepProfiler, monkeypatch: pytest.M
             pieces.clear()
             began = time.thread_time_ns()
             size = 0
-            for piece in record.pieces(full.profile()):
+            for piece in files.pieces(full.profile()):
                 size += len(piece)
                 between()
             longest.append(max(pieces))
@@ -61,17 +61,17 @@ def test_no_piece_of_a_file_takes_long(full: StepProfiler, monkeypatch: pytest.M
 
 def test_pieces_are_the_whole(full: StepProfiler, tmp_path: Path) -> None:
     profile = full.profile()
-    record.write(profile, tmp_path / "file.json")
-    assert record.read(tmp_path / "file.json") == profile
-    assert (tmp_path / "file.json").read_text() == record.to_json(profile)
+    files.write(profile, tmp_path / "file.json")
+    assert files.read(tmp_path / "file.json") == profile
+    assert (tmp_path / "file.json").read_text() == files.to_json(profile)
     assert in_pieces(str, range(100)) == [str(number) for number in range(100)]
 
 
 def test_files_are_made_while_a_loop_runs_that_never_waits(full: StepProfiler, tmp_path: Path) -> None:
-    files = PeriodicWriter(full.profile, tmp_path / "file.json", every=0.001)
-    files.start()
+    written = PeriodicWriter(full.profile, tmp_path / "file.json", every=0.001)
+    written.start()
     turns, end = 0, time.monotonic() + 30.0
     while not (tmp_path / "file.json").exists() and time.monotonic() < end:
         turns += 1
-    files.end()
-    assert turns > 1000 and record.read(tmp_path / "file.json") == full.profile()
+    written.end()
+    assert turns > 1000 and files.read(tmp_path / "file.json") == full.profile()

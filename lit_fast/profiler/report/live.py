@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from lit_fast.errors import ProfileError
 from lit_fast.profiler import merge, one_run
+from lit_fast.profiler.files import read
 from lit_fast.profiler.one_run import Stamp
-from lit_fast.profiler.record import PHASES, Profile, RankSummary, read
+from lit_fast.profiler.record import PHASES, Profile, RankSummary
 from lit_fast.profiler.report.units import count, digits, rate, seconds, share
 
 if TYPE_CHECKING:

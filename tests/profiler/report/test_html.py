@@ -12,7 +12,8 @@ from profiles import comparison, deep, profile
 
 from lit_fast.cli import report as command
 from lit_fast.profiler import merge
-from lit_fast.profiler.record import Part, Phase, Profile, Report, write
+from lit_fast.profiler.files import write
+from lit_fast.profiler.record import Part, Phase, Profile, Report
 from lit_fast.profiler.report.html import page, write_html
 
 EVIL = "<script>window.evil = 1</script></script><img src=x onerror='window.evil = 2'>\\u003c`${window.evil = 3}`"

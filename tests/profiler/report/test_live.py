@@ -17,8 +17,8 @@ from rich.console import Console
 
 from lit_fast.cli import watch as command
 from lit_fast.errors import ProfileError
+from lit_fast.profiler.files import write
 from lit_fast.profiler.merge import path_of
-from lit_fast.profiler.record import write
 from lit_fast.profiler.report.live import Watch
 
 
